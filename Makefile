@@ -1,0 +1,64 @@
+# make test, make demo: set up .venv by themselves. PYTHON chooses the interpreter.
+PYTHON ?= python3
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+DEMO_FLAGS ?=
+
+# Modules are run with -m: console scripts break where the path has a space or is long.
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CLANG_FORMAT = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs \
+	$(PY) -c 'import clang_format, sys; sys.exit(clang_format.clang_format())'
+CSRC := $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: test demo lint format bench gpu clean
+.NOTPARALLEL:
+
+# One thread a worker: two workers with two threads each fight over two cores.
+test: .venv/test .venv/extension
+	jobs=$$(getconf _NPROCESSORS_ONLN); [ $$jobs -le 8 ] || jobs=8; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$jobs --dist worksteal $(PYTEST_FLAGS)
+
+demo: .venv/demo .venv/extension
+	$(PY) examples/train.py $(DEMO_FLAGS)
+
+lint: .venv/test
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(CLANG_FORMAT) --dry-run -Werror
+
+format: .venv/test
+	$(PY) -m ruff check --fix-only
+	$(PY) -m ruff format
+	$(CLANG_FORMAT) -i
+
+bench: .venv/test .venv/extension
+	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
+
+# On a GPU machine, with the torch of its own python3: no venv, no network.
+gpu:
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: no CUDA device here; nothing was run")'
+	MEMDENSE_BUILD=require $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
+	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
+
+clean:
+	rm -rf .venv build *.egg-info memdense/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("memdense needs Python 3.10 or later, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+
+# Dependencies first and in one resolve; the extension needs torch, so it is built after.
+.venv/test: EXTRAS := dev,peers,examples
+.venv/demo: EXTRAS := examples
+.venv/test .venv/demo: pyproject.toml constraints.txt | $(PY)
+	$(PIP) install -q -c constraints.txt setuptools wheel ninja
+	MEMDENSE_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+.venv/extension: setup.py pyproject.toml $(CSRC) | $(PY)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@$(PY) -c 'from memdense import _extension as e; print("memdense extension:", e.reason() or "built")'
+	@touch $@
