@@ -1,0 +1,66 @@
+"""Loads the C++ extension, if it was built, and tells PyTorch what its operations return.
+
+`torch.ops.memdense.channel_statistics(x) -> (mean, var)`: x [M, C], M >= 1, with unit column
+stride and any row stride, float32, float64 or bfloat16, on the CPU; mean and biased variance of
+each column, [C], float32 (float64 for float64). RuntimeError for any other x. Differentiable.
+The same input gives the same bits, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_HOW = (
+    "to build it, with a C++ compiler there, run "
+    "`python -m pip install --no-build-isolation --no-deps -e .` in the source directory "
+    "(MEMDENSE_BUILD=require shows why it fails)"
+)
+
+
+def _load() -> str:
+    """Load the library; returns why that could not be done, or nothing."""
+    path = Path(__file__).with_name("_C.abi3.so")
+    if not path.exists():
+        return f"not built: {path.name} is missing; {_HOW}"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"failed to load {path.name}: {error}; {_HOW}"
+    return ""
+
+
+_reason = _load()
+
+
+def available() -> bool:
+    """Whether `torch.ops.memdense` holds the compiled operations."""
+    return not _reason
+
+
+def reason() -> str:
+    """Why the extension is not available, in a sentence; empty when it is."""
+    return _reason
+
+
+def _statistics_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+
+
+def _statistics_setup(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[0])
+
+
+def _statistics_backward(ctx, d_mean: Tensor, d_var: Tensor) -> Tensor:
+    x, mean = ctx.saved_tensors
+    return ((d_mean + 2 * d_var * (x - mean)) / x.shape[0]).to(x.dtype)
+
+
+if available():
+    torch.library.register_fake("memdense::channel_statistics", _statistics_fake)
+    torch.library.register_autograd(
+        "memdense::channel_statistics", _statistics_backward, setup_context=_statistics_setup
+    )
