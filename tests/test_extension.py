@@ -1,0 +1,260 @@
+"""The C++ extension: its operation, its binary interface, and doing without it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.library import opcheck
+
+from memdense import _extension
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = Path(_extension.__file__).with_name("_C.abi3.so")
+
+built = pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+SHAPES = [(1, 1), (1, 37), (2, 64), (63, 65), (64, 64), (65, 7), (4099, 129), (9000, 12)]
+
+
+def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.memdense.channel_statistics(x)
+
+
+def poisoned_slice(values: torch.Tensor) -> torch.Tensor:
+    """The same values as a slice of a wider buffer that is NaN all around."""
+    m, c = values.shape
+    buffer = torch.full((m + 2, c + 11), torch.nan, dtype=values.dtype)
+    buffer[1:-1, 5 : 5 + c] = values
+    return buffer[1:-1, 5 : 5 + c]
+
+
+def assert_exact(x: torch.Tensor) -> None:
+    """mean within a rounding of |mean| + std, var within a few of itself; in float64, whose tiles
+    are merged in its own precision, sixteen times that."""
+    mean, var = statistics(x)
+    exact = x.double().numpy().astype(np.longdouble)
+    expected_mean = torch.from_numpy(exact.mean(0).astype(np.float64))
+    expected_var = torch.from_numpy(exact.var(0).astype(np.float64))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    eps = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
+    assert mean.dtype == var.dtype == dtype
+    assert mean.shape == var.shape == x.shape[1:]
+    mean_error = (mean.double() - expected_mean).abs()
+    assert (mean_error <= eps * (expected_mean.abs() + expected_var.sqrt())).all()
+    assert ((var.double() - expected_var).abs() <= 8 * eps * expected_var).all()
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_match_float64(shape, dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * torch.rand(shape[1]) * 3 + torch.randn(shape[1])).to(dtype)
+    assert_exact(x)
+    packed, sliced = statistics(x), statistics(poisoned_slice(x))
+    assert torch.equal(packed[0], sliced[0])
+    assert torch.equal(packed[1], sliced[1])
+
+
+@built
+def test_large_mean_does_not_cancel():
+    torch.manual_seed(0)
+    x = 1e4 + torch.randn(5000, 33)
+    assert_exact(x)
+    assert_exact(poisoned_slice(-x))
+    # a first row far from the rest must not serve as the origin of the squares
+    x = torch.randn(64, 33)
+    x[0] = 3e3
+    assert_exact(x)
+
+
+@built
+def test_constant_column_has_no_variance():
+    mean, var = statistics(torch.full((1000, 5), 0.1))
+    assert torch.equal(mean, torch.full((5,), 0.1))
+    assert torch.equal(var, torch.zeros(5))
+
+
+@built
+def test_nan_stays_in_its_column():
+    x = torch.randn(300, 70)
+    x[17, 66] = torch.nan
+    mean, var = statistics(x)
+    assert mean.isnan().nonzero().tolist() == var.isnan().nonzero().tolist() == [[66]]
+
+
+@built
+def test_unusual_strides():
+    row = torch.randn(1, 20)
+    assert torch.equal(statistics(row.expand(50, 20))[0], row[0])  # row stride 0
+    x = torch.randn(50, 20)
+    assert torch.equal(statistics(x[:, 3::17][:, :1])[0], statistics(x[:, 3:4])[0])
+    assert_exact(x[::3])
+    assert_exact(torch.randn(20, 50).as_strided((19, 5), (3, 1)))  # rows overlap
+    assert statistics(torch.empty(4, 0))[0].shape == (0,)
+
+
+@built
+def test_same_bits_for_any_number_of_threads():
+    x = torch.randn(20011, 100)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.stack(statistics(x)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    x = torch.randn(70, 9).to(dtype)
+    op = torch.ops.memdense.channel_statistics.default
+    opcheck(op, (x,))
+    opcheck(op, (poisoned_slice(x),))
+    opcheck(op, (x.requires_grad_(),))
+
+
+@built
+def test_gradients():
+    x = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(statistics, x)
+    assert torch.autograd.gradgradcheck(statistics, x)
+    half = torch.randn(20, 6).bfloat16().requires_grad_()
+    statistics(half)[0].sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+@built
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(5), r"expected x of shape \[M, C\], got 1 dimension"),
+        (torch.randn(2, 3, 4), r"expected x of shape \[M, C\], got 3 dimension"),
+        (torch.randn(0, 3), r"expected at least one row, got shape \[0, 3\]"),
+        (torch.randn(3, 4).t(), r"expected unit column stride, got strides \[1, 4\]"),
+        (torch.ones(3, 4, dtype=torch.int64), "expected float32, float64 or bfloat16, got Long"),
+        (torch.ones(3, 4).half(), "expected float32, float64 or bfloat16, got Half"),
+    ],
+)
+def test_bad_input(x, message):
+    with pytest.raises(RuntimeError, match=message):
+        statistics(x)
+
+
+@built
+def test_one_binary_for_every_python_and_torch():
+    """Nothing is imported from C++ torch or from Python: only from torch's C interface."""
+    if not shutil.which("nm"):
+        pytest.skip("nm is not installed")
+    out = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1].split("@")[0] for line in out.splitlines()]
+    assert any(s.startswith("aoti_torch_") for s in symbols)
+    unstable = ("at::", "c10::", "torch::", "caffe2::")
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [n for n in names if any(space in n for space in unstable)] == []
+    assert [s for s in symbols if s.lstrip("_").startswith("Py")] == []
+
+
+@built
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc" or not shutil.which("nm"),
+    reason="looks for x86-64 function clones with nm",
+)
+def test_every_instruction_set_is_inside():
+    out = subprocess.run(["nm", LIBRARY], capture_output=True, text=True, check=True).stdout
+    kernels = [line.split()[-1] for line in out.splitlines() if "merge_tile" in line]
+    for clone in (".arch_x86_64_v4", ".arch_x86_64_v3", ".default", ".resolver"):
+        assert sum(k.endswith(clone) for k in kernels) == 3, (clone, kernels)  # one a dtype
+
+
+def load_copy(directory: Path):
+    """memdense/_extension.py as it behaves in another directory."""
+    copy = shutil.copy(_extension.__file__, directory)
+    spec = importlib.util.spec_from_file_location("extension_copy", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_missing_and_broken_library_are_reported(tmp_path):
+    missing = load_copy(tmp_path)
+    assert not missing.available()
+    assert "not built" in missing.reason()
+    assert "pip install --no-build-isolation" in missing.reason()
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    broken = load_copy(tmp_path)
+    assert not broken.available()
+    assert "failed to load _C.abi3.so" in broken.reason()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what an installation needs, in a directory with a space in its name."""
+    copy = tmp_path_factory.mktemp("a clone")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    for name in ("csrc", "memdense"):
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    return copy
+
+
+def run_python(source: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"CC": "/nonexistent", "CXX": "/nonexistent", "MEMDENSE_BUILD": "auto"}
+    command = [sys.executable, *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, cwd=source, env=env | environment, **streams)
+
+
+def test_installs_without_a_compiler(source, tmp_path):
+    done = run_python(
+        source,
+        *("-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--no-index"),
+        *("--target", str(tmp_path), "."),
+    )
+    assert done.returncode == 0, done.stdout
+    assert "installing without the C++ extension" in done.stdout
+    assert "/nonexistent" in done.stdout
+    assert "pip install --no-build-isolation" in done.stdout
+    assert (tmp_path / "memdense" / "py.typed").exists()
+    assert not (tmp_path / "memdense" / "_C.abi3.so").exists()
+
+
+def test_required_build_fails_without_a_compiler(source):
+    done = run_python(source, "setup.py", "build_ext", MEMDENSE_BUILD="require")
+    assert done.returncode != 0
+    assert "MEMDENSE_BUILD=require" in done.stdout
+    assert "/nonexistent" in done.stdout
+
+
+def test_builds_without_torch(source, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('hidden by the test')")
+    done = run_python(source, "setup.py", "build_ext", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert "torch is missing at build time (hidden by the test)" in done.stdout
+
+
+def test_build_can_be_skipped(source, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = run_python(source, "setup.py", "build_ext", MEMDENSE_BUILD="0", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert "extension" not in done.stdout
