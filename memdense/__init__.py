@@ -1,0 +1,21 @@
+"""memdense: the same DenseNet, a fraction of the memory."""
+
+from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
+from .modules import DenseBlock, DenseLayer, Transition
+from .stage import Features, MemdenseWarning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenseBlock",
+    "DenseLayer",
+    "DenseNet",
+    "Features",
+    "MemdenseWarning",
+    "Transition",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+]

@@ -1,0 +1,467 @@
+"""Every primitive in PyTorch operations: the specification of the others, and the path that runs anywhere.
+
+Matrices are (M, C) with unit column stride and any row stride; vectors are (C,) in the accumulator's dtype. Work goes
+in bands that fit a fixed scratch, so that nothing but results grows with the batch or the resolution.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..buffers import Geometry, Reader, Sums, accumulator
+
+aten = torch.ops.aten
+
+Moments = tuple[Tensor, Tensor]
+
+
+class Scratch:
+    """Memory that the bands of one call share."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        block = self.blocks.get(name)
+        if block is None or block.numel() < size:
+            block = self.blocks[name] = torch.empty(size, dtype=torch.uint8, device=device)
+        return block[:size].view(dtype).view(shape)
+
+
+class MomentSums:
+    """Mean and biased variance of rows that come in bands, merged in order in float64 (Chan et al., 1979)."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self.scratch = scratch
+        self.counts: list[int] = []
+        self.parts: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        """Take in values (..., C)."""
+        acc = accumulator(values.dtype)
+        rows, channels = values.shape[:-1].numel(), values.shape[-1]
+        if values.dtype != acc or not values.is_contiguous():
+            values = self.scratch.take("moments", values.shape, acc, values.device).copy_(values)
+        if values.device.type == "cpu":
+            # the kernel of F.batch_norm: two passes, vectorised over channels
+            images = values.view(1, rows, 1, channels).permute(0, 3, 1, 2)
+            mean, var = torch.batch_norm_update_stats(images, None, None, 0.0)
+        else:
+            var, mean = torch.var_mean(values.view(rows, channels), 0, correction=0)
+        self.counts.append(rows)
+        self.parts.append(torch.stack((mean, var)))
+
+    def merge(self) -> Moments:
+        if len(self.parts) == 1:
+            return self.parts[0].unbind()
+        parts = torch.stack(self.parts, 1).double()  # (2, bands, C)
+        share = torch.tensor(self.counts, dtype=torch.float64, device=parts.device)[:, None] / sum(self.counts)
+        mean = (share * parts[0]).sum(0)
+        var = (share * (parts[1] + (parts[0] - mean).square_())).sum(0)
+        return mean.to(self.parts[0].dtype), var.to(self.parts[0].dtype)
+
+
+class GradientSums:
+    """The running sums of a reader's backward, in float64 across bands."""
+
+    def __init__(self, read: Reader, rounds: bool) -> None:
+        self.read = read
+        self.sums = read.mean.new_zeros((4 if rounds else 2, len(read.mean)), dtype=torch.float64)
+
+    def add(self, row: int, gradient: Tensor, x_hat: Tensor) -> None:
+        """Take in sum(gradient) and sum(gradient * x_hat) over all but the last axis; x_hat is overwritten."""
+        axes = tuple(range(gradient.dim() - 1))
+        self.sums[row] += gradient.sum(axes)
+        self.sums[row + 1] += x_hat.mul_(gradient).sum(axes)
+
+    def total(self) -> Sums:
+        parts = self.sums.to(self.read.mean.dtype).unbind()
+        return Sums(parts[0], parts[1], (parts[2], parts[3]) if len(parts) == 4 else None)
+
+
+class Reference:
+    """The primitives, on any device PyTorch runs on. One instance serves one call: its scratch is not shared."""
+
+    name = "reference"
+    # a band's activations stay in a core's L2 on a CPU; a GPU wants launches worth their cost
+    BAND_BYTES = {"cpu": 1 << 20}
+    DEFAULT_BAND_BYTES = 256 << 20
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+    # ---- bands
+
+    def _band_values(self, x: Tensor) -> int:
+        limit = self.BAND_BYTES.get(x.device.type, self.DEFAULT_BAND_BYTES)
+        return limit // accumulator(x.dtype).itemsize
+
+    def row_bands(self, x: Tensor) -> Iterator[slice]:
+        """Slices of the rows of x (M, C)."""
+        step = max(1, self._band_values(x) // x.shape[1])
+        for start in range(0, len(x), step):
+            yield slice(start, min(start + step, len(x)))
+
+    def image_bands(self, x: Tensor, geometry: Geometry, unit: int = 1) -> Iterator[tuple[slice, slice]]:
+        """(images, lines) that cover N x H; several images with all their lines, or one with a multiple of unit."""
+        lines = max(1, self._band_values(x) // (x.shape[-1] * geometry.w))
+        images = max(1, lines // geometry.h)
+        lines = geometry.h if lines >= geometry.h else max(unit, lines // unit * unit)
+        for n in range(0, geometry.n, images):
+            for h in range(0, geometry.h, lines):
+                yield slice(n, min(n + images, geometry.n)), slice(h, min(h + lines, geometry.h))
+
+    # ---- reading and answering, the two halves that every primitive shares
+
+    def _read(self, x: Tensor, read: Reader, relu: bool = True) -> Tensor:
+        """z = relu(s*x + t), as x's dtype stores it, in scratch."""
+        z = self.scratch.take("z", x.shape, read.scale.dtype, x.device)
+        torch.addcmul(read.shift, x, read.scale, out=z)
+        if relu:
+            z.relu_()
+        if z.dtype == x.dtype:
+            return z
+        return self.scratch.take("z rounded", x.shape, x.dtype, x.device).copy_(z)
+
+    def _answer(self, da: Tensor, z: Tensor | None, x: Tensor, read: Reader, sums: GradientSums) -> Tensor:
+        """dz = da * [z > 0], in da's place; its two sums go to ``sums``. z None: no relu. z's memory is reused."""
+        if z is not None:
+            aten.threshold_backward.grad_input(da, z, 0, grad_input=da)
+        x_hat = self._x_hat(x, read)
+        sums.add(0, da if da.dtype == x_hat.dtype else da.to(x_hat.dtype), x_hat)
+        return da
+
+    def _x_hat(self, x: Tensor, read: Reader) -> Tensor:
+        x_hat = self.scratch.take("z", x.shape, read.mean.dtype, x.device)
+        return torch.sub(x, read.mean, out=x_hat).mul_(read.rstd)
+
+    def _add_into(self, g: Tensor, dz: Tensor, x: Tensor, read: Reader, sums: GradientSums) -> None:
+        """G += s*dz, and where G rounds, the sums of what it took in."""
+        if g.dtype == read.scale.dtype:
+            g.addcmul_(dz, read.scale)
+            return
+        before = self.scratch.take("g", g.shape, read.scale.dtype, g.device).copy_(g)
+        g.copy_(torch.addcmul(before, dz, read.scale))
+        taken = torch.sub(g, before, out=before)
+        sums.add(2, taken, self._x_hat(x, read))
+
+    def _sums(self, read: Reader, g: Tensor | None) -> GradientSums:
+        return GradientSums(read, rounds=g is not None and g.dtype != read.scale.dtype)
+
+    @staticmethod
+    def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a @ b without rounding the product to a 16-bit dtype."""
+        if a.dtype == total.dtype:
+            total.addmm_(a, b)
+        elif a.device.type == "cuda":
+            total += torch.mm(a, b, out_dtype=total.dtype)
+        else:
+            total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+    # ---- producing channels
+
+    def pack(self, x: Tensor, out: Tensor, geometry: Geometry, statistics: bool) -> Moments | None:
+        """Copy images x (N, C, H, W) into out (M, C), and their statistics on the way."""
+        source, target = x.permute(0, 2, 3, 1), geometry.pixels(out)
+        moments = MomentSums(self.scratch)
+        for n, h in self.image_bands(out, geometry):
+            target[n, h].copy_(source[n, h])
+            if statistics:
+                moments.add(target[n, h])
+        return moments.merge() if statistics else None
+
+    def bn_relu_conv1x1(
+        self, x: Tensor, read: Reader, weight: Tensor, statistics: bool
+    ) -> tuple[Tensor, Moments | None]:
+        """y = relu(s*x + t) @ W^T for x (M, C) and W (B, C): y (M, B) and its statistics."""
+        y = x.new_empty(len(x), weight.shape[0])
+        moments = MomentSums(self.scratch)
+        for rows in self.row_bands(x):
+            torch.mm(self._read(x[rows], read), weight.t(), out=y[rows])
+            if statistics:
+                moments.add(y[rows])
+        return y, moments.merge() if statistics else None
+
+    def bn_relu_conv3x3(
+        self,
+        x: Tensor,
+        read: Reader,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        geometry: Geometry,
+        out: Tensor,
+        keep: tuple[Tensor, float] | None,
+        statistics: bool,
+    ) -> Moments | None:
+        """out = conv3x3(relu(s*x + t), W) for x (M, C), W (k, C, 3, 3), out (M, k), zero-padded after the relu.
+
+        ``keep`` is dropout's (mask (M, k), factor): out *= mask * factor. Returns the statistics of out as stored.
+        """
+        source, target = geometry.pixels(x), geometry.pixels(out)
+        moments = MomentSums(self.scratch)
+        for n, h, halo, inner in self._halo_bands(x, geometry, dilation):
+            z = self._read(source[n, halo], read).permute(0, 3, 1, 2)
+            new = aten.convolution(z, weight, None, (1, 1), dilation, dilation, False, (0, 0), 1)
+            new = new.permute(0, 2, 3, 1)[:, inner]
+            if keep is not None:
+                new = new * (geometry.pixels(keep[0])[n, h] * keep[1])
+            target[n, h].copy_(new)
+            if statistics:
+                moments.add(target[n, h])
+        return moments.merge() if statistics else None
+
+    def _halo_bands(
+        self, x: Tensor, geometry: Geometry, dilation: tuple[int, int]
+    ) -> Iterator[tuple[slice, slice, slice, slice]]:
+        """(images, lines, lines with the halo a 3x3 needs, where the former lie in the latter)."""
+        reach = dilation[0]
+        for n, h in self.image_bands(x, geometry):
+            halo = slice(max(0, h.start - reach), min(geometry.h, h.stop + reach))
+            yield n, h, halo, slice(h.start - halo.start, h.stop - halo.start)
+
+    # ---- answering
+
+    def settle(
+        self, g: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None, keep: tuple[Tensor, float] | None
+    ) -> Tensor:
+        """dy = G + p*x + q for slices g and x (M, k), through dropout's mask where there is one. Packed."""
+        dy = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows in self.row_bands(x):
+            d = g[rows] if p is None else torch.addcmul(q, x[rows], p).add_(g[rows])
+            dy[rows] = d if keep is None else d * (keep[0][rows] * keep[1])
+        return dy
+
+    def bn_relu_conv1x1_backward(
+        self,
+        dz: Tensor,
+        y: Tensor | None,
+        abc: tuple[Tensor, Tensor | None, Tensor | None] | None,
+        weight: Tensor,
+        x: Tensor,
+        read: Reader,
+        g: Tensor,
+        need_weight: bool,
+    ) -> tuple[Sums, Tensor | None]:
+        """With dy = a*dz + b*y + c (abc None: dy = dz), da = dy @ W and z = relu(s*x + t) recomputed:
+        G += s*da*[z > 0]; returns that reader's sums and dW = dy^T @ z."""
+        dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
+        sums = self._sums(read, g)
+        for rows in self.row_bands(x):
+            dy = dz[rows] if abc is None else self._normalised(dz[rows], y[rows], abc)
+            z = self._read(x[rows], read)
+            if need_weight:
+                self._add_product(dweight, dy.t(), z)
+            da = self.scratch.take("da", z.shape, z.dtype, z.device)
+            torch.mm(dy, weight, out=da)
+            self._answer(da, z, x[rows], read, sums)
+            self._add_into(g[rows], da, x[rows], read, sums)
+        return sums.total(), dweight
+
+    def _normalised(self, dz: Tensor, y: Tensor, abc: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+        """dy = a*dz + b*y + c, as y's dtype stores it."""
+        a, b, c = abc
+        dy = self.scratch.take("dy", dz.shape, a.dtype, dz.device)
+        torch.mul(dz, a, out=dy)
+        if b is not None:
+            dy.addcmul_(y, b).add_(c)
+        return dy if dy.dtype == y.dtype else dy.to(y.dtype)
+
+    def bn_relu_conv3x3_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        x: Tensor,
+        read: Reader,
+        geometry: Geometry,
+        g: Tensor | None,
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Sums, Tensor | None]:
+        """With da = conv3x3's input gradient of dy (M, k) and z = relu(s*x + t) recomputed: dz = da*[z > 0].
+
+        Into G, where given (G += s*dz); else returned, (M, C) packed. Returns (dz, its sums, dW).
+        """
+        dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
+        dz = None if g is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        sums = self._sums(read, g)
+        source, gradient = geometry.pixels(x), geometry.pixels(dy)
+        for n, h, halo, inner in self._halo_bands(x, geometry, dilation):
+            z = self._read(source[n, halo], read)
+            d = gradient[n, halo]
+            if need_weight:
+                self._add_conv3x3_weight(dweight, d, z, inner, dilation)
+            images = d.permute(0, 3, 1, 2)
+            da, _, _ = aten.convolution_backward(
+                images, z.permute(0, 3, 1, 2), weight, None, (1, 1), dilation, dilation, False, (0, 0), 1,
+                (True, False, False),
+            )  # fmt: skip
+            da = da.permute(0, 2, 3, 1)[:, inner]
+            lines = source[n, h]
+            da = self._answer(da, z[:, inner], lines, read, sums)
+            if g is None:
+                geometry.pixels(dz)[n, h] = da
+            else:
+                self._add_into(geometry.pixels(g)[n, h], da, lines, read, sums)
+        return dz, sums.total(), dweight
+
+    @staticmethod
+    def _add_conv3x3_weight(total: Tensor, d: Tensor, z: Tensor, inner: slice, dilation: tuple[int, int]) -> None:
+        """total += the weight gradient of the lines ``inner`` of d, for d and z (n, h, w, C), in total's dtype."""
+        if inner.stop - inner.start != d.shape[1]:
+            # the halo's lines answer in their own bands
+            only = torch.zeros_like(d, memory_format=torch.contiguous_format)
+            only[:, inner] = d[:, inner]
+            d = only
+        d, z = (t.to(total.dtype).permute(0, 3, 1, 2) for t in (d, z))
+        total += aten.convolution_backward(
+            d, z, total, None, (1, 1), dilation, dilation, False, (0, 0), 1, (False, True, False)
+        )[1]
+
+    # ---- tails
+
+    def bn_relu_pool_conv1x1(self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry) -> Tensor:
+        """avg_pool2x2(relu(s*x + t)) @ W^T for x (M, C), W (B, C): (N * H//2 * W//2, B). Pooled first: a quarter of
+        the arithmetic, and the same numbers, since the two commute."""
+        small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
+        out = x.new_empty(small.rows, weight.shape[0])
+        source, target = geometry.pixels(x), small.pixels(out)
+        for n, h in self.image_bands(x, geometry, unit=2):
+            pooled = self._pool(self._read(source[n, h], read))
+            if pooled.numel():
+                lines = target[n, h.start // 2 : h.stop // 2].view(len(pooled), -1)
+                torch.mm(pooled, weight.t(), out=lines)
+        return out
+
+    @staticmethod
+    def _pool(z: Tensor) -> Tensor:
+        """2x2 means of z (n, h, w, C), as rows; a last odd line or column is left out."""
+        if z.shape[1] < 2:
+            return z.new_empty(0, z.shape[-1])
+        return aten.avg_pool2d(z.permute(0, 3, 1, 2), 2, 2).permute(0, 2, 3, 1).reshape(-1, z.shape[-1])
+
+    def bn_relu_pool_conv1x1_backward(
+        self, dout: Tensor, weight: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor, need_weight: bool
+    ) -> tuple[Sums, Tensor | None]:
+        """Of :meth:`bn_relu_pool_conv1x1`, into G; returns the reader's sums and dW."""
+        small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
+        dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
+        sums = self._sums(read, g)
+        source, gradient, target = geometry.pixels(x), small.pixels(dout), geometry.pixels(g)
+        for n, h in self.image_bands(x, geometry, unit=2):
+            z = self._read(source[n, h], read)
+            d = gradient[n, h.start // 2 : h.stop // 2]
+            if not d.numel():
+                continue
+            rows = d.reshape(-1, d.shape[-1])
+            if need_weight:
+                self._add_product(dweight, rows.t(), self._pool(z))
+            dpooled = torch.mm(rows, weight).view(*d.shape[:3], -1)
+            da = aten.avg_pool2d_backward(
+                dpooled.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), (2, 2), (2, 2), (0, 0), False, True, None
+            ).permute(0, 2, 3, 1)
+            self._answer(da, z, source[n, h], read, sums)
+            self._add_into(target[n, h], da, source[n, h], read, sums)
+        return sums.total(), dweight
+
+    def bn_relu(self, x: Tensor, read: Reader, relu: bool) -> Tensor:
+        """s*x + t, relu or not: (M, C), packed."""
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows in self.row_bands(x):
+            out[rows] = self._read(x[rows], read, relu)
+        return out
+
+    def bn_relu_backward(self, dout: Tensor, x: Tensor, read: Reader, relu: bool, g: Tensor) -> Sums:
+        """Of :meth:`bn_relu`, into G."""
+        sums = self._sums(read, g)
+        for rows in self.row_bands(x):
+            z = self._read(x[rows], read) if relu else None
+            da = self.scratch.take("da", x[rows].shape, x.dtype, x.device).copy_(dout[rows])
+            self._answer(da, z, x[rows], read, sums)
+            self._add_into(g[rows], da, x[rows], read, sums)
+        return sums.total()
+
+    def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
+        """The mean of relu(s*x + t) over each image: (N, C)."""
+        source = geometry.pixels(x)
+        total = x.new_zeros((geometry.n, x.shape[1]), dtype=read.scale.dtype)
+        for n, h in self.image_bands(x, geometry):
+            total[n] += self._read(source[n, h], read).sum((1, 2), dtype=total.dtype)
+        return (total / (geometry.h * geometry.w)).to(x.dtype)
+
+    def bn_relu_mean_backward(self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor) -> Sums:
+        """Of :meth:`bn_relu_mean`, into G."""
+        sums = self._sums(read, g)
+        source, target = geometry.pixels(x), geometry.pixels(g)
+        share = (dout.to(read.scale.dtype) / (geometry.h * geometry.w)).to(x.dtype)[:, None, None]
+        for n, h in self.image_bands(x, geometry):
+            lines = source[n, h]
+            da = self.scratch.take("da", lines.shape, x.dtype, x.device).copy_(share[n].expand_as(lines))
+            self._answer(da, self._read(lines, read), lines, read, sums)
+            self._add_into(target[n, h], da, lines, read, sums)
+        return sums.total()
+
+    # ---- the stem
+
+    def statistics(self, x: Tensor) -> Moments:
+        """Mean and biased variance of the columns of x (M, C)."""
+        moments = MomentSums(self.scratch)
+        for rows in self.row_bands(x):
+            moments.add(x[rows])
+        return moments.merge()
+
+    def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """max_pool3x3(relu(s*x + t)), stride 2, padding 1, for x (M, C): values (M', C) and uint8 indices (M', C)
+        of the winner in its window, 0 to 8 in reading order."""
+        small = Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
+        out = x.new_empty(small.rows, x.shape[1])
+        winner = x.new_empty(small.rows, x.shape[1], dtype=torch.uint8)
+        source, values, winners = geometry.pixels(x), small.pixels(out), small.pixels(winner)
+        corner_x = 2 * torch.arange(small.w, device=x.device)[:, None] - 1
+        for n, h in self.image_bands(x, geometry, unit=2):
+            # two lines more above, so that the band's own padding touches only the output line we drop
+            above = min(2, h.start)
+            z = self._read(source[n, h.start - above : h.stop], read).permute(0, 3, 1, 2)
+            top, index = aten.max_pool2d_with_indices(z, (3, 3), (2, 2), (1, 1))
+            top, index = (t.permute(0, 2, 3, 1)[:, above // 2 :] for t in (top, index))
+            lines = slice(h.start // 2, h.start // 2 + top.shape[1])
+            corner_y = 2 * torch.arange(top.shape[1], device=x.device)[:, None, None] - 1 + above
+            values[n, lines] = top
+            winners[n, lines] = 3 * (index // geometry.w - corner_y) + index % geometry.w - corner_x
+        return out, winner
+
+    def bn_relu_maxpool_backward(
+        self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
+    ) -> tuple[Tensor, Sums]:
+        """Of :meth:`bn_relu_maxpool`: (dz (M, C), its sums)."""
+        small = Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
+        dz = torch.zeros_like(x)
+        target = geometry.pixels(dz)
+        gradient, winners = small.pixels(dout), small.pixels(winner)
+        for n, h in self.image_bands(winner, small):
+            d, w = gradient[n, h], winners[n, h]
+            for offset in range(9):
+                dy, dx = offset // 3 - 1, offset % 3 - 1
+                ys, dst_y = _strided(h.start, h.stop, dy, geometry.h)
+                xs, dst_x = _strided(0, small.w, dx, geometry.w)
+                mine = w[:, ys, xs] == offset
+                target[n, dst_y, dst_x] += d[:, ys, xs] * mine
+        sums = self._sums(read, None)
+        for rows in self.row_bands(x):
+            self._answer(dz[rows], self._read(x[rows], read), x[rows], read, sums)
+        return dz, sums.total()
+
+    def normalised_(self, dz: Tensor, x: Tensor, abc: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+        """a*dz + b*x + c, in dz's place."""
+        for rows in self.row_bands(x):
+            dz[rows] = self._normalised(dz[rows], x[rows], abc)
+        return dz
+
+
+def _strided(start: int, stop: int, shift: int, size: int) -> tuple[slice, slice]:
+    """Which of the windows start..stop (relative to start) reach line 2*i + shift within 0..size, and those lines."""
+    first = start if 2 * start + shift >= 0 else start + 1
+    last = min(stop, (size - 1 - shift) // 2 + 1)
+    return slice(first - start, last - start), slice(2 * first + shift, 2 * (last - 1) + shift + 1, 2)

@@ -1,0 +1,103 @@
+"""The building blocks of a DenseNet as plain PyTorch modules.
+
+Their ``forward`` is the reference: it reads like the paper and stores like it too. The efficient path
+(:mod:`memdense.stage`) only gathers the parameters that live here.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DenseLayer(nn.Module):
+    """One layer of a dense block: BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, or BN-ReLU-Conv3x3 without bottleneck.
+
+    Args:
+        num_input_features: channels of all features produced before this layer.
+        growth_rate: channels this layer adds (k in the paper).
+        bn_size: the bottleneck has ``bn_size * growth_rate`` channels; ``None`` for no bottleneck.
+        drop_rate: probability with which a new value is dropped in training.
+        dilation: dilation of the 3x3 convolution.
+
+    Shape: ``(N, num_input_features, H, W)``, or a list of tensors with as many channels in all,
+    to ``(N, growth_rate, H, W)``.
+    """
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int | None,
+        drop_rate: float = 0.0,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        width = num_input_features if bn_size is None else bn_size * growth_rate
+        conv3x3 = dict(kernel_size=3, padding=dilation, dilation=dilation, bias=False)
+        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        if bn_size is None:
+            self.conv1 = nn.Conv2d(width, growth_rate, **conv3x3)
+        else:
+            self.conv1 = nn.Conv2d(num_input_features, width, kernel_size=1, bias=False)
+            self.norm2 = nn.BatchNorm2d(width)
+            self.relu2 = nn.ReLU(inplace=True)
+            self.conv2 = nn.Conv2d(width, growth_rate, **conv3x3)
+        self.has_bottleneck = bn_size is not None
+        self.drop_rate = float(drop_rate)
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        x = features if isinstance(features, Tensor) else torch.cat(list(features), 1)
+        new = self.conv1(self.relu1(self.norm1(x)))
+        if self.has_bottleneck:
+            new = self.conv2(self.relu2(self.norm2(new)))
+        if self.drop_rate > 0:
+            new = F.dropout(new, p=self.drop_rate, training=self.training)
+        return new
+
+
+class DenseBlock(nn.ModuleDict):
+    """Layers that each read everything produced before them.
+
+    Shape: ``(N, C, H, W)`` to ``(N, C + num_layers * growth_rate, H, W)``.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        bn_size: int | None,
+        growth_rate: int,
+        drop_rate: float = 0.0,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        for i in range(num_layers):
+            width = num_input_features + i * growth_rate
+            self[f"denselayer{i + 1}"] = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation)
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        features = [init_features]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+class Transition(nn.Sequential):
+    """BN-ReLU-Conv1x1 between two blocks, then 2x2 average pooling (none where ``pool=False``).
+
+    Shape: ``(N, num_input_features, H, W)`` to ``(N, num_output_features, H // 2, W // 2)``.
+    """
+
+    def __init__(self, num_input_features: int, num_output_features: int, pool: bool = True) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            norm=nn.BatchNorm2d(num_input_features),
+            relu=nn.ReLU(inplace=True),
+            conv=nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False),
+        )
+        if pool:
+            layers["pool"] = nn.AvgPool2d(kernel_size=2, stride=2)
+        super().__init__(layers)

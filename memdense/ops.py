@@ -1,0 +1,292 @@
+"""Registration: the stage and the stem as PyTorch operations, with shapes for tracing and autograd.
+
+Each is functional (it returns what backward needs) and runs with autocast off: callers cast. The backend is chosen in
+:func:`backend_for` and nowhere else.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import engine, plain
+from .backends import Reference
+from .buffers import StatisticsTable, accumulator
+from .spec import Norm, Stage, StageSpec, StemSpec, unflatten
+
+_DOUBLE_BACKWARD = (
+    "memdense does not keep what differentiating a gradient (create_graph=True) needs: "
+    "build the model with double_backward=True, or set model.features.double_backward = True"
+)
+
+
+def backend_for(device: torch.device) -> engine.Backend:
+    """The backend that runs on ``device``: a fresh one, since its scratch belongs to one call."""
+    return Reference()
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _images(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+
+
+# ---- stage: a dense block and its tail
+
+
+@torch.library.custom_op("memdense::stage", mutates_args=())
+def stage(
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    running: Sequence[Tensor],
+    mask: Tensor | None,
+    spec: str,
+    double_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(out, features, statistics, bottlenecks) of a stage; see :class:`memdense.engine.Forward`.
+
+    Args:
+        x: (N, C, H, W), in the dtype to compute in.
+        tensors, running: parameters and running statistics, as :func:`memdense.spec.flatten` orders them.
+        mask: dropout's, (M, L*k) bool, or None.
+        spec: :meth:`memdense.spec.StageSpec.encode`.
+        double_backward: keep x, so that gradients can be differentiated.
+    """
+    with _no_autocast(x):
+        return tuple(engine.forward(x, unflatten(StageSpec.decode(spec), tensors, running), mask, backend_for(x.device)))
+
+
+@stage.register_fake
+def _(x, tensors, running, mask, spec, double_backward):  # noqa: ANN001, ANN202
+    s = unflatten(StageSpec.decode(spec), tensors)
+    n, c, h, w = x.shape
+    last = c + sum(layer.growth for layer in s.layers)
+    kept = [x.new_empty(n * h * w, layer.bottleneck) for layer in s.layers] if s.keep_bottlenecks else []
+    statistics = StatisticsTable(s, c, like=x).table
+    return _fake_out(x, s, last), _images(x, n, last, h, w), statistics, kept
+
+
+def _fake_out(x: Tensor, s: Stage, channels: int) -> Tensor:
+    n, _, h, w = x.shape
+    if s.tail is None:
+        return x.new_empty(0)
+    if s.tail.spec.kind == "pool":
+        return x.new_empty(n, channels)
+    if s.tail.spec.kind == "norm":
+        return _images(x, n, channels, h, w)
+    pool = s.tail.spec.pool
+    return _images(x, n, s.tail.conv.shape[0], h // pool, w // pool)
+
+
+@torch.library.custom_op("memdense::stage_backward", mutates_args=())
+def stage_backward(
+    dout: Tensor | None,
+    dfeatures: Tensor | None,
+    features: Tensor,
+    statistics: Tensor,
+    bottlenecks: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    mask: Tensor | None,
+    spec: str,
+    need_x: bool,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that ``need_x`` and ``need`` ask for, in order; see :func:`memdense.engine.backward`."""
+    s = unflatten(StageSpec.decode(spec), tensors)
+    with _no_autocast(features):
+        dx, dtensors = engine.backward(
+            dout, dfeatures, features, statistics, bottlenecks, s, mask, need_x, need, backend_for(features.device)
+        )
+    return [g for g, n in zip([dx, *dtensors], [need_x, *need], strict=True) if n]
+
+
+@stage_backward.register_fake
+def _(dout, dfeatures, features, statistics, bottlenecks, tensors, mask, spec, need_x, need):  # noqa: ANN001, ANN202
+    n, last, h, w = features.shape
+    c = last - sum(layer.growth for layer in unflatten(StageSpec.decode(spec), tensors).layers)
+    dx = [_images(features, n, c, h, w)] if need_x else []
+    return dx + [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(tensors, need, strict=True) if n]
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, tensors, running, mask, ctx.spec, double_backward = inputs
+    _, features, statistics, bottlenecks = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics, *bottlenecks)
+    ctx.kept = len(bottlenecks)
+    # no gradient for running statistics, mask, spec and switch
+    ctx.rest = [None] * len(running), None, None, None
+    ctx.save_for_backward(features, statistics, mask, x if double_backward else None, *bottlenecks, *tensors)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) -> tuple:
+    features, statistics, mask, x, *rest = ctx.saved_tensors
+    bottlenecks, tensors = rest[: ctx.kept], rest[ctx.kept :]
+    need_x, need = ctx.needs_input_grad[0], list(ctx.needs_input_grad[1])
+    if dout is None and dfeatures is None:
+        return None, [None] * len(tensors), *ctx.rest
+    if torch.is_grad_enabled():
+        if x is None:
+            raise RuntimeError(_DOUBLE_BACKWARD)
+        with _no_autocast(features):
+            s = unflatten(StageSpec.decode(ctx.spec), _cast_convolutions(tensors, x))
+            s = StatisticsTable(s, x.shape[1], table=statistics).running(s)
+            found = plain.gradients(plain.stage(x, s, mask), (dout, dfeatures), [x, *tensors], [need_x, *need])
+        return found[0], found[1:], *ctx.rest
+    found = iter(
+        torch.ops.memdense.stage_backward(
+            dout, dfeatures, features, statistics, bottlenecks, tensors, mask, ctx.spec, need_x, need
+        )
+    )
+    dx = next(found) if need_x else None
+    return dx, [next(found) if n else None for n in need], *ctx.rest
+
+
+def _cast_convolutions(tensors: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
+    return [t if t is None or t.dim() != 4 else t.to(x.dtype) for t in tensors]
+
+
+stage.register_autograd(_backward, setup_context=_setup)
+
+
+# ---- stem: conv0, norm0, relu0, pool0
+
+
+@torch.library.custom_op("memdense::stem", mutates_args=())
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, convolved, winner, statistics) of the stem; see :class:`memdense.engine.StemForward`.
+
+    Args:
+        x: images (N, C_in, H, W), in the dtype to compute in.
+        weight: conv0's.
+        gamma, beta, mean, var: norm0's, (C,); mean and var where it reads by running statistics.
+        spec: :meth:`memdense.spec.StemSpec.encode`.
+    """
+    s = StemSpec.decode(spec)
+    with _no_autocast(x):
+        return tuple(
+            engine.stem_forward(x, weight, Norm(s.norm, gamma, beta, mean, var), s, backend_for(x.device))
+        )
+
+
+@stem.register_fake
+def _(x, weight, gamma, beta, mean, var, spec):  # noqa: ANN001, ANN202
+    s = StemSpec.decode(spec)
+    n, c = x.shape[0], weight.shape[0]
+    size = zip(x.shape[2:], weight.shape[2:], s.stride, s.padding, s.dilation, strict=True)
+    h, w = ((i + 2 * p - d * (k - 1) - 1) // stride + 1 for i, k, stride, p, d in size)
+    convolved = x.new_empty(0) if s.recompute else _images(x, n, c, h, w)
+    small = (h + 1) // 2, (w + 1) // 2
+    winner = x.new_empty(n * small[0] * small[1], c, dtype=torch.uint8)
+    return _images(x, n, c, *small), convolved, winner, x.new_empty((2, c), dtype=accumulator(x.dtype))
+
+
+@torch.library.custom_op("memdense::stem_backward", mutates_args=())
+def stem_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    convolved: Tensor,
+    winner: Tensor,
+    statistics: Tensor,
+    spec: str,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of x, weight, gamma, beta that ``need`` asks for; see :func:`memdense.engine.stem_backward`."""
+    s = StemSpec.decode(spec)
+    norm = Norm(s.norm, gamma, beta, None, None)
+    with _no_autocast(x):
+        found = engine.stem_backward(
+            dout, x, weight, norm, convolved, winner, statistics, s, need, backend_for(x.device)
+        )
+    tensors = (x, weight, gamma, beta)
+    return [g.to(t.dtype) for g, t, n in zip(found, tensors, need, strict=True) if n]
+
+
+@stem_backward.register_fake
+def _(dout, x, weight, gamma, beta, convolved, winner, statistics, spec, need):  # noqa: ANN001, ANN202
+    return [torch.empty_like(t) for t, n in zip((x, weight, gamma, beta), need, strict=True) if n]
+
+
+def _setup_stem(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, gamma, beta, _, _, ctx.spec = inputs
+    _, convolved, winner, statistics = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(convolved, winner, statistics)
+    ctx.save_for_backward(x, weight, gamma, beta, convolved, winner, statistics)
+
+
+def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
+    x, weight, gamma, beta, convolved, winner, statistics = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:4])
+    rest = (None,) * 3
+    if dout is None:
+        return (None,) * 4 + rest
+    if torch.is_grad_enabled():
+        s = StemSpec.decode(ctx.spec)
+        running = (None, None) if s.norm.batch else statistics.unbind()
+        with _no_autocast(x):
+            out = plain.stem(x, weight.to(x.dtype), Norm(s.norm, gamma, beta, *running), s)
+            return (*plain.gradients([out], [dout], [x, weight, gamma, beta], need), *rest)
+    found = iter(
+        torch.ops.memdense.stem_backward(
+            dout, x, weight, gamma, beta, convolved, winner, statistics, ctx.spec, need
+        )
+    )
+    return (*(next(found) if n else None for n in need), *rest)
+
+
+stem.register_autograd(_backward_stem, setup_context=_setup_stem)
+
+
+# ---- running statistics
+
+
+@torch.library.custom_op("memdense::update_running_statistics", mutates_args=("means", "variances", "counts"))
+def update_running_statistics(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    batch_means: Sequence[Tensor],
+    batch_variances: Sequence[Tensor],
+    momenta: Sequence[float],
+    rows: int,
+) -> None:
+    """One training step of BatchNorm's buffers: running = (1 - m)*running + m*batch, with the unbiased variance.
+
+    ``counts`` (num_batches_tracked) go up by one. A momentum below 0 stands for ``momentum=None``: m = 1 / count.
+    """
+    unbiased = torch._foreach_mul(list(batch_variances), rows / (rows - 1))
+    if counts:
+        torch._foreach_add_(list(counts), 1)
+    for momentum in sorted(set(momenta)):
+        mine = [i for i, m in enumerate(momenta) if m == momentum]
+        for running, batch in ((means, batch_means), (variances, unbiased)):
+            old, new = [running[i] for i in mine], [batch[i] for i in mine]
+            if momentum < 0:
+                for r, b, i in zip(old, new, mine, strict=True):
+                    r.copy_(torch.lerp(r.to(b.dtype), b, counts[i].to(b.dtype).reciprocal()))
+            elif all(r.dtype == b.dtype for r, b in zip(old, new, strict=True)):
+                torch._foreach_mul_(old, 1 - momentum)
+                torch._foreach_add_(old, new, alpha=momentum)
+            else:
+                for r, b in zip(old, new, strict=True):
+                    r.copy_(torch.lerp(r.to(b.dtype), b, momentum))
+
+
+@update_running_statistics.register_fake
+def _(means, variances, counts, batch_means, batch_variances, momenta, rows) -> None:  # noqa: ANN001
+    return None

@@ -1,0 +1,66 @@
+"""A stage in plain differentiable PyTorch: what its operation computes, and how it is differentiated twice."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .spec import Norm, Stage, StemSpec
+
+
+def _norm(x: Tensor, norm: Norm) -> Tensor:
+    return F.batch_norm(x, norm.mean, norm.var, norm.weight, norm.bias, norm.spec.batch, 0.0, norm.spec.eps)
+
+
+def stage(x: Tensor, s: Stage, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(tail's output, features) of x (N, C, H, W). No running statistics move; dropout takes its mask (M, L*k)."""
+    features = x
+    dropped = 0
+    for layer in s.layers:
+        new = F.relu(_norm(features, layer.norm1))
+        if layer.norm2 is None:
+            weight = layer.conv1
+        else:
+            new = F.relu(_norm(F.conv2d(new, layer.conv1), layer.norm2))
+            weight = layer.conv2
+        new = F.conv2d(new, weight, padding=layer.dilation, dilation=layer.dilation)
+        if mask is not None:
+            n, k, h, w = new.shape
+            keep = mask[:, dropped : dropped + k].view(n, h, w, k).permute(0, 3, 1, 2)
+            new = new * keep * (1 / (1 - s.drop_rate) if s.drop_rate < 1 else 0.0)
+            dropped += k
+        features = torch.cat((features, new), 1)
+    return _tail(features, s), features
+
+
+def _tail(features: Tensor, s: Stage) -> Tensor:
+    if s.tail is None:
+        return features.new_empty(0)
+    z = _norm(features, s.tail.norm)
+    if s.tail.spec.relu:
+        z = F.relu(z)
+    if s.tail.spec.kind == "norm":
+        return z
+    if s.tail.spec.kind == "pool":
+        return z.mean((2, 3))
+    z = F.conv2d(z, s.tail.conv)
+    return F.avg_pool2d(z, 2) if s.tail.spec.pool == 2 else z
+
+
+def stem(x: Tensor, weight: Tensor, norm: Norm, spec: StemSpec) -> Tensor:
+    """conv0, norm0, relu0 and pool0."""
+    z = F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
+    return F.max_pool2d(F.relu(_norm(z, norm)), 3, 2, 1)
+
+
+def gradients(
+    outputs: Sequence[Tensor], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None], need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Differentiable gradients of ``outputs`` with respect to those inputs that ``need`` marks; None elsewhere."""
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    wanted = [t for t, n in zip(inputs, need, strict=True) if n]
+    result = iter(
+        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    )
+    return [next(result) if n else None for n in need]

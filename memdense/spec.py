@@ -1,0 +1,172 @@
+"""What a stage is, apart from its tensors: hashable, and a string where an operation's schema needs one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """How a BatchNorm reads: by the batch's statistics, or by its running ones."""
+
+    eps: float
+    batch: bool
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    norm1: NormSpec
+    norm2: NormSpec | None  # None: a layer without bottleneck
+    dilation: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TailSpec:
+    """What follows a block: ``transition`` (norm, relu, pool, 1x1), ``norm`` or ``pool`` (norm, relu, global mean)."""
+
+    kind: str
+    norm: NormSpec
+    relu: bool = True
+    pool: int = 1
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    layers: tuple[LayerSpec, ...]
+    tail: TailSpec | None
+    drop_rate: float = 0.0
+    keep_bottlenecks: bool = False
+
+    @lru_cache(maxsize=4096)  # noqa: B019  (specs are small, hashed by value)
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def decode(text: str) -> "StageSpec":
+        d = json.loads(text)
+
+        def norm(n: dict | None) -> NormSpec | None:
+            return n and NormSpec(**n)
+
+        layers = (LayerSpec(norm(x["norm1"]), norm(x["norm2"]), tuple(x["dilation"])) for x in d["layers"])
+        tail = d["tail"] and TailSpec(**{**d["tail"], "norm": norm(d["tail"]["norm"])})
+        return StageSpec(tuple(layers), tail, d["drop_rate"], d["keep_bottlenecks"])
+
+
+@dataclass(frozen=True)
+class StemSpec:
+    """A first convolution with BN-ReLU and a 3x3 max-pool of stride 2 behind it."""
+
+    norm: NormSpec
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    recompute: bool
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def decode(text: str) -> "StemSpec":
+        d = json.loads(text)
+        pair = {k: tuple(d[k]) for k in ("stride", "padding", "dilation")}
+        return StemSpec(norm=NormSpec(**d["norm"]), recompute=d["recompute"], **pair)
+
+
+class Norm(NamedTuple):
+    """A BatchNorm's tensors, each (C,). ``mean`` and ``var`` are its running statistics where it reads by them."""
+
+    spec: NormSpec
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+
+
+class Layer(NamedTuple):
+    norm1: Norm
+    conv1: Tensor
+    norm2: Norm | None
+    conv2: Tensor | None
+    dilation: tuple[int, int]
+
+    @property
+    def growth(self) -> int:
+        return (self.conv1 if self.conv2 is None else self.conv2).shape[0]
+
+    @property
+    def bottleneck(self) -> int:
+        return 0 if self.conv2 is None else self.conv1.shape[0]
+
+
+class Tail(NamedTuple):
+    spec: TailSpec
+    norm: Norm
+    conv: Tensor | None  # the transition's
+
+
+class Stage(NamedTuple):
+    """A block's layers and its tail, tensors and all."""
+
+    layers: list[Layer]
+    tail: Tail | None
+    drop_rate: float
+    keep_bottlenecks: bool
+
+
+def flatten(stage: Stage) -> tuple[list[Tensor | None], list[Tensor]]:
+    """A stage's tensors in order, parameters and running statistics apart.
+
+    Parameters: per layer gamma1, beta1, conv1, gamma2, beta2, conv2; then the tail's gamma, beta and conv. Running
+    statistics: mean and var of each norm that reads by them, in the same order.
+    """
+    tensors: list[Tensor | None] = []
+    running: list[Tensor] = []
+
+    def add(norm: Norm, conv: Tensor | None) -> None:
+        tensors.extend((norm.weight, norm.bias))
+        if not norm.spec.batch:
+            running.extend((norm.mean, norm.var))
+        if conv is not None:
+            tensors.append(conv)
+
+    for layer in stage.layers:
+        add(layer.norm1, layer.conv1)
+        if layer.norm2 is not None:
+            add(layer.norm2, layer.conv2)
+    if stage.tail is not None:
+        add(stage.tail.norm, stage.tail.conv)
+    return tensors, running
+
+
+def unflatten(spec: StageSpec, tensors: Sequence[Tensor | None], running: Sequence[Tensor] | None = None) -> Stage:
+    """The inverse of :func:`flatten`; without ``running``, every norm's mean and var are None."""
+    parameters, buffers = iter(tensors), iter(running or ())
+
+    def norm(s: NormSpec) -> Norm:
+        weight, bias = next(parameters), next(parameters)
+        if s.batch or running is None:
+            return Norm(s, weight, bias, None, None)
+        return Norm(s, weight, bias, next(buffers), next(buffers))
+
+    layers = []
+    for s in spec.layers:
+        norm1, conv1 = norm(s.norm1), next(parameters)
+        norm2, conv2 = (None, None) if s.norm2 is None else (norm(s.norm2), next(parameters))
+        layers.append(Layer(norm1, conv1, norm2, conv2, s.dilation))
+    tail = None
+    if spec.tail is not None:
+        tail = Tail(spec.tail, norm(spec.tail.norm), next(parameters) if spec.tail.kind == "transition" else None)
+    return Stage(layers, tail, spec.drop_rate, spec.keep_bottlenecks)
+
+
+def spec_of(stage: Stage) -> StageSpec:
+    layers = tuple(LayerSpec(x.norm1.spec, x.norm2 and x.norm2.spec, x.dilation) for x in stage.layers)
+    return StageSpec(layers, stage.tail and stage.tail.spec, stage.drop_rate, stage.keep_bottlenecks)

@@ -1,0 +1,290 @@
+"""From modules to operations: a stack of DenseNet features that runs stage by stage where its modules allow it."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .buffers import reader_columns
+from .spec import Stage, StemSpec, flatten, spec_of
+from .structure import (
+    OWN_TYPES,
+    NormModule,
+    StageModules,
+    StemModules,
+    Unsupported,
+    convolution_dtype_fits,
+    misfit,
+    read_stage,
+    read_stem,
+)
+
+
+class MemdenseWarning(UserWarning):
+    """A part of a model runs as plain modules, and why."""
+
+
+class Step(NamedTuple):
+    """Children of a feature stack that run together: a "stem", a "stage" (block and tail) or a single "module"."""
+
+    kind: str
+    names: tuple[str, ...]
+    tail: str | None = None
+
+
+class Features(nn.Sequential):
+    """The feature stack of a DenseNet, from the first convolution to the last norm.
+
+    A ``Sequential`` in every respect; with ``efficient`` its blocks share one buffer each and their norms, activations
+    and bottlenecks are recomputed in backward. What cannot run so runs as plain modules, with one warning that says
+    why. The switches are attributes and may be changed at any time.
+
+    Args:
+        *args: as for ``Sequential``.
+        efficient, keep_bottlenecks, recompute_stem, double_backward: see :class:`memdense.DenseNet`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        efficient: bool = True,
+        keep_bottlenecks: bool = False,
+        recompute_stem: bool = False,
+        double_backward: bool = False,
+    ) -> None:
+        super().__init__(*args)
+        self._switches(efficient, keep_bottlenecks, recompute_stem, double_backward)
+
+    def _switches(self, efficient: bool, keep_bottlenecks: bool, recompute_stem: bool, double_backward: bool) -> None:
+        self.efficient = bool(efficient)
+        self.keep_bottlenecks = bool(keep_bottlenecks)
+        self.recompute_stem = bool(recompute_stem)
+        self.double_backward = bool(double_backward)
+        self._types = OWN_TYPES
+        self._warned: set[str] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to the last norm's output, (N, C, H', W'), in x's memory format."""
+        if not self._runs_efficiently(x):
+            return super().forward(x)
+        out = self._run(x, "norm")[0]
+        return out.contiguous() if x.is_contiguous() else out
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
+        if self._runs_efficiently(x) and self._steps("pool")[-1].tail == "pool":
+            return self._run(x, "pool")[0]
+        return _mean(F.relu(self(x)))
+
+    def block_outputs(self, x: Tensor) -> list[Tensor]:
+        """(N, C_in, H, W) to the output of each dense block."""
+        if self._runs_efficiently(x):
+            return self._run(x, None)[1]
+        outputs = []
+        for step in self._steps(None):
+            for name in step.names:
+                x = self._modules[name](x)
+                if step.kind == "stage" and name == step.names[0]:
+                    outputs.append(x)
+        return outputs
+
+    def _runs_efficiently(self, x: Tensor) -> bool:
+        if not self.efficient or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return False
+        # modules say best what is wrong with an input, and do with an empty one what they do
+        return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.numel() > 0
+
+    def _steps(self, last_tail: str | None) -> list[Step]:
+        """How the children run together. ``last_tail``: what becomes of a final norm ("norm", "pool" or nothing)."""
+        return list(_steps(self._modules, last_tail))
+
+    def _run(self, x: Tensor, last_tail: str | None) -> tuple[Tensor, list[Tensor]]:
+        outputs = []
+        for step in self._steps(last_tail):
+            modules = {name: self._modules[name] for name in step.names}
+            if step.kind == "module":
+                x = modules[step.names[0]](x)
+                continue
+            try:
+                found = self.read(step)
+            except Unsupported as reason:
+                self._warn(step, str(reason))
+                found = None
+            x = _cast(x)
+            if step.kind == "stem":
+                x = _stem_or_modules(x, found, modules, self.recompute_stem)
+            else:
+                x, features = _stage_or_modules(x, found, modules, step.tail, self.double_backward)
+                outputs.append(features)
+        return x, outputs
+
+    def read(self, step: Step) -> StageModules | StemModules:
+        """The modules of a step, as operations take them. Raises ``Unsupported`` where they must run as modules."""
+        if step.kind == "stem":
+            return read_stem({name: self._modules[name] for name in step.names})
+        name, *tail = step.names
+        tail_name = tail[0] if tail else ""
+        return read_stage(
+            self._modules[name],
+            name,
+            self._modules.get(tail_name),
+            tail_name,
+            step.tail or "",
+            self._types,
+            self.keep_bottlenecks,
+        )
+
+    def _warn(self, step: Step, reason: str) -> None:
+        if reason in self._warned:
+            return
+        self._warned.add(reason)
+        warnings.warn(
+            f"memdense runs {' and '.join(step.names)} as plain modules: {reason}", MemdenseWarning, stacklevel=4
+        )
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether all children of ``module`` are built like dense layers."""
+    return bool(module._modules) and all(
+        {"norm1", "conv1"} <= set((m._modules.get("layers") or m)._modules) for m in module._modules.values()
+    )
+
+
+def is_transition(module: nn.Module) -> bool:
+    return {"norm", "conv"} <= set(module._modules)
+
+
+def _steps(children: dict[str, nn.Module], last_tail: str | None) -> Iterator[Step]:
+    names = list(children)
+    i = 0
+    if len(names) > 3 and isinstance(children[names[1]], nn.BatchNorm2d):
+        size = 4 if isinstance(children[names[2]], nn.ReLU) else 3
+        if isinstance(children[names[0]], nn.Conv2d) and isinstance(children[names[size - 1]], nn.MaxPool2d):
+            yield Step("stem", tuple(names[:size]))
+            i = size
+    while i < len(names):
+        here, following = names[i], names[i + 1] if i + 1 < len(names) else None
+        i += 1
+        if not is_block(children[here]):
+            yield Step("module", (here,))
+        elif following and is_transition(children[following]):
+            yield Step("stage", (here, following), "transition")
+            i += 1
+        elif following and isinstance(children[following], nn.BatchNorm2d) and i + 1 == len(names):
+            # without a last tail the norm's output is nobody's
+            yield Step("stage", (here, following), last_tail) if last_tail else Step("stage", (here,))
+            i += 1
+        else:
+            yield Step("stage", (here,))
+
+
+def _cast(x: Tensor) -> Tensor:
+    """x as autocast would have the convolutions take it."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _mean(features: Tensor) -> Tensor:
+    return torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1)
+
+
+def _stage_or_modules(
+    x: Tensor, found: StageModules | None, modules: dict[str, nn.Module], tail: str | None, double_backward: bool
+) -> tuple[Tensor, Tensor]:
+    """(output, block's features)."""
+    if found is not None:
+        convolutions = [w for layer in found.stage.layers for w in (layer.conv1, layer.conv2) if w is not None]
+        if not misfit(x, found.stage) and convolution_dtype_fits(x, convolutions):
+            return run_stage(x, found, double_backward)
+    block, *rest = modules.values()
+    features = block(x)
+    if not rest:
+        return features, features
+    out = rest[0](features)
+    return (_mean(F.relu(out)) if tail == "pool" else out), features
+
+
+def run_stage(x: Tensor, found: StageModules, double_backward: bool) -> tuple[Tensor, Tensor]:
+    """Run a stage's operation and move its running statistics once. Returns (output, block's features)."""
+    stage = found.stage
+    tensors, running = flatten(stage)
+    out, features, statistics, _ = ops.stage(
+        x, tensors, running, _draw_mask(x, stage), spec_of(stage).encode(), double_backward
+    )
+    _update_running(found, statistics, x)
+    return (features if stage.tail is None else out), features
+
+
+def _draw_mask(x: Tensor, stage: Stage) -> Tensor | None:
+    """Dropout's mask, (M, L*k) bool, drawn as ``F.dropout`` would draw it layer by layer."""
+    if stage.drop_rate == 0:
+        return None
+    n, _, h, w = x.shape
+    masks = []
+    for layer in stage.layers:
+        new = x.new_empty(n, layer.growth, h, w)
+        if x.device.type == "cpu":
+            kept = new.bernoulli_(1 - stage.drop_rate).bool()
+        else:
+            kept = torch.native_dropout(new, stage.drop_rate, True)[1]
+        masks.append(kept.permute(0, 2, 3, 1).reshape(n * h * w, layer.growth))
+    return torch.cat(masks, 1)
+
+
+def _update_running(found: StageModules, statistics: Tensor, x: Tensor) -> None:
+    norms = [n for n in found.norms if n.updates]
+    if not norms:
+        return
+    columns, _ = reader_columns(found.stage, x.shape[1])
+    batch = [statistics[:, c] for n, c in zip(found.norms, columns.values(), strict=True) if n.updates]
+    _update(norms, batch, x.shape[0] * x.shape[2] * x.shape[3])
+
+
+def _update(norms: list[NormModule], statistics: list[Tensor], rows: int) -> None:
+    modules = [n.module for n in norms]
+    with torch.no_grad():
+        ops.update_running_statistics(
+            [m.running_mean for m in modules],
+            [m.running_var for m in modules],
+            [m.num_batches_tracked for m in modules],
+            [s[0] for s in statistics],
+            [s[1] for s in statistics],
+            [-1.0 if m.momentum is None else m.momentum for m in modules],
+            rows,
+        )
+
+
+def _stem_or_modules(
+    x: Tensor, found: StemModules | None, modules: dict[str, nn.Module], recompute: bool
+) -> Tensor:
+    if found is not None:
+        weight = found.conv.weight
+        fits = x.shape[1] == weight.shape[1] and x.device == weight.device and convolution_dtype_fits(x, [weight])
+        size = [_convolved(x, found.conv, i) for i in (0, 1)]
+        one_value = x.shape[0] * size[0] * size[1] == 1 and found.norm.norm.spec.batch
+        if fits and min(size) > 0 and not one_value:
+            return run_stem(x, found, recompute, x.shape[0] * size[0] * size[1])
+    for module in modules.values():
+        x = module(x)
+    return x
+
+
+def _convolved(x: Tensor, conv: nn.Conv2d, axis: int) -> int:
+    reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+    return (x.shape[2 + axis] + 2 * conv.padding[axis] - reach - 1) // conv.stride[axis] + 1
+
+
+def run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tensor:
+    """Run the stem's operation and move its running statistics once."""
+    conv, norm = found.conv, found.norm.norm
+    spec = StemSpec(norm.spec, conv.stride, conv.padding, conv.dilation, recompute)
+    out, _, _, statistics = ops.stem(x, conv.weight, *norm[1:], spec.encode())
+    if found.norm.updates:
+        _update([found.norm], [statistics], rows)
+    return out

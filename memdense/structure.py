@@ -1,0 +1,253 @@
+"""Reading a dense block out of modules: whose they are does not matter, only that nothing unusual hangs on them.
+
+Everything is looked up at every call, since hooks, modes and modules change between calls.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from .modules import DenseBlock, DenseLayer, Transition
+from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec
+
+OWN_TYPES = frozenset({DenseBlock, DenseLayer, Transition})
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+_LAYER = {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2"}
+_TRANSITION = {"norm", "relu", "conv", "pool"}
+
+
+class Unsupported(Exception):
+    """Why a module cannot run efficiently, in a sentence that names it."""
+
+
+class NormModule(NamedTuple):
+    """A BatchNorm as found, with what it takes to update its buffers."""
+
+    module: nn.Module
+    norm: Norm
+    updates: bool
+
+
+def global_hooks() -> str | None:
+    """What hangs on every module of the process, if anything."""
+    for name, kind in _HOOKS.items():
+        if getattr(_module, "_global" + name, None):
+            return f"a global {kind} is registered"
+    return None
+
+
+def check(module: nn.Module, name: str, types: Iterable[type], expected: str) -> None:
+    """Raise :class:`Unsupported` unless ``module`` is exactly of one of ``types`` and does nothing beside."""
+    if type(module) not in types:
+        raise Unsupported(f"{name} is {_article(type(module).__name__)}, not {expected}")
+    for attribute, kind in _HOOKS.items():
+        if module.__dict__.get(attribute):
+            raise Unsupported(f"{name} carries a {kind}")
+    if "forward" in module.__dict__:
+        raise Unsupported(f"the forward of {name} was replaced on the instance")
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[0] in 'AEIOUaeiou' else 'a'} {word}"
+
+
+def has_fused_relu(module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm2d with its ReLU inside, as timm builds them."""
+    if type(module).__name__ != "BatchNormAct2d" or not isinstance(module, nn.BatchNorm2d):
+        return False
+    return type(getattr(module, "act", None)) is nn.ReLU and type(getattr(module, "drop", None)) is nn.Identity
+
+
+def read_norm(module: nn.Module, name: str) -> NormModule:
+    fused = has_fused_relu(module)
+    check(module, name, (type(module),) if fused else (nn.BatchNorm2d,), "a BatchNorm2d")
+    if fused:
+        check(module.act, f"{name}.act", (nn.ReLU,), "a ReLU")
+    mean, var = module.running_mean, module.running_var
+    batch = module.training or mean is None
+    updates = module.training and module.track_running_stats and mean is not None
+    if updates and module.num_batches_tracked is None:
+        raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
+    spec = NormSpec(module.eps, batch)
+    norm = Norm(spec, module.weight, module.bias, None if batch else mean, None if batch else var)
+    return NormModule(module, norm, updates)
+
+
+def read_relu(parent: nn.Module, relu: str, norm: nn.Module, name: str) -> None:
+    module = parent._modules.get(relu)
+    if module is None and has_fused_relu(norm):
+        return
+    if module is None or has_fused_relu(norm):
+        raise Unsupported(f"{name} has {'no' if module is None else 'one more'} ReLU behind a norm")
+    check(module, f"{name}.{relu}", (nn.ReLU,), "a ReLU")
+
+
+def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d:
+    check(module, name, (nn.Conv2d,), "a Conv2d")
+    same = tuple(d * (size // 2) for d in module.dilation)
+    plain = module.groups == 1 and module.bias is None and module.stride == (1, 1)
+    plain = plain and module.kernel_size == (size, size) and module.padding in (same, "same")
+    if not plain or module.padding_mode != "zeros":
+        raise Unsupported(f"{name} is not a {size}x{size} convolution of stride 1, without bias, that keeps the size")
+    return module
+
+
+class LayerModules(NamedTuple):
+    layer: Layer
+    norms: list[NormModule]
+    drop_rate: float
+
+
+def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerModules:
+    """One dense layer: torchvision's, timm's, gpleiss's or memdense's children, or MONAI's ``layers`` with them."""
+    check(module, name, types, "a dense layer that was looked at when the model was converted")
+    parts = module
+    if set(module._modules) == {"layers"}:
+        parts, name = module.layers, f"{name}.layers"
+        check(parts, name, (nn.Sequential,), "a Sequential")
+    children = parts._modules
+    if not {"norm1", "conv1"} <= set(children) <= _LAYER:
+        raise Unsupported(f"{name} has the children {', '.join(children)}, not those of a dense layer")
+    norm1 = read_norm(children["norm1"], f"{name}.norm1")
+    read_relu(parts, "relu1", norm1.module, name)
+    rate = getattr(module, "drop_rate", 0.0) if module.training else 0.0
+    if "conv2" not in children:
+        conv1 = read_conv(children["conv1"], f"{name}.conv1", 3)
+        return LayerModules(Layer(norm1.norm, conv1.weight, None, None, conv1.dilation), [norm1], rate)
+    conv1 = read_conv(children["conv1"], f"{name}.conv1", 1)
+    norm2 = read_norm(children["norm2"], f"{name}.norm2")
+    read_relu(parts, "relu2", norm2.module, name)
+    conv2 = read_conv(children["conv2"], f"{name}.conv2", 3)
+    layer = Layer(norm1.norm, conv1.weight, norm2.norm, conv2.weight, conv2.dilation)
+    return LayerModules(layer, [norm1, norm2], rate)
+
+
+class StageModules(NamedTuple):
+    """A stage with, in the order of its readers, the modules of its norms (two a layer, or one; then the tail's)."""
+
+    stage: Stage
+    norms: list[NormModule]
+
+
+def read_stage(
+    block: nn.Module,
+    name: str,
+    tail: nn.Module | None,
+    tail_name: str,
+    tail_kind: str,
+    types: frozenset[type],
+    keep_bottlenecks: bool,
+) -> StageModules:
+    """A dense block and what follows it.
+
+    Raises:
+        Unsupported: where running these modules one by one would do anything else.
+    """
+    hooks = global_hooks()
+    if hooks:
+        raise Unsupported(hooks)
+    check(block, name, types, "a dense block that was looked at when the model was converted")
+    layers, norms, rates = [], [], set()
+    for child, module in block._modules.items():
+        found = read_layer(module, f"{name}.{child}", types)
+        layers.append(found.layer)
+        norms += found.norms
+        rates.add(found.drop_rate)
+    if not layers:
+        raise Unsupported(f"{name} has no layers")
+    if len(rates) != 1:
+        raise Unsupported(f"{name} has layers of different dropout rates")
+    end = None
+    if tail is not None:
+        end, norm = _read_tail(tail, tail_name, tail_kind, types)
+        norms.append(norm)
+    return StageModules(Stage(layers, end, rates.pop(), keep_bottlenecks), norms)
+
+
+def _read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) -> tuple[Tail, NormModule]:
+    if kind != "transition":
+        norm = read_norm(module, name)
+        # a final norm's ReLU stands in the model's forward, unless it is fused
+        relu = kind == "pool" or has_fused_relu(module)
+        return Tail(TailSpec(kind, norm.norm.spec, relu), norm.norm, None), norm
+    check(module, name, types, "a transition that was looked at when the model was converted")
+    children = module._modules
+    if not {"norm", "conv"} <= set(children) <= _TRANSITION:
+        raise Unsupported(f"{name} has the children {', '.join(children)}, not those of a transition")
+    norm = read_norm(children["norm"], f"{name}.norm")
+    read_relu(module, "relu", norm.module, name)
+    conv = read_conv(children["conv"], f"{name}.conv", 1)
+    pool = children.get("pool")
+    if pool is not None:
+        check(pool, f"{name}.pool", (nn.AvgPool2d,), "an AvgPool2d")
+        if (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) != ((2, 2), (2, 2), (0, 0)):
+            raise Unsupported(f"{name}.pool is not a 2x2 average of stride 2")
+        if pool.ceil_mode or pool.divisor_override:
+            raise Unsupported(f"{name}.pool has ceil_mode or divisor_override")
+    spec = TailSpec("transition", norm.norm.spec, True, 1 if pool is None else 2)
+    return Tail(spec, norm.norm, conv.weight), norm
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+class StemModules(NamedTuple):
+    conv: nn.Conv2d
+    norm: NormModule
+
+
+def read_stem(modules: dict[str, nn.Module]) -> StemModules:
+    """conv0, norm0, relu0 and pool0 out of ``modules``, named children in their order.
+
+    Raises:
+        Unsupported: where they are anything else.
+    """
+    hooks = global_hooks()
+    if hooks:
+        raise Unsupported(hooks)
+    names = list(modules)
+    conv, norm = modules[names[0]], read_norm(modules[names[1]], names[1])
+    check(conv, names[0], (nn.Conv2d,), "a Conv2d")
+    if conv.groups != 1 or conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise Unsupported(f"{names[0]} has groups, a bias or padding by name")
+    if not has_fused_relu(norm.module):
+        check(modules[names[2]], names[2], (nn.ReLU,), "a ReLU")
+    pool = modules[names[-1]]
+    check(pool, names[-1], (nn.MaxPool2d,), "a MaxPool2d")
+    shape = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), _pair(pool.dilation))
+    if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or pool.ceil_mode or pool.return_indices:
+        raise Unsupported(f"{names[-1]} is not a 3x3 maximum of stride 2 and padding 1")
+    return StemModules(conv, norm)
+
+
+def misfit(x: Tensor, stage: Stage) -> bool:
+    """Whether x is not what the modules would take: they say best what is wrong with it."""
+    first = stage.layers[0].conv1
+    if x.shape[1] != first.shape[1] or x.device != first.device or not x.numel():
+        return True
+    channels = x.shape[1]
+    for layer in stage.layers:
+        if layer.conv1.shape[1] != channels or layer.conv1.device != x.device:
+            return True
+        channels += layer.growth
+    norms = [n for layer in stage.layers for n in (layer.norm1, layer.norm2) if n is not None]
+    if stage.tail is not None:
+        norms.append(stage.tail.norm)
+        if stage.tail.spec.kind == "transition" and stage.tail.spec.pool == 2 and min(x.shape[2:]) < 2:
+            return True
+    one_value = x.shape[0] * x.shape[2] * x.shape[3] == 1
+    return one_value and any(n.spec.batch for n in norms)
+
+
+def convolution_dtype_fits(x: Tensor, weights: Iterable[Tensor]) -> bool:
+    """Whether x may be convolved with ``weights`` as they are, or autocast makes it so."""
+    return torch.is_autocast_enabled(x.device.type) or all(w.dtype == x.dtype for w in weights)
