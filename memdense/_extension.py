@@ -56,7 +56,7 @@ def _statistics_setup(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor])
 
 def _statistics_backward(ctx, d_mean: Tensor, d_var: Tensor) -> Tensor:
     x, mean = ctx.saved_tensors
-    return ((d_mean + 2 * d_var * (x - mean)) / x.shape[0]).to(x.dtype)
+    return (d_mean + 2 * d_var * (x - mean)) / x.shape[0]
 
 
 if available():
