@@ -13,6 +13,7 @@ from torchvision.models import DenseNet
 from memdense.memory import (
     PeakMemory,
     StepMemory,
+    _follow,
     format_bytes,
     live_bytes,
     peak_memory,
@@ -135,38 +136,22 @@ def test_blocks_of_an_earlier_window_do_not_count_when_freed():
     assert figures(script) == (800, 800)
 
 
-# Blocks this large are mapped one by one, so that an address is free for the next one at once.
-MAPPED = 40_000_000
-
-
-def test_address_whose_earlier_tenant_was_measured():
-    first = peak_memory(block, MAPPED)
-    address = first.result.data_ptr()
-    del first
-    tenants = []
-    while len(tenants) < 50 and address not in {tenant.data_ptr() for tenant in tenants}:
-        tenants.append(block(MAPPED))
-    if tenants[-1].data_ptr() != address:
-        pytest.skip("the system's allocator did not reuse the address")
-    # The profiler still believes that the first tenant lives there.
-    assert figures(tenants.clear) == (0, 0)
-
-
-def test_address_that_another_thread_freed():
-    def script():
-        first = [block(MAPPED)]
-        address = first[0].data_ptr()
-        thread = threading.Thread(target=first.clear)
-        thread.start()
-        thread.join()
-        second = block(MAPPED)
-        return second, second.data_ptr() == address
-
-    measured = peak_memory(script)
-    _, reused = measured.result
-    if not reused:
-        pytest.skip("the system's allocator did not reuse the address")
-    assert (measured.peak, measured.retained) == (MAPPED, MAPPED)
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([], (0, 0)),
+        ([(1, 10), (2, 20), (1, -10), (3, 5)], (30, 25)),
+        ([(1, 10), (1, -10), (1, 4)], (10, 4)),
+        # Block 1 is from before, so that its size counts for nothing and may be wrong.
+        ([(1, -10), (2, 20)], (20, 20)),
+        ([(2, 20), (1, -10), (2, -20)], (20, 0)),
+        # Block 1 was freed by another thread before its address was used again.
+        ([(1, 10), (1, 10)], (10, 10)),
+        ([(1, 10), (2, 5), (1, 7), (1, -7)], (15, 5)),
+    ],
+)
+def test_blocks_are_followed_by_address(events, expected):
+    assert _follow(events) == expected
 
 
 def test_other_python_threads_are_not_seen_as_documented():
@@ -229,6 +214,8 @@ def test_other_devices_are_refused():
         peak_memory(torch.neg, torch.empty(3, device="meta"))
     with pytest.raises(ValueError, match="meta"):
         peak_memory(nn.Linear(2, 2, device="meta"), torch.empty(1, 2))
+    with pytest.raises(ValueError, match="meta"):
+        peak_memory(torch.mul, torch.empty(3), other=torch.empty(3, device="meta"))
 
 
 # What is alive between forward and backward
