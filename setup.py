@@ -39,7 +39,7 @@ def extension_arguments() -> dict:
         return {}
 
     sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
-    compile_args = {"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *DEFINES]}
+    compile_args = {"cxx": ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *DEFINES]}
     make_extension = cpp_extension.CppExtension
     # Not torch.cuda.is_available(): building needs nvcc, not a GPU.
     if torch.version.cuda and cpp_extension.CUDA_HOME and glob("csrc/cuda/*.cu"):
