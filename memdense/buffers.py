@@ -1,7 +1,8 @@
 """The two buffers of a dense block, X and G, with what is known of each of their channels.
 
-Both are (M, C_max) matrices, M = N*H*W pixels by all the channels the block will ever hold. Kernels see them only as
-strided prefixes and slices, and BatchNorm only as vectors; both kinds of vector are made here and nowhere else.
+Both are (M, C_max) matrices, M = N*H*W pixels by all the channels the block will ever hold. Kernels
+see them only as strided prefixes and slices, and BatchNorm only as vectors; both kinds of vector
+are made here and nowhere else.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import Layer, Norm, Stage
+from .spec import Norm, Stage
 
 
 class Geometry(NamedTuple):
@@ -39,7 +40,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class Reader(NamedTuple):
-    """A BatchNorm as kernels see it: z = relu(scale * x + shift), with x_hat = (x - mean) * rstd. Vectors of (C,)."""
+    """A BatchNorm as kernels see it: z = relu(scale * x + shift), with x_hat = (x - mean) * rstd.
+    Vectors of (C,).
+    """
 
     scale: Tensor
     shift: Tensor
@@ -57,18 +60,23 @@ def reader(norm: Norm, mean: Tensor, var: Tensor) -> Reader:
 
 
 class Sums(NamedTuple):
-    """What a reader's backward leaves per channel: dbeta = sum(dz), dgamma = sum(dz * x_hat), and the same two
-    sums of what a 16-bit G really took in (None where G stores without rounding)."""
+    """What a reader's backward leaves per channel: dbeta = sum(dz), dgamma = sum(dz * x_hat), and
+    the same two sums of what a 16-bit G really took in (None where G stores without rounding).
+    """
 
     dbeta: Tensor
     dgamma: Tensor
     stored: tuple[Tensor, Tensor] | None = None
 
 
-def norm_backward(read: Reader, sums: Sums, rows: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(a, b, c) such that dy = a * dz + b * y + c is the gradient behind a BatchNorm with one reader.
+def norm_backward(
+    read: Reader, sums: Sums, rows: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(a, b, c) such that dy = a * dz + b * y + c is the gradient behind a BatchNorm with one
+    reader.
 
-    dy = r*(g - mean(g) - y_hat*mean(g*y_hat)) with g = gamma*dz; running statistics do not answer: dy = s*dz.
+    dy = r*(g - mean(g) - y_hat*mean(g*y_hat)) with g = gamma*dz; running statistics do not answer:
+    dy = s*dz.
     """
     if not read.batch:
         return read.scale, None, None
@@ -78,10 +86,12 @@ def norm_backward(read: Reader, sums: Sums, rows: int) -> tuple[Tensor, Tensor |
 
 
 def reader_columns(stage: Stage, channels: int) -> tuple[dict[tuple[int, int], slice], int]:
-    """Where each reader's statistics stand in a stage's table, by (layer, 1 or 2), in order; and the table's width.
+    """Where each reader's statistics stand in a stage's table, by (layer, 1 or 2), in order; and
+    the table's width.
 
-    The first C_max columns are the batch's statistics of X, shared by all who read by them; then come each
-    bottleneck's own, and a copy of the running statistics of whoever reads by those. A tail counts as a last layer.
+    The first C_max columns are the batch's statistics of X, shared by all who read by them; then
+    come each bottleneck's own, and a copy of the running statistics of whoever reads by those. A
+    tail counts as a last layer.
     """
     width = channels + sum(layer.growth for layer in stage.layers)
     columns = {}
@@ -105,9 +115,13 @@ def _readers(stage: Stage, channels: int) -> Iterator[tuple[int, Norm, int, int]
 
 
 class StatisticsTable:
-    """Mean and biased variance of every normalised channel of a stage, one (2, columns) tensor to keep."""
+    """Mean and biased variance of every normalised channel of a stage, one (2, columns) tensor to
+    keep.
+    """
 
-    def __init__(self, stage: Stage, channels: int, table: Tensor | None = None, like: Tensor | None = None) -> None:
+    def __init__(
+        self, stage: Stage, channels: int, table: Tensor | None = None, like: Tensor | None = None
+    ) -> None:
         self.columns, width = reader_columns(stage, channels)
         if table is None:
             # zeros: columns that nobody reads must not hold garbage that changes from run to run
@@ -124,7 +138,7 @@ class StatisticsTable:
         return reader(norm, self.table[0, columns], self.table[1, columns])
 
     def running(self, stage: Stage) -> Stage:
-        """``stage`` with the copies of its running statistics in place of the running statistics."""
+        """``stage`` with the kept copies in place of its running statistics."""
 
         def norm(n: Norm | None, position: tuple[int, int]) -> Norm | None:
             if n is None or n.spec.batch:
@@ -132,7 +146,10 @@ class StatisticsTable:
             mean, var = self.table[:, self.columns[position]]
             return n._replace(mean=mean, var=var)
 
-        layers = [x._replace(norm1=norm(x.norm1, (i, 1)), norm2=norm(x.norm2, (i, 2))) for i, x in enumerate(stage.layers)]
+        layers = [
+            x._replace(norm1=norm(x.norm1, (i, 1)), norm2=norm(x.norm2, (i, 2)))
+            for i, x in enumerate(stage.layers)
+        ]
         tail = stage.tail and stage.tail._replace(norm=norm(stage.tail.norm, (len(layers), 1)))
         return stage._replace(layers=layers, tail=tail)
 
@@ -158,10 +175,12 @@ class FeatureBuffer:
 
 
 class GradientBuffer:
-    """G: the gradients of X's channels before BatchNorm's share, and the two sums that share is made of.
+    """G: the gradients of X's channels before BatchNorm's share, and the two sums that share is
+    made of.
 
-    Each reader l adds s_l * dz_l to G, s_l * dbeta_l to S1 and s_l * r_l * dgamma_l to S2. Once the last reader of
-    a slice has done so, dy = G + p*x + q with p = -S2/M and q = -S1/M - p*mu settles it.
+    Each reader l adds s_l * dz_l to G, s_l * dbeta_l to S1 and s_l * r_l * dgamma_l to S2. Once the
+    last reader of a slice has done so, dy = G + p*x + q with p = -S2/M and q = -S1/M - p*mu settles
+    it.
     """
 
     # few values round alike: there a 16-bit G leaves a mean behind that no later sum repairs
@@ -197,8 +216,12 @@ class GradientBuffer:
         self.sums[1, :channels] += s2
         self.credited = True
 
-    def vectors(self, start: int, stop: int, mean: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """p and q of a slice whose batch mean is ``mean``; None where no reader used batch statistics."""
+    def vectors(
+        self, start: int, stop: int, mean: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """p and q of a slice whose batch mean is ``mean``; None where no reader used batch
+        statistics.
+        """
         if not self.credited:
             return None, None
         s1, s2 = self.sums[:, start:stop]

@@ -1,8 +1,9 @@
 """DenseNet with torchvision's modules, names and numbers.
 
-`Densely Connected Convolutional Networks <https://arxiv.org/abs/1608.06993>`_ (Huang et al., 2017), with the
-memory of `Memory-Efficient Implementation of DenseNets <https://arxiv.org/abs/1707.06990>`_ (Pleiss et al.,
-2017) in fewer passes over it: see :mod:`memdense.engine`.
+`Densely Connected Convolutional Networks <https://arxiv.org/abs/1608.06993>`_ (Huang et al., 2017),
+with the memory of `Memory-Efficient Implementation of DenseNets
+<https://arxiv.org/abs/1707.06990>`_ (Pleiss et al., 2017) in fewer passes over it: see
+:mod:`memdense.engine`.
 """
 
 import os
@@ -26,7 +27,8 @@ _URLS = {
     "densenet169": _HUB + "densenet169-b2777c0a.pth",
     "densenet201": _HUB + "densenet201-c1103571.pth",
 }
-# output_stride -> (dilation of each block, whether each transition pools); the last two strides may go
+# output_stride -> (dilation of each block, whether each transition pools); the last two strides may
+# go
 _DILATIONS = {
     32: ((1, 1, 1, 1), (True, True, True)),
     16: ((1, 1, 1, 2), (True, True, False)),
@@ -46,14 +48,16 @@ class DenseNet(nn.Module):
         drop_rate: dropout after each layer, in training.
         num_classes: outputs of the classifier.
         memory_efficient: torchvision's name for ``efficient``; wins over it where given.
-        efficient: run on shared buffers and recompute in backward. ``False`` runs the plain modules: the reference.
+        efficient: run on shared buffers and recompute in backward. ``False`` runs the plain
+            modules: the reference.
         in_channels: channels of the images.
         compression: a transition keeps this fraction of the channels; 1.0 for no compression.
-        small_inputs: a 3x3 first convolution and no pooling before the first block, for images of about 32x32.
-        output_stride: 32, 16 or 8: the last transitions keep the resolution and the blocks behind them dilate
-            instead, for segmentation. Needs four blocks.
-        keep_bottlenecks: keep the bottlenecks for backward instead of recomputing them: faster, about three
-            times the memory.
+        small_inputs: a 3x3 first convolution and no pooling before the first block, for images of
+            about 32x32.
+        output_stride: 32, 16 or 8: the last transitions keep the resolution and the blocks behind
+            them dilate instead, for segmentation. Needs four blocks.
+        keep_bottlenecks: keep the bottlenecks for backward instead of recomputing them: faster,
+            about three times the memory.
         recompute_stem: recompute the first convolution in backward instead of keeping its output.
         double_backward: keep each stage's input too, so that gradients can be differentiated again.
 
@@ -98,7 +102,9 @@ class DenseNet(nn.Module):
         if not 0 < compression <= 1:
             raise ValueError(f"compression must be in (0, 1], but got {compression}")
         if output_stride not in _DILATIONS:
-            raise ValueError(f"output_stride must be one of {sorted(_DILATIONS)}, but got {output_stride}")
+            raise ValueError(
+                f"output_stride must be one of {sorted(_DILATIONS)}, but got {output_stride}"
+            )
         if output_stride != 32 and (len(block_config) != 4 or small_inputs):
             raise ValueError(
                 f"output_stride={output_stride} needs four blocks and small_inputs=False, "
@@ -107,7 +113,9 @@ class DenseNet(nn.Module):
 
         stem: OrderedDict[str, nn.Module] = OrderedDict()
         if small_inputs:
-            stem["conv0"] = nn.Conv2d(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
+            stem["conv0"] = nn.Conv2d(
+                in_channels, num_init_features, kernel_size=3, padding=1, bias=False
+            )
         else:
             stem["conv0"] = nn.Conv2d(
                 in_channels, num_init_features, kernel_size=7, stride=2, padding=3, bias=False
@@ -135,7 +143,10 @@ class DenseNet(nn.Module):
                 pool = pools[i] if output_stride != 32 else True
                 kept = int(channels * compression)
                 if kept < 1:
-                    raise ValueError(f"compression={compression} leaves no channel of transition{i + 1}'s {channels}")
+                    raise ValueError(
+                        f"compression={compression} leaves none of transition{i + 1}'s "
+                        f"{channels} channels"
+                    )
                 self.features.add_module(f"transition{i + 1}", Transition(channels, kept, pool))
                 channels = kept
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
@@ -158,9 +169,10 @@ class DenseNet(nn.Module):
     def extract_features(self, x: Tensor) -> list[Tensor]:
         """The output of each dense block, for segmentation and detection necks.
 
-        Shape: ``(N, in_channels, H, W)`` to one ``(N, C_b, H_b, W_b)`` per block: for DenseNet-121 256, 512, 1024
-        and 1024 channels at a 4th, 8th, 16th and 32nd of the resolution (see ``output_stride``). They are the
-        concatenations as the blocks leave them, before the next norm, and share their memory with what is kept
+        Shape: ``(N, in_channels, H, W)`` to one ``(N, C_b, H_b, W_b)`` per block: for DenseNet-121
+            256, 512, 1024 and 1024 channels at a 4th, 8th, 16th and 32nd of the resolution (see
+            ``output_stride``). They are the concatenations as the blocks leave them, before the
+            next norm, and share their memory with what is kept
         for backward: changing them in place makes backward raise.
         """
         return self.features.block_outputs(x)
@@ -180,7 +192,9 @@ def _check_positive(**sizes: int) -> None:
 
 
 def _modern_key(key: str) -> str:
-    """torchvision's present name for a key of its old files (``norm.1``) or of gpleiss's (``norm_final``)."""
+    """torchvision's present name for a key of its old files (``norm.1``) or of gpleiss's
+    (``norm_final``).
+    """
     key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", key)
     return re.sub(r"(^|\.)features\.norm_final\.", r"\1features.norm5.", key)
 
@@ -193,7 +207,9 @@ def _state_dict(arch: str, weights: Weights, progress: bool) -> Mapping[str, Any
         return weights
     name = weights.name if isinstance(weights, Enum) else os.fspath(weights)
     if isinstance(weights, Enum) and not type(weights).__name__.lower().startswith(arch):
-        raise ValueError(f"{arch} takes weights of its own, but got {type(weights).__name__}.{name}")
+        raise ValueError(
+            f"{arch} takes weights of its own, but got {type(weights).__name__}.{name}"
+        )
     # torchvision's get_model() also takes the enum's name in front
     short = re.sub(rf"^{arch}_weights\.", "", name, flags=re.IGNORECASE)
     if arch in _URLS and short in ("DEFAULT", "IMAGENET1K_V1"):
@@ -202,7 +218,9 @@ def _state_dict(arch: str, weights: Weights, progress: bool) -> Mapping[str, Any
         loaded = torch.load(name, map_location="cpu", weights_only=True)
         return loaded.get("state_dict", loaded)
     known = "'IMAGENET1K_V1', 'DEFAULT', " if arch in _URLS else ""
-    raise ValueError(f"weights for {arch} must be {known}an existing file or a state dict, but got {name!r}")
+    raise ValueError(
+        f"weights for {arch} must be {known}an existing file or a state dict, but got {name!r}"
+    )
 
 
 def _densenet(
@@ -221,11 +239,14 @@ def _densenet(
     return model
 
 
-def densenet121(*, weights: Weights | None = None, progress: bool = True, **kwargs: Any) -> DenseNet:
+def densenet121(
+    *, weights: Weights | None = None, progress: bool = True, **kwargs: Any
+) -> DenseNet:
     """DenseNet-121 (k = 32, blocks of 6, 12, 24, 16). 7,978,856 parameters.
 
     Args:
-        weights: torchvision's name (``"IMAGENET1K_V1"``, ``"DEFAULT"``) or enum, the path of a state dict, or one.
+        weights: torchvision's name (``"IMAGENET1K_V1"``, ``"DEFAULT"``) or enum, the path of a
+            state dict, or one.
         progress: show a bar while downloading.
         **kwargs: further arguments of :class:`DenseNet`.
 
@@ -235,23 +256,38 @@ def densenet121(*, weights: Weights | None = None, progress: bool = True, **kwar
     return _densenet("densenet121", 32, (6, 12, 24, 16), 64, weights, progress, **kwargs)
 
 
-def densenet161(*, weights: Weights | None = None, progress: bool = True, **kwargs: Any) -> DenseNet:
-    """DenseNet-161 (k = 48, blocks of 6, 12, 36, 24). 28,681,000 parameters. See :func:`densenet121`."""
+def densenet161(
+    *, weights: Weights | None = None, progress: bool = True, **kwargs: Any
+) -> DenseNet:
+    """DenseNet-161 (k = 48, blocks of 6, 12, 36, 24). 28,681,000 parameters. See
+    :func:`densenet121`.
+    """
     return _densenet("densenet161", 48, (6, 12, 36, 24), 96, weights, progress, **kwargs)
 
 
-def densenet169(*, weights: Weights | None = None, progress: bool = True, **kwargs: Any) -> DenseNet:
-    """DenseNet-169 (k = 32, blocks of 6, 12, 32, 32). 14,149,480 parameters. See :func:`densenet121`."""
+def densenet169(
+    *, weights: Weights | None = None, progress: bool = True, **kwargs: Any
+) -> DenseNet:
+    """DenseNet-169 (k = 32, blocks of 6, 12, 32, 32). 14,149,480 parameters. See
+    :func:`densenet121`.
+    """
     return _densenet("densenet169", 32, (6, 12, 32, 32), 64, weights, progress, **kwargs)
 
 
-def densenet201(*, weights: Weights | None = None, progress: bool = True, **kwargs: Any) -> DenseNet:
-    """DenseNet-201 (k = 32, blocks of 6, 12, 48, 32). 20,013,928 parameters. See :func:`densenet121`."""
+def densenet201(
+    *, weights: Weights | None = None, progress: bool = True, **kwargs: Any
+) -> DenseNet:
+    """DenseNet-201 (k = 32, blocks of 6, 12, 48, 32). 20,013,928 parameters. See
+    :func:`densenet121`.
+    """
     return _densenet("densenet201", 32, (6, 12, 48, 32), 64, weights, progress, **kwargs)
 
 
-def densenet264(*, weights: Weights | None = None, progress: bool = True, **kwargs: Any) -> DenseNet:
-    """DenseNet-264 (k = 32, blocks of 6, 12, 64, 48), the paper's deepest. No weights are published for it.
+def densenet264(
+    *, weights: Weights | None = None, progress: bool = True, **kwargs: Any
+) -> DenseNet:
+    """DenseNet-264 (k = 32, blocks of 6, 12, 64, 48), the paper's deepest. No weights are published
+    for it.
 
     See :func:`densenet121`."""
     return _densenet("densenet264", 32, (6, 12, 64, 48), 64, weights, progress, **kwargs)

@@ -1,7 +1,8 @@
 """A stage's forward and backward: a dense block and its tail, in primitives.
 
-Beside each step stands the observation of the design it uses. Notation: M pixels, X (M, C_max) the features, G (M, C_max) their
-gradient, layer l reads the prefix X[:, :C_l] and writes the k channels behind it; s, t, p, q, a, b, c are vectors.
+Beside each step stands the observation of the design it uses. Notation: M pixels, X (M, C_max) the
+features, G (M, C_max) their gradient, layer l reads the prefix X[:, :C_l] and writes the k channels
+behind it; s, t, p, q, a, b, c are vectors.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Forward(NamedTuple):
 
 
 def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> Forward:
-    """Run a stage on x (N, C_0, H, W). ``mask``: dropout's, (M, L*k), True where a value is kept."""
+    """Run a stage on x (N, C_0, H, W); ``mask`` is dropout's, (M, L*k), True for what is kept."""
     n, channels, h, w = x.shape
     geometry = Geometry(n, h, w)
     table = StatisticsTable(stage, channels, like=x)
@@ -58,13 +59,17 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
             y, read, weight = X.prefix(c), read1, layer.conv1
         else:
             weight1 = layer.conv1.flatten(1).to(x.dtype)
-            y, moments = backend.bn_relu_conv1x1(X.prefix(c), read1, weight1, layer.norm2.spec.batch)
+            y, moments = backend.bn_relu_conv1x1(
+                X.prefix(c), read1, weight1, layer.norm2.spec.batch
+            )
             if layer.norm2.spec.batch:
                 table.store(table.columns[i, 2], *moments)
             read, weight = _reader(table, layer.norm2, (i, 2)), layer.conv2
             if stage.keep_bottlenecks:
                 kept.append(y)
-        moments = backend.bn_relu_conv3x3(y, read, weight.to(x.dtype), layer.dilation, geometry, new, keep, shared)
+        moments = backend.bn_relu_conv3x3(
+            y, read, weight.to(x.dtype), layer.dilation, geometry, new, keep, shared
+        )
         # a channel's statistics are computed once, where it is produced
         if shared:
             table.store(slice(c, c + layer.growth), *moments)
@@ -75,13 +80,15 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
 
 
 def _reader(table: StatisticsTable, norm: Norm, position: tuple[int, int]) -> Reader:
-    """A norm's vectors; running statistics are copied, since the module's may move before backward."""
+    """A norm's vectors; running statistics are copied: the module's may move before backward."""
     if not norm.spec.batch:
         table.store(table.columns[position], norm.mean, norm.var)
     return table.reader(norm, position)
 
 
-def _dropped(stage: Stage, mask: Tensor | None, start: int, growth: int) -> tuple[Tensor, float] | None:
+def _dropped(
+    stage: Stage, mask: Tensor | None, start: int, growth: int
+) -> tuple[Tensor, float] | None:
     """Dropout's (mask, factor) for the k channels that begin ``start`` behind the block's input."""
     if mask is None:
         return None
@@ -90,7 +97,9 @@ def _dropped(stage: Stage, mask: Tensor | None, start: int, growth: int) -> tupl
     return mask[:, start : start + growth], factor
 
 
-def _tail_forward(X: FeatureBuffer, stage: Stage, table: StatisticsTable, backend: Backend) -> Tensor:
+def _tail_forward(
+    X: FeatureBuffer, stage: Stage, table: StatisticsTable, backend: Backend
+) -> Tensor:
     tail, x, geometry = stage.tail, X.matrix, X.geometry
     if tail is None:
         return x.new_empty(0)
@@ -125,7 +134,9 @@ def backward(
     need: Sequence[bool],
     backend: Backend,
 ) -> Backward:
-    """Walk a stage backwards. ``dout`` answers its tail's output, ``dfeatures`` its features; either may be None."""
+    """Walk a stage backwards. ``dout`` answers its tail's output, ``dfeatures`` its features;
+    either may be None.
+    """
     n, last, h, w = features.shape
     geometry = Geometry(n, h, w)
     rows = geometry.rows
@@ -154,15 +165,29 @@ def backward(
         if layer.norm2 is None:
             conv = layer.conv1.to(features.dtype)
             _, sums1, dconv1 = backend.bn_relu_conv3x3_backward(
-                dy, conv, layer.dilation, X.prefix(c), read1, geometry, G.prefix(c), wanted.of(i, "conv1")
+                dy,
+                conv,
+                layer.dilation,
+                X.prefix(c),
+                read1,
+                geometry,
+                G.prefix(c),
+                wanted.of(i, "conv1"),
             )
         else:
-            conv1, conv2 = (weight.to(features.dtype) for weight in (layer.conv1.flatten(1), layer.conv2))
+            conv1, conv2 = (
+                weight.to(features.dtype) for weight in (layer.conv1.flatten(1), layer.conv2)
+            )
             read2 = table.reader(layer.norm2, (i, 2))
-            y = bottlenecks[i] if stage.keep_bottlenecks else backend.bn_relu_conv1x1(X.prefix(c), read1, conv1, False)[0]
+            y = (
+                bottlenecks[i]
+                if stage.keep_bottlenecks
+                else backend.bn_relu_conv1x1(X.prefix(c), read1, conv1, False)[0]
+            )
             dz, sums2, dconv2 = backend.bn_relu_conv3x3_backward(
                 dy, conv2, layer.dilation, y, read2, geometry, None, wanted.of(i, "conv2")
             )
+            del dy
             # norm2 has one reader, so its share is known at once: dY = a*dz + b*y + c
             abc = norm_backward(read2, sums2, rows)
             sums1, dconv1 = backend.bn_relu_conv1x1_backward(
@@ -220,7 +245,9 @@ def _as_rows(images: Tensor) -> Tensor:
 
 
 class _Wanted:
-    """Which of a stage's tensors want a gradient, and the gradients so far. The tail counts as a last layer."""
+    """Which of a stage's tensors want a gradient, and the gradients so far. The tail counts as a
+    last layer.
+    """
 
     def __init__(self, stage: Stage, need: Sequence[bool]) -> None:
         self.need = need
@@ -252,7 +279,9 @@ class _Wanted:
         for i, value in enumerate(values, place):
             if self.need[i]:
                 # a copy: the two sums lie in one tensor, and no two gradients may
-                self.found[i] = value.to(self.tensors[i].dtype, copy=True).reshape(self.tensors[i].shape)
+                self.found[i] = value.to(self.tensors[i].dtype, copy=True).reshape(
+                    self.tensors[i].shape
+                )
 
     def gradients(self) -> list[Tensor | None]:
         return self.found
@@ -266,14 +295,27 @@ class StemForward(NamedTuple):
 
 
 def _convolve(x: Tensor, weight: Tensor, spec: StemSpec) -> Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
     out = torch.ops.aten.convolution(
-        x, weight.to(x.dtype), None, spec.stride, spec.padding, spec.dilation, False, (0, 0), 1
+        _channels_last(x),
+        weight.to(x.dtype),
+        None,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        False,
+        (0, 0),
+        1,
     )
-    return out.contiguous(memory_format=torch.channels_last)
+    return _channels_last(out)
 
 
-def stem_forward(x: Tensor, weight: Tensor, norm: Norm, spec: StemSpec, backend: Backend) -> StemForward:
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def stem_forward(
+    x: Tensor, weight: Tensor, norm: Norm, spec: StemSpec, backend: Backend
+) -> StemForward:
     """conv0, norm0, relu0 and pool0 on images x (N, C_in, H, W)."""
     convolved = _convolve(x, weight, spec)
     n, _, h, w = convolved.shape
@@ -303,12 +345,14 @@ def stem_backward(
     n, _, h, w = convolved.shape
     rows = _as_rows(convolved)
     read = reader(norm, *statistics)
-    dz, sums = backend.bn_relu_maxpool_backward(_as_rows(dout.to(rows.dtype)), winner, rows, read, Geometry(n, h, w))
+    dz, sums = backend.bn_relu_maxpool_backward(
+        _as_rows(dout.to(rows.dtype)), winner, rows, read, Geometry(n, h, w)
+    )
     dx = dweight = None
     if need[0] or need[1]:
         dconvolved = backend.normalised_(dz, rows, norm_backward(read, sums, len(rows)))
         dx, dweight, _ = torch.ops.aten.convolution_backward(
-            Geometry(n, h, w).images(dconvolved), x, weight.to(x.dtype), None,
+            Geometry(n, h, w).images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
             spec.stride, spec.padding, spec.dilation, False, (0, 0), 1, (need[0], need[1], False),
         )  # fmt: skip
     gradients = (dx, dweight, sums.dgamma.clone(), sums.dbeta.clone())

@@ -1,7 +1,7 @@
 """The building blocks of a DenseNet as plain PyTorch modules.
 
-Their ``forward`` is the reference: it reads like the paper and stores like it too. The efficient path
-(:mod:`memdense.stage`) only gathers the parameters that live here.
+Their ``forward`` is the reference: it reads like the paper and stores like it too. The efficient
+path (:mod:`memdense.stage`) only gathers the parameters that live here.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 
 class DenseLayer(nn.Module):
-    """One layer of a dense block: BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, or BN-ReLU-Conv3x3 without bottleneck.
+    """One layer of a dense block: BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, or BN-ReLU-Conv3x3 without
+    bottleneck.
 
     Args:
         num_input_features: channels of all features produced before this layer.
@@ -77,7 +78,9 @@ class DenseBlock(nn.ModuleDict):
         super().__init__()
         for i in range(num_layers):
             width = num_input_features + i * growth_rate
-            self[f"denselayer{i + 1}"] = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation)
+            self[f"denselayer{i + 1}"] = DenseLayer(
+                width, growth_rate, bn_size, drop_rate, dilation
+            )
 
     def forward(self, init_features: Tensor) -> Tensor:
         features = [init_features]
@@ -92,7 +95,9 @@ class Transition(nn.Sequential):
     Shape: ``(N, num_input_features, H, W)`` to ``(N, num_output_features, H // 2, W // 2)``.
     """
 
-    def __init__(self, num_input_features: int, num_output_features: int, pool: bool = True) -> None:
+    def __init__(
+        self, num_input_features: int, num_output_features: int, pool: bool = True
+    ) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict(
             norm=nn.BatchNorm2d(num_input_features),
             relu=nn.ReLU(inplace=True),

@@ -1,7 +1,7 @@
 """Registration: the stage and the stem as PyTorch operations, with shapes for tracing and autograd.
 
-Each is functional (it returns what backward needs) and runs with autocast off: callers cast. The backend is chosen in
-:func:`backend_for` and nowhere else.
+Each is functional (it returns what backward needs) and runs with autocast off: callers cast. The
+backend is chosen in :func:`backend_for` and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -50,21 +50,30 @@ def stage(
 
     Args:
         x: (N, C, H, W), in the dtype to compute in.
-        tensors, running: parameters and running statistics, as :func:`memdense.spec.flatten` orders them.
+        tensors, running: parameters and running statistics, as :func:`memdense.spec.flatten` orders
+            them.
         mask: dropout's, (M, L*k) bool, or None.
         spec: :meth:`memdense.spec.StageSpec.encode`.
         double_backward: keep x, so that gradients can be differentiated.
     """
     with _no_autocast(x):
-        return tuple(engine.forward(x, unflatten(StageSpec.decode(spec), tensors, running), mask, backend_for(x.device)))
+        return tuple(
+            engine.forward(
+                x, unflatten(StageSpec.decode(spec), tensors, running), mask, backend_for(x.device)
+            )
+        )
 
 
 @stage.register_fake
-def _(x, tensors, running, mask, spec, double_backward):  # noqa: ANN001, ANN202
+def _(x, tensors, running, mask, spec, double_backward):
     s = unflatten(StageSpec.decode(spec), tensors)
     n, c, h, w = x.shape
     last = c + sum(layer.growth for layer in s.layers)
-    kept = [x.new_empty(n * h * w, layer.bottleneck) for layer in s.layers] if s.keep_bottlenecks else []
+    kept = (
+        [x.new_empty(n * h * w, layer.bottleneck) for layer in s.layers]
+        if s.keep_bottlenecks
+        else []
+    )
     statistics = StatisticsTable(s, c, like=x).table
     return _fake_out(x, s, last), _images(x, n, last, h, w), statistics, kept
 
@@ -94,21 +103,36 @@ def stage_backward(
     need_x: bool,
     need: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients that ``need_x`` and ``need`` ask for, in order; see :func:`memdense.engine.backward`."""
+    """The gradients that ``need_x`` and ``need`` ask for, in order; see
+    :func:`memdense.engine.backward`.
+    """
     s = unflatten(StageSpec.decode(spec), tensors)
     with _no_autocast(features):
         dx, dtensors = engine.backward(
-            dout, dfeatures, features, statistics, bottlenecks, s, mask, need_x, need, backend_for(features.device)
+            dout,
+            dfeatures,
+            features,
+            statistics,
+            bottlenecks,
+            s,
+            mask,
+            need_x,
+            need,
+            backend_for(features.device),
         )
     return [g for g, n in zip([dx, *dtensors], [need_x, *need], strict=True) if n]
 
 
 @stage_backward.register_fake
-def _(dout, dfeatures, features, statistics, bottlenecks, tensors, mask, spec, need_x, need):  # noqa: ANN001, ANN202
+def _(dout, dfeatures, features, statistics, bottlenecks, tensors, mask, spec, need_x, need):
     n, last, h, w = features.shape
     c = last - sum(layer.growth for layer in unflatten(StageSpec.decode(spec), tensors).layers)
     dx = [_images(features, n, c, h, w)] if need_x else []
-    return dx + [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(tensors, need, strict=True) if n]
+    return dx + [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, n in zip(tensors, need, strict=True)
+        if n
+    ]
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -119,7 +143,9 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.kept = len(bottlenecks)
     # no gradient for running statistics, mask, spec and switch
     ctx.rest = [None] * len(running), None, None, None
-    ctx.save_for_backward(features, statistics, mask, x if double_backward else None, *bottlenecks, *tensors)
+    ctx.save_for_backward(
+        features, statistics, mask, x if double_backward else None, *bottlenecks, *tensors
+    )
 
 
 def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) -> tuple:
@@ -134,11 +160,22 @@ def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) 
         with _no_autocast(features):
             s = unflatten(StageSpec.decode(ctx.spec), _cast_convolutions(tensors, x))
             s = StatisticsTable(s, x.shape[1], table=statistics).running(s)
-            found = plain.gradients(plain.stage(x, s, mask), (dout, dfeatures), [x, *tensors], [need_x, *need])
+            found = plain.gradients(
+                plain.stage(x, s, mask), (dout, dfeatures), [x, *tensors], [need_x, *need]
+            )
         return found[0], found[1:], *ctx.rest
     found = iter(
         torch.ops.memdense.stage_backward(
-            dout, dfeatures, features, statistics, bottlenecks, tensors, mask, ctx.spec, need_x, need
+            dout,
+            dfeatures,
+            features,
+            statistics,
+            bottlenecks,
+            tensors,
+            mask,
+            ctx.spec,
+            need_x,
+            need,
         )
     )
     dx = next(found) if need_x else None
@@ -176,12 +213,14 @@ def stem(
     s = StemSpec.decode(spec)
     with _no_autocast(x):
         return tuple(
-            engine.stem_forward(x, weight, Norm(s.norm, gamma, beta, mean, var), s, backend_for(x.device))
+            engine.stem_forward(
+                x, weight, Norm(s.norm, gamma, beta, mean, var), s, backend_for(x.device)
+            )
         )
 
 
 @stem.register_fake
-def _(x, weight, gamma, beta, mean, var, spec):  # noqa: ANN001, ANN202
+def _(x, weight, gamma, beta, mean, var, spec):
     s = StemSpec.decode(spec)
     n, c = x.shape[0], weight.shape[0]
     size = zip(x.shape[2:], weight.shape[2:], s.stride, s.padding, s.dilation, strict=True)
@@ -189,7 +228,12 @@ def _(x, weight, gamma, beta, mean, var, spec):  # noqa: ANN001, ANN202
     convolved = x.new_empty(0) if s.recompute else _images(x, n, c, h, w)
     small = (h + 1) // 2, (w + 1) // 2
     winner = x.new_empty(n * small[0] * small[1], c, dtype=torch.uint8)
-    return _images(x, n, c, *small), convolved, winner, x.new_empty((2, c), dtype=accumulator(x.dtype))
+    return (
+        _images(x, n, c, *small),
+        convolved,
+        winner,
+        x.new_empty((2, c), dtype=accumulator(x.dtype)),
+    )
 
 
 @torch.library.custom_op("memdense::stem_backward", mutates_args=())
@@ -205,7 +249,9 @@ def stem_backward(
     spec: str,
     need: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of x, weight, gamma, beta that ``need`` asks for; see :func:`memdense.engine.stem_backward`."""
+    """The gradients of x, weight, gamma, beta that ``need`` asks for; see
+    :func:`memdense.engine.stem_backward`.
+    """
     s = StemSpec.decode(spec)
     norm = Norm(s.norm, gamma, beta, None, None)
     with _no_autocast(x):
@@ -217,7 +263,7 @@ def stem_backward(
 
 
 @stem_backward.register_fake
-def _(dout, x, weight, gamma, beta, convolved, winner, statistics, spec, need):  # noqa: ANN001, ANN202
+def _(dout, x, weight, gamma, beta, convolved, winner, statistics, spec, need):
     return [torch.empty_like(t) for t, n in zip((x, weight, gamma, beta), need, strict=True) if n]
 
 
@@ -255,7 +301,9 @@ stem.register_autograd(_backward_stem, setup_context=_setup_stem)
 # ---- running statistics
 
 
-@torch.library.custom_op("memdense::update_running_statistics", mutates_args=("means", "variances", "counts"))
+@torch.library.custom_op(
+    "memdense::update_running_statistics", mutates_args=("means", "variances", "counts")
+)
 def update_running_statistics(
     means: Sequence[Tensor],
     variances: Sequence[Tensor],
@@ -265,9 +313,11 @@ def update_running_statistics(
     momenta: Sequence[float],
     rows: int,
 ) -> None:
-    """One training step of BatchNorm's buffers: running = (1 - m)*running + m*batch, with the unbiased variance.
+    """One training step of BatchNorm's buffers: running = (1 - m)*running + m*batch, with the
+    unbiased variance.
 
-    ``counts`` (num_batches_tracked) go up by one. A momentum below 0 stands for ``momentum=None``: m = 1 / count.
+    ``counts`` (num_batches_tracked) go up by one. A momentum below 0 stands for ``momentum=None``:
+    m = 1 / count.
     """
     unbiased = torch._foreach_mul(list(batch_variances), rows / (rows - 1))
     if counts:
@@ -288,5 +338,5 @@ def update_running_statistics(
 
 
 @update_running_statistics.register_fake
-def _(means, variances, counts, batch_means, batch_variances, momenta, rows) -> None:  # noqa: ANN001
+def _(means, variances, counts, batch_means, batch_variances, momenta, rows) -> None:
     return None

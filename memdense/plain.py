@@ -1,4 +1,6 @@
-"""A stage in plain differentiable PyTorch: what its operation computes, and how it is differentiated twice."""
+"""A stage in plain differentiable PyTorch: what its operation computes, and how it is
+differentiated twice.
+"""
 
 from collections.abc import Sequence
 
@@ -10,11 +12,15 @@ from .spec import Norm, Stage, StemSpec
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
-    return F.batch_norm(x, norm.mean, norm.var, norm.weight, norm.bias, norm.spec.batch, 0.0, norm.spec.eps)
+    return F.batch_norm(
+        x, norm.mean, norm.var, norm.weight, norm.bias, norm.spec.batch, 0.0, norm.spec.eps
+    )
 
 
 def stage(x: Tensor, s: Stage, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(tail's output, features) of x (N, C, H, W). No running statistics move; dropout takes its mask (M, L*k)."""
+    """(tail's output, features) of x (N, C, H, W). No running statistics move; dropout takes its
+    mask (M, L*k).
+    """
     features = x
     dropped = 0
     for layer in s.layers:
@@ -55,12 +61,23 @@ def stem(x: Tensor, weight: Tensor, norm: Norm, spec: StemSpec) -> Tensor:
 
 
 def gradients(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None], need: Sequence[bool]
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    need: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Differentiable gradients of ``outputs`` with respect to those inputs that ``need`` marks; None elsewhere."""
+    """Differentiable gradients of ``outputs`` with respect to those inputs that ``need`` marks;
+    None elsewhere.
+    """
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [t for t, n in zip(inputs, need, strict=True) if n]
     result = iter(
-        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
     )
     return [next(result) if n else None for n in need]

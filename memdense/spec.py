@@ -1,4 +1,6 @@
-"""What a stage is, apart from its tensors: hashable, and a string where an operation's schema needs one."""
+"""What a stage is, apart from its tensors: hashable, and a string where an operation's schema needs
+one.
+"""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +28,9 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class TailSpec:
-    """What follows a block: ``transition`` (norm, relu, pool, 1x1), ``norm`` or ``pool`` (norm, relu, global mean)."""
+    """What follows a block: ``transition`` (norm, relu, pool, 1x1), ``norm`` or ``pool`` (norm,
+    relu, global mean).
+    """
 
     kind: str
     norm: NormSpec
@@ -53,7 +57,9 @@ class StageSpec:
         def norm(n: dict | None) -> NormSpec | None:
             return n and NormSpec(**n)
 
-        layers = (LayerSpec(norm(x["norm1"]), norm(x["norm2"]), tuple(x["dilation"])) for x in d["layers"])
+        layers = (
+            LayerSpec(norm(x["norm1"]), norm(x["norm2"]), tuple(x["dilation"])) for x in d["layers"]
+        )
         tail = d["tail"] and TailSpec(**{**d["tail"], "norm": norm(d["tail"]["norm"])})
         return StageSpec(tuple(layers), tail, d["drop_rate"], d["keep_bottlenecks"])
 
@@ -81,7 +87,9 @@ class StemSpec:
 
 
 class Norm(NamedTuple):
-    """A BatchNorm's tensors, each (C,). ``mean`` and ``var`` are its running statistics where it reads by them."""
+    """A BatchNorm's tensors, each (C,). ``mean`` and ``var`` are its running statistics where it
+    reads by them.
+    """
 
     spec: NormSpec
     weight: Tensor | None
@@ -124,7 +132,8 @@ class Stage(NamedTuple):
 def flatten(stage: Stage) -> tuple[list[Tensor | None], list[Tensor]]:
     """A stage's tensors in order, parameters and running statistics apart.
 
-    Parameters: per layer gamma1, beta1, conv1, gamma2, beta2, conv2; then the tail's gamma, beta and conv. Running
+    Parameters: per layer gamma1, beta1, conv1, gamma2, beta2, conv2; then the tail's gamma, beta
+        and conv. Running
     statistics: mean and var of each norm that reads by them, in the same order.
     """
     tensors: list[Tensor | None] = []
@@ -146,7 +155,9 @@ def flatten(stage: Stage) -> tuple[list[Tensor | None], list[Tensor]]:
     return tensors, running
 
 
-def unflatten(spec: StageSpec, tensors: Sequence[Tensor | None], running: Sequence[Tensor] | None = None) -> Stage:
+def unflatten(
+    spec: StageSpec, tensors: Sequence[Tensor | None], running: Sequence[Tensor] | None = None
+) -> Stage:
     """The inverse of :func:`flatten`; without ``running``, every norm's mean and var are None."""
     parameters, buffers = iter(tensors), iter(running or ())
 
@@ -163,10 +174,18 @@ def unflatten(spec: StageSpec, tensors: Sequence[Tensor | None], running: Sequen
         layers.append(Layer(norm1, conv1, norm2, conv2, s.dilation))
     tail = None
     if spec.tail is not None:
-        tail = Tail(spec.tail, norm(spec.tail.norm), next(parameters) if spec.tail.kind == "transition" else None)
+        tail = Tail(
+            spec.tail,
+            norm(spec.tail.norm),
+            next(parameters) if spec.tail.kind == "transition" else None,
+        )
     return Stage(layers, tail, spec.drop_rate, spec.keep_bottlenecks)
 
 
 def spec_of(stage: Stage) -> StageSpec:
-    layers = tuple(LayerSpec(x.norm1.spec, x.norm2 and x.norm2.spec, x.dilation) for x in stage.layers)
-    return StageSpec(layers, stage.tail and stage.tail.spec, stage.drop_rate, stage.keep_bottlenecks)
+    layers = tuple(
+        LayerSpec(x.norm1.spec, x.norm2 and x.norm2.spec, x.dilation) for x in stage.layers
+    )
+    return StageSpec(
+        layers, stage.tail and stage.tail.spec, stage.drop_rate, stage.keep_bottlenecks
+    )

@@ -1,4 +1,6 @@
-"""From modules to operations: a stack of DenseNet features that runs stage by stage where its modules allow it."""
+"""From modules to operations: a stack of DenseNet features that runs stage by stage where its
+modules allow it.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -29,7 +31,9 @@ class MemdenseWarning(UserWarning):
 
 
 class Step(NamedTuple):
-    """Children of a feature stack that run together: a "stem", a "stage" (block and tail) or a single "module"."""
+    """Children of a feature stack that run together: a "stem", a "stage" (block and tail) or a
+    single "module".
+    """
 
     kind: str
     names: tuple[str, ...]
@@ -39,13 +43,15 @@ class Step(NamedTuple):
 class Features(nn.Sequential):
     """The feature stack of a DenseNet, from the first convolution to the last norm.
 
-    A ``Sequential`` in every respect; with ``efficient`` its blocks share one buffer each and their norms, activations
-    and bottlenecks are recomputed in backward. What cannot run so runs as plain modules, with one warning that says
-    why. The switches are attributes and may be changed at any time.
+    A ``Sequential`` in every respect; with ``efficient`` its blocks share one buffer each and their
+    norms, activations and bottlenecks are recomputed in backward. What cannot run so runs as plain
+    modules, with one warning that says why. The switches are attributes and may be changed at any
+    time.
 
     Args:
         *args: as for ``Sequential``.
-        efficient, keep_bottlenecks, recompute_stem, double_backward: see :class:`memdense.DenseNet`.
+        efficient, keep_bottlenecks, recompute_stem, double_backward: see
+            :class:`memdense.DenseNet`.
     """
 
     def __init__(
@@ -59,7 +65,9 @@ class Features(nn.Sequential):
         super().__init__(*args)
         self._switches(efficient, keep_bottlenecks, recompute_stem, double_backward)
 
-    def _switches(self, efficient: bool, keep_bottlenecks: bool, recompute_stem: bool, double_backward: bool) -> None:
+    def _switches(
+        self, efficient: bool, keep_bottlenecks: bool, recompute_stem: bool, double_backward: bool
+    ) -> None:
         self.efficient = bool(efficient)
         self.keep_bottlenecks = bool(keep_bottlenecks)
         self.recompute_stem = bool(recompute_stem)
@@ -99,7 +107,9 @@ class Features(nn.Sequential):
         return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.numel() > 0
 
     def _steps(self, last_tail: str | None) -> list[Step]:
-        """How the children run together. ``last_tail``: what becomes of a final norm ("norm", "pool" or nothing)."""
+        """How the children run together. ``last_tail``: what becomes of a final norm ("norm",
+        "pool" or nothing).
+        """
         return list(_steps(self._modules, last_tail))
 
     def _run(self, x: Tensor, last_tail: str | None) -> tuple[Tensor, list[Tensor]]:
@@ -123,7 +133,9 @@ class Features(nn.Sequential):
         return x, outputs
 
     def read(self, step: Step) -> StageModules | StemModules:
-        """The modules of a step, as operations take them. Raises ``Unsupported`` where they must run as modules."""
+        """The modules of a step, as operations take them. Raises ``Unsupported`` where they must
+        run as modules.
+        """
         if step.kind == "stem":
             return read_stem({name: self._modules[name] for name in step.names})
         name, *tail = step.names
@@ -143,14 +155,17 @@ class Features(nn.Sequential):
             return
         self._warned.add(reason)
         warnings.warn(
-            f"memdense runs {' and '.join(step.names)} as plain modules: {reason}", MemdenseWarning, stacklevel=4
+            f"memdense runs {' and '.join(step.names)} as plain modules: {reason}",
+            MemdenseWarning,
+            stacklevel=4,
         )
 
 
 def is_block(module: nn.Module) -> bool:
     """Whether all children of ``module`` are built like dense layers."""
     return bool(module._modules) and all(
-        {"norm1", "conv1"} <= set((m._modules.get("layers") or m)._modules) for m in module._modules.values()
+        {"norm1", "conv1"} <= set((m._modules.get("layers") or m)._modules)
+        for m in module._modules.values()
     )
 
 
@@ -163,7 +178,9 @@ def _steps(children: dict[str, nn.Module], last_tail: str | None) -> Iterator[St
     i = 0
     if len(names) > 3 and isinstance(children[names[1]], nn.BatchNorm2d):
         size = 4 if isinstance(children[names[2]], nn.ReLU) else 3
-        if isinstance(children[names[0]], nn.Conv2d) and isinstance(children[names[size - 1]], nn.MaxPool2d):
+        if isinstance(children[names[0]], nn.Conv2d) and isinstance(
+            children[names[size - 1]], nn.MaxPool2d
+        ):
             yield Step("stem", tuple(names[:size]))
             i = size
     while i < len(names):
@@ -176,7 +193,9 @@ def _steps(children: dict[str, nn.Module], last_tail: str | None) -> Iterator[St
             i += 1
         elif following and isinstance(children[following], nn.BatchNorm2d) and i + 1 == len(names):
             # without a last tail the norm's output is nobody's
-            yield Step("stage", (here, following), last_tail) if last_tail else Step("stage", (here,))
+            yield (
+                Step("stage", (here, following), last_tail) if last_tail else Step("stage", (here,))
+            )
             i += 1
         else:
             yield Step("stage", (here,))
@@ -195,11 +214,17 @@ def _mean(features: Tensor) -> Tensor:
 
 
 def _stage_or_modules(
-    x: Tensor, found: StageModules | None, modules: dict[str, nn.Module], tail: str | None, double_backward: bool
+    x: Tensor,
+    found: StageModules | None,
+    modules: dict[str, nn.Module],
+    tail: str | None,
+    double_backward: bool,
 ) -> tuple[Tensor, Tensor]:
     """(output, block's features)."""
     if found is not None:
-        convolutions = [w for layer in found.stage.layers for w in (layer.conv1, layer.conv2) if w is not None]
+        convolutions = [
+            w for layer in found.stage.layers for w in (layer.conv1, layer.conv2) if w is not None
+        ]
         if not misfit(x, found.stage) and convolution_dtype_fits(x, convolutions):
             return run_stage(x, found, double_backward)
     block, *rest = modules.values()
@@ -211,7 +236,9 @@ def _stage_or_modules(
 
 
 def run_stage(x: Tensor, found: StageModules, double_backward: bool) -> tuple[Tensor, Tensor]:
-    """Run a stage's operation and move its running statistics once. Returns (output, block's features)."""
+    """Run a stage's operation and move its running statistics once. Returns (output, block's
+    features).
+    """
     stage = found.stage
     tensors, running = flatten(stage)
     out, features, statistics, _ = ops.stage(
@@ -242,7 +269,9 @@ def _update_running(found: StageModules, statistics: Tensor, x: Tensor) -> None:
     if not norms:
         return
     columns, _ = reader_columns(found.stage, x.shape[1])
-    batch = [statistics[:, c] for n, c in zip(found.norms, columns.values(), strict=True) if n.updates]
+    batch = [
+        statistics[:, c] for n, c in zip(found.norms, columns.values(), strict=True) if n.updates
+    ]
     _update(norms, batch, x.shape[0] * x.shape[2] * x.shape[3])
 
 
@@ -265,7 +294,11 @@ def _stem_or_modules(
 ) -> Tensor:
     if found is not None:
         weight = found.conv.weight
-        fits = x.shape[1] == weight.shape[1] and x.device == weight.device and convolution_dtype_fits(x, [weight])
+        fits = (
+            x.shape[1] == weight.shape[1]
+            and x.device == weight.device
+            and convolution_dtype_fits(x, [weight])
+        )
         size = [_convolved(x, found.conv, i) for i in (0, 1)]
         one_value = x.shape[0] * size[0] * size[1] == 1 and found.norm.norm.spec.batch
         if fits and min(size) > 0 and not one_value:

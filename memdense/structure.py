@@ -1,4 +1,5 @@
-"""Reading a dense block out of modules: whose they are does not matter, only that nothing unusual hangs on them.
+"""Reading a dense block out of modules: whose they are does not matter, only that nothing unusual
+hangs on them.
 
 Everything is looked up at every call, since hooks, modes and modules change between calls.
 """
@@ -45,7 +46,9 @@ def global_hooks() -> str | None:
 
 
 def check(module: nn.Module, name: str, types: Iterable[type], expected: str) -> None:
-    """Raise :class:`Unsupported` unless ``module`` is exactly of one of ``types`` and does nothing beside."""
+    """Raise :class:`Unsupported` unless ``module`` is exactly of one of ``types`` and does nothing
+    beside.
+    """
     if type(module) not in types:
         raise Unsupported(f"{name} is {_article(type(module).__name__)}, not {expected}")
     for attribute, kind in _HOOKS.items():
@@ -63,7 +66,10 @@ def has_fused_relu(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm2d with its ReLU inside, as timm builds them."""
     if type(module).__name__ != "BatchNormAct2d" or not isinstance(module, nn.BatchNorm2d):
         return False
-    return type(getattr(module, "act", None)) is nn.ReLU and type(getattr(module, "drop", None)) is nn.Identity
+    return (
+        type(getattr(module, "act", None)) is nn.ReLU
+        and type(getattr(module, "drop", None)) is nn.Identity
+    )
 
 
 def read_norm(module: nn.Module, name: str) -> NormModule:
@@ -96,7 +102,9 @@ def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d:
     plain = module.groups == 1 and module.bias is None and module.stride == (1, 1)
     plain = plain and module.kernel_size == (size, size) and module.padding in (same, "same")
     if not plain or module.padding_mode != "zeros":
-        raise Unsupported(f"{name} is not a {size}x{size} convolution of stride 1, without bias, that keeps the size")
+        raise Unsupported(
+            f"{name} is not a {size}x{size} convolution of stride 1 without bias that keeps the size"
+        )
     return module
 
 
@@ -107,7 +115,9 @@ class LayerModules(NamedTuple):
 
 
 def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerModules:
-    """One dense layer: torchvision's, timm's, gpleiss's or memdense's children, or MONAI's ``layers`` with them."""
+    """One dense layer: torchvision's, timm's, gpleiss's or memdense's children, or MONAI's
+    ``layers`` with them.
+    """
     check(module, name, types, "a dense layer that was looked at when the model was converted")
     parts = module
     if set(module._modules) == {"layers"}:
@@ -115,13 +125,17 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
         check(parts, name, (nn.Sequential,), "a Sequential")
     children = parts._modules
     if not {"norm1", "conv1"} <= set(children) <= _LAYER:
-        raise Unsupported(f"{name} has the children {', '.join(children)}, not those of a dense layer")
+        raise Unsupported(
+            f"{name} has the children {', '.join(children)}, not those of a dense layer"
+        )
     norm1 = read_norm(children["norm1"], f"{name}.norm1")
     read_relu(parts, "relu1", norm1.module, name)
     rate = getattr(module, "drop_rate", 0.0) if module.training else 0.0
     if "conv2" not in children:
         conv1 = read_conv(children["conv1"], f"{name}.conv1", 3)
-        return LayerModules(Layer(norm1.norm, conv1.weight, None, None, conv1.dilation), [norm1], rate)
+        return LayerModules(
+            Layer(norm1.norm, conv1.weight, None, None, conv1.dilation), [norm1], rate
+        )
     conv1 = read_conv(children["conv1"], f"{name}.conv1", 1)
     norm2 = read_norm(children["norm2"], f"{name}.norm2")
     read_relu(parts, "relu2", norm2.module, name)
@@ -131,7 +145,9 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
 
 
 class StageModules(NamedTuple):
-    """A stage with, in the order of its readers, the modules of its norms (two a layer, or one; then the tail's)."""
+    """A stage with, in the order of its readers, the modules of its norms (two a layer, or one;
+    then the tail's).
+    """
 
     stage: Stage
     norms: list[NormModule]
@@ -172,7 +188,9 @@ def read_stage(
     return StageModules(Stage(layers, end, rates.pop(), keep_bottlenecks), norms)
 
 
-def _read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) -> tuple[Tail, NormModule]:
+def _read_tail(
+    module: nn.Module, name: str, kind: str, types: frozenset[type]
+) -> tuple[Tail, NormModule]:
     if kind != "transition":
         norm = read_norm(module, name)
         # a final norm's ReLU stands in the model's forward, unless it is fused
@@ -181,14 +199,20 @@ def _read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) 
     check(module, name, types, "a transition that was looked at when the model was converted")
     children = module._modules
     if not {"norm", "conv"} <= set(children) <= _TRANSITION:
-        raise Unsupported(f"{name} has the children {', '.join(children)}, not those of a transition")
+        raise Unsupported(
+            f"{name} has the children {', '.join(children)}, not those of a transition"
+        )
     norm = read_norm(children["norm"], f"{name}.norm")
     read_relu(module, "relu", norm.module, name)
     conv = read_conv(children["conv"], f"{name}.conv", 1)
     pool = children.get("pool")
     if pool is not None:
         check(pool, f"{name}.pool", (nn.AvgPool2d,), "an AvgPool2d")
-        if (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) != ((2, 2), (2, 2), (0, 0)):
+        if (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) != (
+            (2, 2),
+            (2, 2),
+            (0, 0),
+        ):
             raise Unsupported(f"{name}.pool is not a 2x2 average of stride 2")
         if pool.ceil_mode or pool.divisor_override:
             raise Unsupported(f"{name}.pool has ceil_mode or divisor_override")
@@ -217,7 +241,12 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
     names = list(modules)
     conv, norm = modules[names[0]], read_norm(modules[names[1]], names[1])
     check(conv, names[0], (nn.Conv2d,), "a Conv2d")
-    if conv.groups != 1 or conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if (
+        conv.groups != 1
+        or conv.bias is not None
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+    ):
         raise Unsupported(f"{names[0]} has groups, a bias or padding by name")
     if not has_fused_relu(norm.module):
         check(modules[names[2]], names[2], (nn.ReLU,), "a ReLU")
@@ -242,7 +271,11 @@ def misfit(x: Tensor, stage: Stage) -> bool:
     norms = [n for layer in stage.layers for n in (layer.norm1, layer.norm2) if n is not None]
     if stage.tail is not None:
         norms.append(stage.tail.norm)
-        if stage.tail.spec.kind == "transition" and stage.tail.spec.pool == 2 and min(x.shape[2:]) < 2:
+        if (
+            stage.tail.spec.kind == "transition"
+            and stage.tail.spec.pool == 2
+            and min(x.shape[2:]) < 2
+        ):
             return True
     one_value = x.shape[0] * x.shape[2] * x.shape[3] == 1
     return one_value and any(n.spec.batch for n in norms)

@@ -1,7 +1,9 @@
-"""Every primitive in PyTorch operations: the specification of the others, and the path that runs anywhere.
+"""Every primitive in PyTorch operations: the specification of the others, and the path that runs
+anywhere.
 
-Matrices are (M, C) with unit column stride and any row stride; vectors are (C,) in the accumulator's dtype. Work goes
-in bands that fit a fixed scratch, so that nothing but results grows with the batch or the resolution.
+Matrices are (M, C) with unit column stride and any row stride; vectors are (C,) in the
+accumulator's dtype. Work goes in bands that fit a fixed scratch, so that nothing but results grows
+with the batch or the resolution.
 """
 
 import math
@@ -23,7 +25,13 @@ class Scratch:
     def __init__(self) -> None:
         self.blocks: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def take(
+        self,
+        name: str,
+        shape: torch.Size | tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         block = self.blocks.get(name)
         if block is None or block.numel() < size:
@@ -32,7 +40,9 @@ class Scratch:
 
 
 class MomentSums:
-    """Mean and biased variance of rows that come in bands, merged in order in float64 (Chan et al., 1979)."""
+    """Mean and biased variance of rows that come in bands, merged in order in float64 (Chan et al.,
+    1979).
+    """
 
     def __init__(self, scratch: Scratch) -> None:
         self.scratch = scratch
@@ -58,7 +68,9 @@ class MomentSums:
         if len(self.parts) == 1:
             return self.parts[0].unbind()
         parts = torch.stack(self.parts, 1).double()  # (2, bands, C)
-        share = torch.tensor(self.counts, dtype=torch.float64, device=parts.device)[:, None] / sum(self.counts)
+        share = torch.tensor(self.counts, dtype=torch.float64, device=parts.device)[:, None] / sum(
+            self.counts
+        )
         mean = (share * parts[0]).sum(0)
         var = (share * (parts[1] + (parts[0] - mean).square_())).sum(0)
         return mean.to(self.parts[0].dtype), var.to(self.parts[0].dtype)
@@ -72,7 +84,9 @@ class GradientSums:
         self.sums = read.mean.new_zeros((4 if rounds else 2, len(read.mean)), dtype=torch.float64)
 
     def add(self, row: int, gradient: Tensor, x_hat: Tensor) -> None:
-        """Take in sum(gradient) and sum(gradient * x_hat) over all but the last axis; x_hat is overwritten."""
+        """Take in sum(gradient) and sum(gradient * x_hat) over all but the last axis; x_hat is
+        overwritten.
+        """
         axes = tuple(range(gradient.dim() - 1))
         self.sums[row] += gradient.sum(axes)
         self.sums[row + 1] += x_hat.mul_(gradient).sum(axes)
@@ -83,12 +97,14 @@ class GradientSums:
 
 
 class Reference:
-    """The primitives, on any device PyTorch runs on. One instance serves one call: its scratch is not shared."""
+    """The primitives, on any device PyTorch runs on. One instance serves one call: its scratch is
+    not shared.
+    """
 
     name = "reference"
     # a band's activations stay in a core's L2 on a CPU; a GPU wants launches worth their cost
-    BAND_BYTES = {"cpu": 1 << 20}
-    DEFAULT_BAND_BYTES = 256 << 20
+    CPU_BAND_BYTES = 1 << 20
+    BAND_BYTES = 256 << 20
 
     def __init__(self) -> None:
         self.scratch = Scratch()
@@ -96,7 +112,7 @@ class Reference:
     # ---- bands
 
     def _band_values(self, x: Tensor) -> int:
-        limit = self.BAND_BYTES.get(x.device.type, self.DEFAULT_BAND_BYTES)
+        limit = self.CPU_BAND_BYTES if x.device.type == "cpu" else self.BAND_BYTES
         return limit // accumulator(x.dtype).itemsize
 
     def row_bands(self, x: Tensor) -> Iterator[slice]:
@@ -105,8 +121,12 @@ class Reference:
         for start in range(0, len(x), step):
             yield slice(start, min(start + step, len(x)))
 
-    def image_bands(self, x: Tensor, geometry: Geometry, unit: int = 1) -> Iterator[tuple[slice, slice]]:
-        """(images, lines) that cover N x H; several images with all their lines, or one with a multiple of unit."""
+    def image_bands(
+        self, x: Tensor, geometry: Geometry, unit: int = 1
+    ) -> Iterator[tuple[slice, slice]]:
+        """(images, lines) that cover N x H; several images with all their lines, or one with a
+        multiple of unit.
+        """
         lines = max(1, self._band_values(x) // (x.shape[-1] * geometry.w))
         images = max(1, lines // geometry.h)
         lines = geometry.h if lines >= geometry.h else max(unit, lines // unit * unit)
@@ -126,8 +146,12 @@ class Reference:
             return z
         return self.scratch.take("z rounded", x.shape, x.dtype, x.device).copy_(z)
 
-    def _answer(self, da: Tensor, z: Tensor | None, x: Tensor, read: Reader, sums: GradientSums) -> Tensor:
-        """dz = da * [z > 0], in da's place; its two sums go to ``sums``. z None: no relu. z's memory is reused."""
+    def _answer(
+        self, da: Tensor, z: Tensor | None, x: Tensor, read: Reader, sums: GradientSums
+    ) -> Tensor:
+        """dz = da * [z > 0], in da's place; its two sums go to ``sums``. z None: no relu. z's
+        memory is reused.
+        """
         if z is not None:
             aten.threshold_backward.grad_input(da, z, 0, grad_input=da)
         x_hat = self._x_hat(x, read)
@@ -196,9 +220,11 @@ class Reference:
         keep: tuple[Tensor, float] | None,
         statistics: bool,
     ) -> Moments | None:
-        """out = conv3x3(relu(s*x + t), W) for x (M, C), W (k, C, 3, 3), out (M, k), zero-padded after the relu.
+        """out = conv3x3(relu(s*x + t), W) for x (M, C), W (k, C, 3, 3), out (M, k), zero-padded
+        after the relu.
 
-        ``keep`` is dropout's (mask (M, k), factor): out *= mask * factor. Returns the statistics of out as stored.
+        ``keep`` is dropout's (mask (M, k), factor): out *= mask * factor. Returns the statistics of
+        out as stored.
         """
         source, target = geometry.pixels(x), geometry.pixels(out)
         moments = MomentSums(self.scratch)
@@ -225,9 +251,16 @@ class Reference:
     # ---- answering
 
     def settle(
-        self, g: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None, keep: tuple[Tensor, float] | None
+        self,
+        g: Tensor,
+        x: Tensor,
+        p: Tensor | None,
+        q: Tensor | None,
+        keep: tuple[Tensor, float] | None,
     ) -> Tensor:
-        """dy = G + p*x + q for slices g and x (M, k), through dropout's mask where there is one. Packed."""
+        """dy = G + p*x + q for slices g and x (M, k), through dropout's mask where there is one.
+        Packed.
+        """
         dy = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rows in self.row_bands(x):
             d = g[rows] if p is None else torch.addcmul(q, x[rows], p).add_(g[rows])
@@ -245,8 +278,9 @@ class Reference:
         g: Tensor,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        """With dy = a*dz + b*y + c (abc None: dy = dz), da = dy @ W and z = relu(s*x + t) recomputed:
-        G += s*da*[z > 0]; returns that reader's sums and dW = dy^T @ z."""
+        """With dy = a*dz + b*y + c (abc None: dy = dz), da = dy @ W and z = relu(s*x + t)
+        recomputed: G += s*da*[z > 0]; returns that reader's sums and dW = dy^T @ z.
+        """
         dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
         sums = self._sums(read, g)
         for rows in self.row_bands(x):
@@ -260,7 +294,9 @@ class Reference:
             self._add_into(g[rows], da, x[rows], read, sums)
         return sums.total(), dweight
 
-    def _normalised(self, dz: Tensor, y: Tensor, abc: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+    def _normalised(
+        self, dz: Tensor, y: Tensor, abc: tuple[Tensor, Tensor | None, Tensor | None]
+    ) -> Tensor:
         """dy = a*dz + b*y + c, as y's dtype stores it."""
         a, b, c = abc
         dy = self.scratch.take("dy", dz.shape, a.dtype, dz.device)
@@ -280,7 +316,8 @@ class Reference:
         g: Tensor | None,
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
-        """With da = conv3x3's input gradient of dy (M, k) and z = relu(s*x + t) recomputed: dz = da*[z > 0].
+        """With da = conv3x3's input gradient of dy (M, k) and z = relu(s*x + t) recomputed: dz =
+        da*[z > 0].
 
         Into G, where given (G += s*dz); else returned, (M, C) packed. Returns (dz, its sums, dW).
         """
@@ -293,11 +330,7 @@ class Reference:
             d = gradient[n, halo]
             if need_weight:
                 self._add_conv3x3_weight(dweight, d, z, inner, dilation)
-            images = d.permute(0, 3, 1, 2)
-            da, _, _ = aten.convolution_backward(
-                images, z.permute(0, 3, 1, 2), weight, None, (1, 1), dilation, dilation, False, (0, 0), 1,
-                (True, False, False),
-            )  # fmt: skip
+            da = _conv3x3_backward(d, z, weight, dilation, (True, False, False))[0]
             da = da.permute(0, 2, 3, 1)[:, inner]
             lines = source[n, h]
             da = self._answer(da, z[:, inner], lines, read, sums)
@@ -308,23 +341,28 @@ class Reference:
         return dz, sums.total(), dweight
 
     @staticmethod
-    def _add_conv3x3_weight(total: Tensor, d: Tensor, z: Tensor, inner: slice, dilation: tuple[int, int]) -> None:
-        """total += the weight gradient of the lines ``inner`` of d, for d and z (n, h, w, C), in total's dtype."""
+    def _add_conv3x3_weight(
+        total: Tensor, d: Tensor, z: Tensor, inner: slice, dilation: tuple[int, int]
+    ) -> None:
+        """total += the weight gradient of the lines ``inner`` of d, for d and z (n, h, w, C), in
+        total's dtype.
+        """
         if inner.stop - inner.start != d.shape[1]:
             # the halo's lines answer in their own bands
             only = torch.zeros_like(d, memory_format=torch.contiguous_format)
             only[:, inner] = d[:, inner]
             d = only
-        d, z = (t.to(total.dtype).permute(0, 3, 1, 2) for t in (d, z))
-        total += aten.convolution_backward(
-            d, z, total, None, (1, 1), dilation, dilation, False, (0, 0), 1, (False, True, False)
-        )[1]
+        d, z = d.to(total.dtype), z.to(total.dtype)
+        total += _conv3x3_backward(d, z, total, dilation, (False, True, False))[1]
 
     # ---- tails
 
-    def bn_relu_pool_conv1x1(self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry) -> Tensor:
-        """avg_pool2x2(relu(s*x + t)) @ W^T for x (M, C), W (B, C): (N * H//2 * W//2, B). Pooled first: a quarter of
-        the arithmetic, and the same numbers, since the two commute."""
+    def bn_relu_pool_conv1x1(
+        self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry
+    ) -> Tensor:
+        """avg_pool2x2(relu(s*x + t)) @ W^T for x (M, C), W (B, C): (N * H//2 * W//2, B). Pooled
+        first: a quarter of the arithmetic, and the same numbers, since the two commute.
+        """
         small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
         out = x.new_empty(small.rows, weight.shape[0])
         source, target = geometry.pixels(x), small.pixels(out)
@@ -340,10 +378,21 @@ class Reference:
         """2x2 means of z (n, h, w, C), as rows; a last odd line or column is left out."""
         if z.shape[1] < 2:
             return z.new_empty(0, z.shape[-1])
-        return aten.avg_pool2d(z.permute(0, 3, 1, 2), 2, 2).permute(0, 2, 3, 1).reshape(-1, z.shape[-1])
+        return (
+            aten.avg_pool2d(z.permute(0, 3, 1, 2), 2, 2)
+            .permute(0, 2, 3, 1)
+            .reshape(-1, z.shape[-1])
+        )
 
     def bn_relu_pool_conv1x1_backward(
-        self, dout: Tensor, weight: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor, need_weight: bool
+        self,
+        dout: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        read: Reader,
+        geometry: Geometry,
+        g: Tensor,
+        need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
         """Of :meth:`bn_relu_pool_conv1x1`, into G; returns the reader's sums and dW."""
         small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
@@ -360,7 +409,14 @@ class Reference:
                 self._add_product(dweight, rows.t(), self._pool(z))
             dpooled = torch.mm(rows, weight).view(*d.shape[:3], -1)
             da = aten.avg_pool2d_backward(
-                dpooled.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), (2, 2), (2, 2), (0, 0), False, True, None
+                dpooled.permute(0, 3, 1, 2),
+                z.permute(0, 3, 1, 2),
+                (2, 2),
+                (2, 2),
+                (0, 0),
+                False,
+                True,
+                None,
             ).permute(0, 2, 3, 1)
             self._answer(da, z, source[n, h], read, sums)
             self._add_into(target[n, h], da, source[n, h], read, sums)
@@ -373,7 +429,9 @@ class Reference:
             out[rows] = self._read(x[rows], read, relu)
         return out
 
-    def bn_relu_backward(self, dout: Tensor, x: Tensor, read: Reader, relu: bool, g: Tensor) -> Sums:
+    def bn_relu_backward(
+        self, dout: Tensor, x: Tensor, read: Reader, relu: bool, g: Tensor
+    ) -> Sums:
         """Of :meth:`bn_relu`, into G."""
         sums = self._sums(read, g)
         for rows in self.row_bands(x):
@@ -391,14 +449,18 @@ class Reference:
             total[n] += self._read(source[n, h], read).sum((1, 2), dtype=total.dtype)
         return (total / (geometry.h * geometry.w)).to(x.dtype)
 
-    def bn_relu_mean_backward(self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor) -> Sums:
+    def bn_relu_mean_backward(
+        self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor
+    ) -> Sums:
         """Of :meth:`bn_relu_mean`, into G."""
         sums = self._sums(read, g)
         source, target = geometry.pixels(x), geometry.pixels(g)
         share = (dout.to(read.scale.dtype) / (geometry.h * geometry.w)).to(x.dtype)[:, None, None]
         for n, h in self.image_bands(x, geometry):
             lines = source[n, h]
-            da = self.scratch.take("da", lines.shape, x.dtype, x.device).copy_(share[n].expand_as(lines))
+            da = self.scratch.take("da", lines.shape, x.dtype, x.device).copy_(
+                share[n].expand_as(lines)
+            )
             self._answer(da, self._read(lines, read), lines, read, sums)
             self._add_into(target[n, h], da, lines, read, sums)
         return sums.total()
@@ -413,15 +475,17 @@ class Reference:
         return moments.merge()
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """max_pool3x3(relu(s*x + t)), stride 2, padding 1, for x (M, C): values (M', C) and uint8 indices (M', C)
-        of the winner in its window, 0 to 8 in reading order."""
+        """max_pool3x3(relu(s*x + t)), stride 2, padding 1, for x (M, C): values (M', C) and uint8
+        indices (M', C) of the winner in its window, 0 to 8 in reading order.
+        """
         small = Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
         out = x.new_empty(small.rows, x.shape[1])
         winner = x.new_empty(small.rows, x.shape[1], dtype=torch.uint8)
         source, values, winners = geometry.pixels(x), small.pixels(out), small.pixels(winner)
         corner_x = 2 * torch.arange(small.w, device=x.device)[:, None] - 1
         for n, h in self.image_bands(x, geometry, unit=2):
-            # two lines more above, so that the band's own padding touches only the output line we drop
+            # two lines more above, so that the band's own padding touches only the output line we
+            # drop
             above = min(2, h.start)
             z = self._read(source[n, h.start - above : h.stop], read).permute(0, 3, 1, 2)
             top, index = aten.max_pool2d_with_indices(z, (3, 3), (2, 2), (1, 1))
@@ -453,7 +517,9 @@ class Reference:
             self._answer(dz[rows], self._read(x[rows], read), x[rows], read, sums)
         return dz, sums.total()
 
-    def normalised_(self, dz: Tensor, x: Tensor, abc: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+    def normalised_(
+        self, dz: Tensor, x: Tensor, abc: tuple[Tensor, Tensor | None, Tensor | None]
+    ) -> Tensor:
         """a*dz + b*x + c, in dz's place."""
         for rows in self.row_bands(x):
             dz[rows] = self._normalised(dz[rows], x[rows], abc)
@@ -461,7 +527,21 @@ class Reference:
 
 
 def _strided(start: int, stop: int, shift: int, size: int) -> tuple[slice, slice]:
-    """Which of the windows start..stop (relative to start) reach line 2*i + shift within 0..size, and those lines."""
+    """Which of the windows start..stop (relative to start) reach line 2*i + shift within 0..size,
+    and those lines.
+    """
     first = start if 2 * start + shift >= 0 else start + 1
     last = min(stop, (size - 1 - shift) // 2 + 1)
-    return slice(first - start, last - start), slice(2 * first + shift, 2 * (last - 1) + shift + 1, 2)
+    return slice(first - start, last - start), slice(
+        2 * first + shift, 2 * (last - 1) + shift + 1, 2
+    )
+
+
+def _conv3x3_backward(
+    d: Tensor, z: Tensor, weight: Tensor, dilation: tuple[int, int], which: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(input, weight, bias) gradients of a 3x3 convolution of z (n, h, w, C) that d answers."""
+    d, z = d.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2)
+    return aten.convolution_backward(
+        d, z, weight, None, (1, 1), dilation, dilation, False, (0, 0), 1, which
+    )
