@@ -37,7 +37,10 @@ bench: .venv/test .venv/extension
 
 # On a GPU machine, with the torch of its own python3: no venv, no network.
 gpu:
-	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: no CUDA device here; nothing was run")'
+	@$(PYTHON) -c 'import importlib.util, sys; \
+		importlib.util.find_spec("torch") or sys.exit("make gpu: $(PYTHON) has no torch; set PYTHON="); \
+		import torch; \
+		torch.cuda.is_available() or sys.exit("make gpu: no CUDA device here; nothing was run")'
 	MEMDENSE_BUILD=require $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
 	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
