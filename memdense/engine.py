@@ -244,6 +244,10 @@ def _as_rows(images: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
+def _parameters(norm: Norm) -> Sequence[Tensor]:
+    return (norm.weight, norm.bias) if norm.spec.affine else ()
+
+
 class _Wanted:
     """Which of a stage's tensors want a gradient, and the gradients so far. The tail counts as a
     last layer.
@@ -252,36 +256,36 @@ class _Wanted:
     def __init__(self, stage: Stage, need: Sequence[bool]) -> None:
         self.need = need
         self.found: list[Tensor | None] = [None] * len(need)
-        self.tensors: list[Tensor | None] = []
-        self.places: dict[tuple[int, str], int] = {}
+        self.tensors: list[Tensor] = []
+        self.places: dict[tuple[int, str], slice] = {}
         for i, layer in enumerate(stage.layers):
-            self._place(i, "norm1", layer.norm1[1:3])
+            self._place(i, "norm1", _parameters(layer.norm1))
             self._place(i, "conv1", (layer.conv1,))
             if layer.norm2 is not None:
-                self._place(i, "norm2", layer.norm2[1:3])
+                self._place(i, "norm2", _parameters(layer.norm2))
                 self._place(i, "conv2", (layer.conv2,))
         if stage.tail is not None:
-            self._place(len(stage.layers), "norm1", stage.tail.norm[1:3])
+            self._place(len(stage.layers), "norm1", _parameters(stage.tail.norm))
             if stage.tail.conv is not None:
                 self._place(len(stage.layers), "conv1", (stage.tail.conv,))
 
-    def _place(self, layer: int, name: str, tensors: Sequence[Tensor | None]) -> None:
-        self.places[layer, name] = len(self.tensors)
+    def _place(self, layer: int, name: str, tensors: Sequence[Tensor]) -> None:
+        start = len(self.tensors)
         self.tensors += tensors
+        self.places[layer, name] = slice(start, len(self.tensors))
 
     def of(self, layer: int, name: str) -> bool:
-        return self.need[self.places[layer, name]]
+        return any(self.need[self.places[layer, name]])
 
     def give(self, layer: int, name: str, gradient: Tensor | Sums | None) -> None:
         """A convolution's weight gradient, or the two sums that are a norm's."""
         place = self.places[layer, name]
         values = (gradient.dgamma, gradient.dbeta) if isinstance(gradient, Sums) else (gradient,)
-        for i, value in enumerate(values, place):
+        for i, value in zip(range(place.start, place.stop), values, strict=False):
             if self.need[i]:
+                like = self.tensors[i]
                 # a copy: the two sums lie in one tensor, and no two gradients may
-                self.found[i] = value.to(self.tensors[i].dtype, copy=True).reshape(
-                    self.tensors[i].shape
-                )
+                self.found[i] = value.to(like.dtype, copy=True).reshape(like.shape)
 
     def gradients(self) -> list[Tensor | None]:
         return self.found

@@ -40,7 +40,7 @@ def _images(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
 @torch.library.custom_op("memdense::stage", mutates_args=())
 def stage(
     x: Tensor,
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
     running: Sequence[Tensor],
     mask: Tensor | None,
     spec: str,
@@ -97,7 +97,7 @@ def stage_backward(
     features: Tensor,
     statistics: Tensor,
     bottlenecks: Sequence[Tensor],
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
     mask: Tensor | None,
     spec: str,
     need_x: bool,
@@ -182,8 +182,8 @@ def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) 
     return dx, [next(found) if n else None for n in need], *ctx.rest
 
 
-def _cast_convolutions(tensors: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
-    return [t if t is None or t.dim() != 4 else t.to(x.dtype) for t in tensors]
+def _cast_convolutions(tensors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    return [t.to(x.dtype) if t.dim() == 4 else t for t in tensors]
 
 
 stage.register_autograd(_backward, setup_context=_setup)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NormSpec:
-    """How a BatchNorm reads: by the batch's statistics, or by its running ones."""
+    """How a BatchNorm reads: by the batch's statistics or its running ones, with weight and bias or not."""
 
     eps: float
     batch: bool
+    affine: bool
 
 
 @dataclass(frozen=True)
@@ -129,18 +130,19 @@ class Stage(NamedTuple):
     keep_bottlenecks: bool
 
 
-def flatten(stage: Stage) -> tuple[list[Tensor | None], list[Tensor]]:
+def flatten(stage: Stage) -> tuple[list[Tensor], list[Tensor]]:
     """A stage's tensors in order, parameters and running statistics apart.
 
     Parameters: per layer gamma1, beta1, conv1, gamma2, beta2, conv2; then the tail's gamma, beta
         and conv. Running
     statistics: mean and var of each norm that reads by them, in the same order.
     """
-    tensors: list[Tensor | None] = []
+    tensors: list[Tensor] = []
     running: list[Tensor] = []
 
     def add(norm: Norm, conv: Tensor | None) -> None:
-        tensors.extend((norm.weight, norm.bias))
+        if norm.spec.affine:
+            tensors.extend((norm.weight, norm.bias))
         if not norm.spec.batch:
             running.extend((norm.mean, norm.var))
         if conv is not None:
@@ -156,13 +158,13 @@ def flatten(stage: Stage) -> tuple[list[Tensor | None], list[Tensor]]:
 
 
 def unflatten(
-    spec: StageSpec, tensors: Sequence[Tensor | None], running: Sequence[Tensor] | None = None
+    spec: StageSpec, tensors: Sequence[Tensor], running: Sequence[Tensor] | None = None
 ) -> Stage:
     """The inverse of :func:`flatten`; without ``running``, every norm's mean and var are None."""
     parameters, buffers = iter(tensors), iter(running or ())
 
     def norm(s: NormSpec) -> Norm:
-        weight, bias = next(parameters), next(parameters)
+        weight, bias = (next(parameters), next(parameters)) if s.affine else (None, None)
         if s.batch or running is None:
             return Norm(s, weight, bias, None, None)
         return Norm(s, weight, bias, next(buffers), next(buffers))

@@ -114,6 +114,7 @@ class Features(nn.Sequential):
 
     def _run(self, x: Tensor, last_tail: str | None) -> tuple[Tensor, list[Tensor]]:
         outputs = []
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         for step in self._steps(last_tail):
             modules = {name: self._modules[name] for name in step.names}
             if step.kind == "module":
@@ -127,8 +128,12 @@ class Features(nn.Sequential):
             x = _cast(x)
             if step.kind == "stem":
                 x = _stem_or_modules(x, found, modules, self.recompute_stem)
+            elif found is None or not _fits(x, found):
+                # modules see, and draw dropout in, the layout the caller's images have
+                x, features = _run_modules(x.contiguous(memory_format=layout), modules, step.tail)
+                outputs.append(features)
             else:
-                x, features = _stage_or_modules(x, found, modules, step.tail, self.double_backward)
+                x, features = run_stage(x, found, self.double_backward, layout)
                 outputs.append(features)
         return x, outputs
 
@@ -163,10 +168,14 @@ class Features(nn.Sequential):
 
 def is_block(module: nn.Module) -> bool:
     """Whether all children of ``module`` are built like dense layers."""
-    return bool(module._modules) and all(
-        {"norm1", "conv1"} <= set((m._modules.get("layers") or m)._modules)
-        for m in module._modules.values()
-    )
+    return bool(module._modules) and all(map(_is_layer, module._modules.values()))
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    if module is None or isinstance(module, torch.jit.ScriptModule):
+        return False
+    inner = module._modules.get("layers")
+    return {"norm1", "conv1"} <= set((module if inner is None else inner)._modules)
 
 
 def is_transition(module: nn.Module) -> bool:
@@ -213,20 +222,17 @@ def _mean(features: Tensor) -> Tensor:
     return torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1)
 
 
-def _stage_or_modules(
-    x: Tensor,
-    found: StageModules | None,
-    modules: dict[str, nn.Module],
-    tail: str | None,
-    double_backward: bool,
+def _fits(x: Tensor, found: StageModules) -> bool:
+    """Whether the stage can take x; where it cannot, the modules say why."""
+    layers = found.stage.layers
+    weights = [w for layer in layers for w in (layer.conv1, layer.conv2) if w is not None]
+    return not misfit(x, found.stage) and convolution_dtype_fits(x, weights)
+
+
+def _run_modules(
+    x: Tensor, modules: dict[str, nn.Module], tail: str | None
 ) -> tuple[Tensor, Tensor]:
-    """(output, block's features)."""
-    if found is not None:
-        convolutions = [
-            w for layer in found.stage.layers for w in (layer.conv1, layer.conv2) if w is not None
-        ]
-        if not misfit(x, found.stage) and convolution_dtype_fits(x, convolutions):
-            return run_stage(x, found, double_backward)
+    """(output, block's features) of a block and its tail as modules."""
     block, *rest = modules.values()
     features = block(x)
     if not rest:
@@ -235,27 +241,32 @@ def _stage_or_modules(
     return (_mean(F.relu(out)) if tail == "pool" else out), features
 
 
-def run_stage(x: Tensor, found: StageModules, double_backward: bool) -> tuple[Tensor, Tensor]:
-    """Run a stage's operation and move its running statistics once. Returns (output, block's
-    features).
+def run_stage(
+    x: Tensor, found: StageModules, double_backward: bool, layout: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """Run a stage's operation and move its running statistics once: (output, block's features).
+
+    ``layout`` is that of the modules' activations, in which dropout is drawn.
     """
     stage = found.stage
     tensors, running = flatten(stage)
     out, features, statistics, _ = ops.stage(
-        x, tensors, running, _draw_mask(x, stage), spec_of(stage).encode(), double_backward
+        x, tensors, running, _draw_mask(x, stage, layout), spec_of(stage).encode(), double_backward
     )
     _update_running(found, statistics, x)
     return (features if stage.tail is None else out), features
 
 
-def _draw_mask(x: Tensor, stage: Stage) -> Tensor | None:
+def _draw_mask(x: Tensor, stage: Stage, layout: torch.memory_format) -> Tensor | None:
     """Dropout's mask, (M, L*k) bool, drawn as ``F.dropout`` would draw it layer by layer."""
     if stage.drop_rate == 0:
         return None
     n, _, h, w = x.shape
     masks = []
     for layer in stage.layers:
-        new = x.new_empty(n, layer.growth, h, w)
+        new = torch.empty(
+            (n, layer.growth, h, w), dtype=x.dtype, device=x.device, memory_format=layout
+        )
         if x.device.type == "cpu":
             kept = new.bernoulli_(1 - stage.drop_rate).bool()
         else:

@@ -15,7 +15,7 @@ from .modules import DenseBlock, DenseLayer, Transition
 from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec
 
 OWN_TYPES = frozenset({DenseBlock, DenseLayer, Transition})
-_HOOKS = {
+HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
     "_forward_hooks": "forward hook",
     "_backward_pre_hooks": "backward pre-hook",
@@ -39,7 +39,7 @@ class NormModule(NamedTuple):
 
 def global_hooks() -> str | None:
     """What hangs on every module of the process, if anything."""
-    for name, kind in _HOOKS.items():
+    for name, kind in HOOKS.items():
         if getattr(_module, "_global" + name, None):
             return f"a global {kind} is registered"
     return None
@@ -51,7 +51,7 @@ def check(module: nn.Module, name: str, types: Iterable[type], expected: str) ->
     """
     if type(module) not in types:
         raise Unsupported(f"{name} is {_article(type(module).__name__)}, not {expected}")
-    for attribute, kind in _HOOKS.items():
+    for attribute, kind in HOOKS.items():
         if module.__dict__.get(attribute):
             raise Unsupported(f"{name} carries a {kind}")
     if "forward" in module.__dict__:
@@ -82,7 +82,9 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
     updates = module.training and module.track_running_stats and mean is not None
     if updates and module.num_batches_tracked is None:
         raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
-    spec = NormSpec(module.eps, batch)
+    if (module.weight is None) != (module.bias is None):
+        raise Unsupported(f"{name} has only one of weight and bias")
+    spec = NormSpec(module.eps, batch, module.weight is not None)
     norm = Norm(spec, module.weight, module.bias, None if batch else mean, None if batch else var)
     return NormModule(module, norm, updates)
 
@@ -103,7 +105,7 @@ def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d:
     plain = plain and module.kernel_size == (size, size) and module.padding in (same, "same")
     if not plain or module.padding_mode != "zeros":
         raise Unsupported(
-            f"{name} is not a {size}x{size} convolution of stride 1 without bias that keeps the size"
+            f"{name} is not a {size}x{size} convolution of stride 1, biasless, size-keeping"
         )
     return module
 

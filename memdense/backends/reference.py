@@ -233,7 +233,7 @@ class Reference:
             new = aten.convolution(z, weight, None, (1, 1), dilation, dilation, False, (0, 0), 1)
             new = new.permute(0, 2, 3, 1)[:, inner]
             if keep is not None:
-                new = new * (geometry.pixels(keep[0])[n, h] * keep[1])
+                new = new * geometry.pixels(keep[0])[n, h] * keep[1]
             target[n, h].copy_(new)
             if statistics:
                 moments.add(target[n, h])
@@ -264,7 +264,7 @@ class Reference:
         dy = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rows in self.row_bands(x):
             d = g[rows] if p is None else torch.addcmul(q, x[rows], p).add_(g[rows])
-            dy[rows] = d if keep is None else d * (keep[0][rows] * keep[1])
+            dy[rows] = d if keep is None else d * keep[0][rows] * keep[1]
         return dy
 
     def bn_relu_conv1x1_backward(

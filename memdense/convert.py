@@ -1,0 +1,261 @@
+"""An existing model's DenseNet starts to run efficiently: same modules, same parameters, same
+names.
+"""
+
+import copy
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .stage import Features, MemdenseWarning, Step, is_block
+from .structure import HOOKS, OWN_TYPES, Unsupported
+
+Model = TypeVar("Model", bound=nn.Module)
+TOLERANCE = 1e-9
+
+
+def convert(
+    model: Model,
+    *,
+    check: bool = True,
+    verbose: bool = True,
+    keep_bottlenecks: bool = False,
+    recompute_stem: bool = False,
+    double_backward: bool = False,
+) -> Model:
+    """Let every DenseNet inside ``model`` run efficiently, in place.
+
+    A DenseNet is recognised by its structure: an ``nn.Sequential`` that holds dense blocks, as
+    those of torchvision, timm, MONAI (2-D), torchxrayvision and gpleiss do, at any depth and any
+    number of times. It becomes a :class:`memdense.Features` and stays the same object with the same
+    children: parameters, ``state_dict`` keys, hooks and references to it remain as they were. What
+    looks different is left alone, or runs as plain modules block by block; a report on stderr, and
+    :func:`memdense.explain` at any time, say why.
+
+    Args:
+        model: any module. Wrappers (``DataParallel``, ``torch.compile``, ...) are looked into.
+        check: compare outputs, running statistics and gradients of both forms on a small random
+            float64 copy before converting, since a class may compute something else than its
+            children suggest. Leaves the model, its gradients and all random states untouched.
+        verbose: print the report. Without it, a warning tells if nothing at all was converted.
+        keep_bottlenecks, recompute_stem, double_backward: as in :class:`memdense.DenseNet`; they
+            are attributes of each converted stack, and may be changed there later.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: for a scripted or traced model, or no module at all.
+        ValueError: if no module inside holds dense blocks.
+    """
+    stacks = find_stacks(model)
+    report = []
+    for name, stack in stacks:
+        if isinstance(stack, Features):
+            off = "" if stack.efficient else ", switched off: set its attribute efficient to True"
+            report.append(f"{name}: runs on memdense already{off}")
+            continue
+        reason = refusal(stack) or (check and _difference(stack))
+        if reason:
+            report.append(f"{name}: left alone: {reason}")
+            continue
+        features = as_features(stack)
+        become_features(stack, features._types, keep_bottlenecks, recompute_stem, double_backward)
+        report.append(f"{name}: converted{'' if check else ', unchecked'}")
+        report += [
+            f"  {' and '.join(step.names)} as plain modules for now: {reason}"
+            for step, reason in obstacles(stack).items()
+        ]
+    if verbose:
+        lines = "\n".join(f"  {line}" for line in report)
+        print(f"memdense.convert({type(model).__name__}):\n{lines}", file=sys.stderr)
+    elif not any(isinstance(stack, Features) for _, stack in stacks):
+        warnings.warn(
+            f"memdense converted nothing: {'; '.join(report)}", MemdenseWarning, stacklevel=2
+        )
+    return model
+
+
+def find_stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules inside ``model`` that hold dense blocks, by name ("the model" for itself).
+
+    Raises:
+        TypeError, ValueError: see :func:`convert`.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a scripted or traced model cannot be changed: convert it before that")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, but got {type(model).__name__}")
+    found = [
+        (name or "the model", module)
+        for name, module in model.named_modules()
+        # MONAI's layers look like blocks: what holds them is a block, not a stack
+        if not is_block(module) and any(is_block(child) for child in module.children())
+    ]
+    if not found:
+        raise ValueError(f"found no DenseNet feature stack in {type(model).__name__}")
+    return found
+
+
+def as_features(stack: nn.Sequential) -> Features:
+    """``stack``'s children in a new ``Features``, which trusts the classes of those blocks, layers
+    and transitions that could run efficiently.
+    """
+    features = Features(OrderedDict(stack._modules))
+    stages = [step for step in features._steps("norm") if step.kind == "stage"]
+    classes = {step: _classes(features, step) for step in stages}
+    features._types = OWN_TYPES.union(*classes.values())
+    hindered = obstacles(features)
+    features._types = OWN_TYPES.union(*(classes[s] for s in stages if s not in hindered))
+    return features
+
+
+def _classes(features: Features, step: Step) -> set[type]:
+    block, *tail = (features._modules[name] for name in step.names)
+    trusted = [block, *block.children(), *(tail if step.tail == "transition" else ())]
+    return {type(module) for module in trusted}
+
+
+def obstacles(features: Features) -> dict[Step, str]:
+    """Why stems and stages of ``features`` run as plain modules, for those that do."""
+    found = {}
+    for step in features._steps("norm"):
+        if step.kind == "module":
+            continue
+        try:
+            features.read(step)
+        except Unsupported as reason:
+            found[step] = str(reason)
+    return found
+
+
+def become_features(
+    stack: nn.Sequential,
+    types: frozenset[type],
+    keep_bottlenecks: bool = False,
+    recompute_stem: bool = False,
+    double_backward: bool = False,
+) -> None:
+    """Turn ``stack`` into a ``Features``: the class changes, the object does not."""
+    stack.__class__ = Features
+    stack._switches(True, keep_bottlenecks, recompute_stem, double_backward)
+    stack._types = types
+
+
+def refusal(stack: nn.Module) -> str:
+    """Why a stack cannot be converted, by its looks; empty if it can."""
+    if type(stack) is not nn.Sequential:
+        return f"it is a {type(stack).__name__}, not an nn.Sequential: its forward is its own"
+    if "forward" in stack.__dict__:
+        return "its forward was replaced on the instance"
+    features = as_features(stack)
+    stages = [step for step in features._steps("norm") if step.kind == "stage"]
+    reasons = obstacles(features)
+    return "" if any(step not in reasons for step in stages) else reasons[stages[0]]
+
+
+# ---- the check
+
+
+def _difference(stack: nn.Sequential) -> str:
+    """What ``stack`` and its converted form compute differently, in a sentence."""
+    with ExitStack() as entered:
+        for context in (
+            torch.random.fork_rng(devices=[]),  # all happens on the CPU
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu"),
+            warnings.catch_warnings(),
+        ):
+            entered.enter_context(context)
+        warnings.simplefilter("ignore")
+        torch.default_generator.manual_seed(0)
+        try:
+            original = _copy(stack)
+            converted = copy.deepcopy(original)
+            become_features(converted, as_features(converted)._types)
+            x = _probe(original)
+            expected, found = _results(original, x), _results(converted, x)
+        except Exception as error:  # other people's code may raise anything
+            return f"checking it raised {type(error).__name__}: {error} (check=False skips that)"
+    what = _first_difference(found, expected)
+    names = sorted(cls.__name__ for cls in converted._types - OWN_TYPES)
+    return what and f"{', '.join(names)} compute something else than they look like: {what}"
+
+
+def _first_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    gradients = [t.abs().max() for name, t in expected.items() if "gradient" in name]
+    for name, tensor in expected.items():
+        # a gradient that cancels to nothing is rounding: measure it by the others
+        floor = 1e-3 * max(gradients) if "gradient" in name else 0.0
+        error, scale = (found[name] - tensor).abs().max(), max(tensor.abs().max(), floor)
+        if not error <= TOLERANCE * scale:
+            return f"{name} differs by {error / scale:.0e} of its size"
+    return ""
+
+
+def _copy(stack: nn.Sequential) -> nn.Sequential:
+    """``stack`` up to its last block's tail, in float64 on the CPU, without hooks and with weights
+    of its own: those of a fresh or pruned model may hide a difference.
+    """
+    last = [step for step in as_features(stack)._steps("norm") if step.kind == "stage"][-1]
+    names = list(stack._modules)
+    names = names[: names.index(last.names[-1]) + 1]
+    part = nn.Sequential(OrderedDict((name, stack._modules[name]) for name in names))
+    memo: dict[int, object] = {}
+    for module in part.modules():
+        memo.update((id(getattr(module, hooks)), OrderedDict()) for hooks in HOOKS)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                memo[id(tensor)] = _substitute(name, tensor)
+    return copy.deepcopy(part, memo)
+
+
+def _substitute(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.cpu().clone()
+    values = torch.randn(tensor.shape, dtype=torch.float64)
+    if name == "running_var":
+        values = values.square() + 0.5
+    elif tensor.dim() > 1:
+        values /= tensor[0].numel() ** 0.5
+    return nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values
+
+
+def _probe(stack: nn.Sequential) -> Tensor:
+    """The smallest images that pass through ``stack``, and four of them: enough for a BatchNorm."""
+    channels = next(m.in_channels for m in stack.modules() if isinstance(m, nn.Conv2d))
+    stack.eval()
+    for size in (8, 16, 32, 64, 128):
+        x = torch.randn(4, channels, size, size + 3, dtype=torch.float64)
+        try:
+            stack(x.clone())
+            break
+        except (RuntimeError, ValueError):
+            pass  # the last one's error comes again where x is used
+    return x
+
+
+def _results(stack: nn.Sequential, x: Tensor) -> dict[str, Tensor]:
+    """What ``stack`` computes from ``x`` in both modes, by name. Dropout is active: both forms draw
+    alike.
+    """
+    torch.default_generator.manual_seed(0)
+    results = {"the output in evaluation mode": stack.eval()(x.clone()).detach()}
+    x = x.clone().requires_grad_()
+    out = stack.train()(x.clone())
+    results["the output in training mode"] = out.detach().clone()
+    for name, buffer in stack.named_buffers():
+        results[f"the buffer {name}"] = buffer.detach().double()
+    (out * torch.randn_like(out)).sum().backward()
+    for name, tensor in (("the input", x), *stack.named_parameters()):
+        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        results[f"the gradient of {name}"] = gradient
+    return results
