@@ -1,6 +1,8 @@
 """memdense: the same DenseNet, a fraction of the memory."""
 
+from .convert import convert
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
+from .explain import Explanation, explain
 from .modules import DenseBlock, DenseLayer, Transition
 from .stage import Features, MemdenseWarning
 
@@ -10,12 +12,15 @@ __all__ = [
     "DenseBlock",
     "DenseLayer",
     "DenseNet",
+    "Explanation",
     "Features",
     "MemdenseWarning",
     "Transition",
+    "convert",
     "densenet121",
     "densenet161",
     "densenet169",
     "densenet201",
     "densenet264",
+    "explain",
 ]

@@ -56,6 +56,7 @@ def convert(
     """
     stacks = find_stacks(model)
     report = []
+    title = f"memdense.convert({type(model).__name__})"  # the class of a bare stack changes
     for name, stack in stacks:
         if isinstance(stack, Features):
             off = "" if stack.efficient else ", switched off: set its attribute efficient to True"
@@ -65,8 +66,7 @@ def convert(
         if reason:
             report.append(f"{name}: left alone: {reason}")
             continue
-        features = as_features(stack)
-        become_features(stack, features._types, keep_bottlenecks, recompute_stem, double_backward)
+        become_features(stack, keep_bottlenecks, recompute_stem, double_backward)
         report.append(f"{name}: converted{'' if check else ', unchecked'}")
         report += [
             f"  {' and '.join(step.names)} as plain modules for now: {reason}"
@@ -74,7 +74,7 @@ def convert(
         ]
     if verbose:
         lines = "\n".join(f"  {line}" for line in report)
-        print(f"memdense.convert({type(model).__name__}):\n{lines}", file=sys.stderr)
+        print(f"{title}:\n{lines}", file=sys.stderr)
     elif not any(isinstance(stack, Features) for _, stack in stacks):
         warnings.warn(
             f"memdense converted nothing: {'; '.join(report)}", MemdenseWarning, stacklevel=2
@@ -103,23 +103,26 @@ def find_stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def as_features(stack: nn.Sequential) -> Features:
-    """``stack``'s children in a new ``Features``, which trusts the classes of those blocks, layers
-    and transitions that could run efficiently.
+def refusal(stack: nn.Module) -> str:
+    """Why a stack cannot be converted, by its looks; empty if it can."""
+    if type(stack) is not nn.Sequential:
+        return f"it is a {type(stack).__name__}, not an nn.Sequential: its forward is its own"
+    if "forward" in stack.__dict__:
+        return "its forward was replaced on the instance"
+    features = as_features(stack)
+    reasons = obstacles(features)
+    stages = _stages(features)
+    return "" if any(stage not in reasons for stage in stages) else reasons[stages[0]]
+
+
+def as_features(stack: nn.Module) -> Features:
+    """``stack``'s children in a new ``Features`` that trusts the classes of all its blocks, layers
+    and transitions.
     """
-    features = Features(OrderedDict(stack._modules))
-    stages = [step for step in features._steps("norm") if step.kind == "stage"]
-    classes = {step: _classes(features, step) for step in stages}
-    features._types = OWN_TYPES.union(*classes.values())
-    hindered = obstacles(features)
-    features._types = OWN_TYPES.union(*(classes[s] for s in stages if s not in hindered))
+    children = ((name, child) for name, child in stack._modules.items() if child is not None)
+    features = Features(OrderedDict(children))
+    features._types = OWN_TYPES.union(*(_classes(features, s) for s in _stages(features)))
     return features
-
-
-def _classes(features: Features, step: Step) -> set[type]:
-    block, *tail = (features._modules[name] for name in step.names)
-    trusted = [block, *block.children(), *(tail if step.tail == "transition" else ())]
-    return {type(module) for module in trusted}
 
 
 def obstacles(features: Features) -> dict[Step, str]:
@@ -137,27 +140,28 @@ def obstacles(features: Features) -> dict[Step, str]:
 
 def become_features(
     stack: nn.Sequential,
-    types: frozenset[type],
     keep_bottlenecks: bool = False,
     recompute_stem: bool = False,
     double_backward: bool = False,
 ) -> None:
-    """Turn ``stack`` into a ``Features``: the class changes, the object does not."""
+    """Turn ``stack`` into a ``Features``: its class changes, the object does not. Classes of which
+    no instance could run now, and be checked, stay untrusted.
+    """
+    features = as_features(stack)
+    runnable = [stage for stage in _stages(features) if stage not in obstacles(features)]
     stack.__class__ = Features
     stack._switches(True, keep_bottlenecks, recompute_stem, double_backward)
-    stack._types = types
+    stack._types = OWN_TYPES.union(*(_classes(features, stage) for stage in runnable))
 
 
-def refusal(stack: nn.Module) -> str:
-    """Why a stack cannot be converted, by its looks; empty if it can."""
-    if type(stack) is not nn.Sequential:
-        return f"it is a {type(stack).__name__}, not an nn.Sequential: its forward is its own"
-    if "forward" in stack.__dict__:
-        return "its forward was replaced on the instance"
-    features = as_features(stack)
-    stages = [step for step in features._steps("norm") if step.kind == "stage"]
-    reasons = obstacles(features)
-    return "" if any(step not in reasons for step in stages) else reasons[stages[0]]
+def _stages(features: Features) -> list[Step]:
+    return [step for step in features._steps("norm") if step.kind == "stage"]
+
+
+def _classes(features: Features, stage: Step) -> set[type]:
+    block, *tail = (features._modules[name] for name in stage.names)
+    trusted = [block, *block.children(), *(tail if stage.tail == "transition" else ())]
+    return {type(module) for module in trusted}
 
 
 # ---- the check
@@ -180,7 +184,7 @@ def _difference(stack: nn.Sequential) -> str:
         try:
             original = _copy(stack)
             converted = copy.deepcopy(original)
-            become_features(converted, as_features(converted)._types)
+            become_features(converted)
             x = _probe(original)
             expected, found = _results(original, x), _results(converted, x)
         except Exception as error:  # other people's code may raise anything
@@ -205,9 +209,9 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
     """``stack`` up to its last block's tail, in float64 on the CPU, without hooks and with weights
     of its own: those of a fresh or pruned model may hide a difference.
     """
-    last = [step for step in as_features(stack)._steps("norm") if step.kind == "stage"][-1]
+    last = _stages(as_features(stack))[-1].names[-1]
     names = list(stack._modules)
-    names = names[: names.index(last.names[-1]) + 1]
+    names = names[: names.index(last) + 1]
     part = nn.Sequential(OrderedDict((name, stack._modules[name]) for name in names))
     memo: dict[int, object] = {}
     for module in part.modules():
@@ -253,7 +257,7 @@ def _results(stack: nn.Sequential, x: Tensor) -> dict[str, Tensor]:
     out = stack.train()(x.clone())
     results["the output in training mode"] = out.detach().clone()
     for name, buffer in stack.named_buffers():
-        results[f"the buffer {name}"] = buffer.detach().double()
+        results[f"the buffer {name}"] = buffer.detach().clone().double()
     (out * torch.randn_like(out)).sum().backward()
     for name, tensor in (("the input", x), *stack.named_parameters()):
         gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

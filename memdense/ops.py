@@ -57,11 +57,11 @@ def stage(
         double_backward: keep x, so that gradients can be differentiated.
     """
     with _no_autocast(x):
-        return tuple(
-            engine.forward(
-                x, unflatten(StageSpec.decode(spec), tensors, running), mask, backend_for(x.device)
-            )
+        out, features, statistics, bottlenecks = engine.forward(
+            x, unflatten(StageSpec.decode(spec), tensors, running), mask, backend_for(x.device)
         )
+    # .data: not views to autograd, so that a user may change them in place as any module's output
+    return out.data, features.data, statistics, bottlenecks
 
 
 @stage.register_fake
@@ -154,6 +154,10 @@ def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) 
     need_x, need = ctx.needs_input_grad[0], list(ctx.needs_input_grad[1])
     if dout is None and dfeatures is None:
         return None, [None] * len(tensors), *ctx.rest
+    if dout is None:
+        # a tail nobody used: its parameters get no gradient, not a gradient of zeros
+        first = len(need) - StageSpec.decode(ctx.spec).tail_tensors
+        need[first:] = [False] * (len(need) - first)
     if torch.is_grad_enabled():
         if x is None:
             raise RuntimeError(_DOUBLE_BACKWARD)
@@ -212,11 +216,10 @@ def stem(
     """
     s = StemSpec.decode(spec)
     with _no_autocast(x):
-        return tuple(
-            engine.stem_forward(
-                x, weight, Norm(s.norm, gamma, beta, mean, var), s, backend_for(x.device)
-            )
+        out, *rest = engine.stem_forward(
+            x, weight, Norm(s.norm, gamma, beta, mean, var), s, backend_for(x.device)
         )
+    return out.data, *rest
 
 
 @stem.register_fake

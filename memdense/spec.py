@@ -4,7 +4,7 @@ one.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +18,10 @@ class NormSpec:
     eps: float
     batch: bool
     affine: bool
+
+
+def _values(norm: NormSpec) -> tuple[float, bool, bool]:
+    return norm.eps, norm.batch, norm.affine
 
 
 @dataclass(frozen=True)
@@ -46,23 +50,35 @@ class StageSpec:
     drop_rate: float = 0.0
     keep_bottlenecks: bool = False
 
-    @lru_cache(maxsize=4096)  # noqa: B019  (specs are small, hashed by value)
+    @property
+    def tail_tensors(self) -> int:
+        """How many of the stage's parameters are its tail's: the last ones."""
+        if self.tail is None:
+            return 0
+        return 2 * self.tail.norm.affine + (self.tail.kind == "transition")
+
     def encode(self) -> str:
-        return json.dumps(asdict(self))
+        layers = [(_values(x.norm1), x.norm2 and _values(x.norm2), x.dilation) for x in self.layers]
+        tail = self.tail and (
+            self.tail.kind,
+            _values(self.tail.norm),
+            self.tail.relu,
+            self.tail.pool,
+        )
+        return json.dumps((layers, tail, self.drop_rate, self.keep_bottlenecks))
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def decode(text: str) -> "StageSpec":
-        d = json.loads(text)
-
-        def norm(n: dict | None) -> NormSpec | None:
-            return n and NormSpec(**n)
-
-        layers = (
-            LayerSpec(norm(x["norm1"]), norm(x["norm2"]), tuple(x["dilation"])) for x in d["layers"]
+        layers, tail, drop_rate, keep_bottlenecks = json.loads(text)
+        layers = tuple(
+            LayerSpec(NormSpec(*norm1), norm2 and NormSpec(*norm2), tuple(dilation))
+            for norm1, norm2, dilation in layers
         )
-        tail = d["tail"] and TailSpec(**{**d["tail"], "norm": norm(d["tail"]["norm"])})
-        return StageSpec(tuple(layers), tail, d["drop_rate"], d["keep_bottlenecks"])
+        if tail is not None:
+            kind, norm, relu, pool = tail
+            tail = TailSpec(kind, NormSpec(*norm), relu, pool)
+        return StageSpec(layers, tail, drop_rate, keep_bottlenecks)
 
 
 @dataclass(frozen=True)
@@ -75,16 +91,15 @@ class StemSpec:
     dilation: tuple[int, int]
     recompute: bool
 
-    @lru_cache(maxsize=64)  # noqa: B019
     def encode(self) -> str:
-        return json.dumps(asdict(self))
+        rest = self.stride, self.padding, self.dilation, self.recompute
+        return json.dumps((_values(self.norm), *rest))
 
     @staticmethod
     @lru_cache(maxsize=64)
     def decode(text: str) -> "StemSpec":
-        d = json.loads(text)
-        pair = {k: tuple(d[k]) for k in ("stride", "padding", "dilation")}
-        return StemSpec(norm=NormSpec(**d["norm"]), recompute=d["recompute"], **pair)
+        norm, stride, padding, dilation, recompute = json.loads(text)
+        return StemSpec(NormSpec(*norm), tuple(stride), tuple(padding), tuple(dilation), recompute)
 
 
 class Norm(NamedTuple):

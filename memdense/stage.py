@@ -86,7 +86,7 @@ class Features(nn.Sequential):
         """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
         if self._runs_efficiently(x) and self._steps("pool")[-1].tail == "pool":
             return self._run(x, "pool")[0]
-        return _mean(F.relu(self(x)))
+        return _mean(F.relu(self(x), inplace=True))
 
     def block_outputs(self, x: Tensor) -> list[Tensor]:
         """(N, C_in, H, W) to the output of each dense block."""
@@ -102,6 +102,9 @@ class Features(nn.Sequential):
 
     def _runs_efficiently(self, x: Tensor) -> bool:
         if not self.efficient or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self._warn("the whole model", "torch.func's transforms need operations of their own")
             return False
         # modules say best what is wrong with an input, and do with an empty one what they do
         return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.numel() > 0
@@ -123,7 +126,7 @@ class Features(nn.Sequential):
             try:
                 found = self.read(step)
             except Unsupported as reason:
-                self._warn(step, str(reason))
+                self._warn(" and ".join(step.names), str(reason))
                 found = None
             x = _cast(x)
             if step.kind == "stem":
@@ -155,15 +158,12 @@ class Features(nn.Sequential):
             self.keep_bottlenecks,
         )
 
-    def _warn(self, step: Step, reason: str) -> None:
+    def _warn(self, what: str, reason: str) -> None:
         if reason in self._warned:
             return
         self._warned.add(reason)
-        warnings.warn(
-            f"memdense runs {' and '.join(step.names)} as plain modules: {reason}",
-            MemdenseWarning,
-            stacklevel=4,
-        )
+        message = f"memdense runs {what} as plain modules: {reason}"
+        warnings.warn(message, MemdenseWarning, stacklevel=4)
 
 
 def is_block(module: nn.Module) -> bool:
@@ -238,7 +238,8 @@ def _run_modules(
     if not rest:
         return features, features
     out = rest[0](features)
-    return (_mean(F.relu(out)) if tail == "pool" else out), features
+    # in place, as torchvision does it: who watches the norm sees the same
+    return (_mean(F.relu(out, inplace=True)) if tail == "pool" else out), features
 
 
 def run_stage(
