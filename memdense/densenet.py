@@ -202,18 +202,21 @@ def _modern_key(key: str) -> str:
 Weights = str | os.PathLike[str] | Mapping[str, Any] | Enum
 
 
-def _state_dict(arch: str, weights: Weights, progress: bool) -> Mapping[str, Any]:
+def _state_dict(arch: str, weights: Weights, num_classes: int, progress: bool) -> Mapping[str, Any]:
     if isinstance(weights, Mapping):
         return weights
     name = weights.name if isinstance(weights, Enum) else os.fspath(weights)
     if isinstance(weights, Enum) and not type(weights).__name__.lower().startswith(arch):
-        raise ValueError(
-            f"{arch} takes weights of its own, but got {type(weights).__name__}.{name}"
-        )
+        raise ValueError(f"{arch} takes weights of its own, got {type(weights).__name__}.{name}")
     # torchvision's get_model() also takes the enum's name in front
     short = re.sub(rf"^{arch}_weights\.", "", name, flags=re.IGNORECASE)
     if arch in _URLS and short in ("DEFAULT", "IMAGENET1K_V1"):
-        return torch.hub.load_state_dict_from_url(_URLS[arch], progress=progress, check_hash=True)
+        if num_classes != 1000:
+            raise ValueError(
+                f"num_classes must be 1000 for weights {name!r} of {arch}, but got {num_classes}"
+            )
+        url = _URLS[arch]
+        return torch.hub.load_state_dict_from_url(url, progress=progress, check_hash=True)
     if not isinstance(weights, Enum) and os.path.isfile(name):
         loaded = torch.load(name, map_location="cpu", weights_only=True)
         return loaded.get("state_dict", loaded)
@@ -232,7 +235,9 @@ def _densenet(
     progress: bool,
     **kwargs: Any,
 ) -> DenseNet:
-    state = None if weights is None else _state_dict(arch, weights, progress)
+    state = None
+    if weights is not None:
+        state = _state_dict(arch, weights, kwargs.get("num_classes", 1000), progress)
     model = DenseNet(growth_rate, block_config, num_init_features, **kwargs)
     if state is not None:
         model.load_state_dict(state)

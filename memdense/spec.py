@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NormSpec:
-    """How a BatchNorm reads: by the batch's statistics or its running ones, with weight and bias or not."""
+    """How a BatchNorm reads: by the batch's statistics or running ones, affine or not."""
 
     eps: float
     batch: bool

@@ -1,0 +1,340 @@
+"""The model as an object: constructor, weights, state_dict, copies, and what bad input raises."""
+
+import copy
+import io
+import os
+import pickle
+
+import pytest
+import torch
+import torchvision.models as tv
+from exactness import assert_same_step, randomise
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import memdense
+
+SMALL = dict(growth_rate=4, block_config=(2, 2), num_init_features=6, bn_size=2, num_classes=3)
+
+
+def small(**kwargs) -> memdense.DenseNet:
+    return memdense.DenseNet(**(SMALL | kwargs))
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "densenet161", "densenet169", "densenet201"])
+def test_state_dict_round_trips_with_torchvision(arch: str) -> None:
+    ours, theirs = getattr(memdense, arch)(), getattr(tv, arch)()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    for name, p in ours.named_parameters():
+        assert torch.equal(p, theirs.get_parameter(name)), name
+
+
+def test_parameters_of_the_published_sizes() -> None:
+    def count(model: nn.Module) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    assert count(memdense.densenet121()) == 7_978_856
+    assert count(memdense.densenet161()) == 28_681_000
+    assert count(memdense.densenet169()) == 14_149_480
+    assert count(memdense.densenet201()) == 20_013_928
+    cifar = dict(num_classes=10, small_inputs=True)
+    bc = memdense.DenseNet(12, (16, 16, 16), 24, **cifar)
+    plain = memdense.DenseNet(12, (12, 12, 12), 16, None, compression=1.0, **cifar)
+    assert round(count(bc) / 1e6, 1) == 0.8
+    assert round(count(plain) / 1e6, 1) == 1.0
+
+
+def test_torchvisions_positional_order_and_flag() -> None:
+    model = memdense.DenseNet(4, (2, 2), 6, 2, 0.1, 3, False)
+    assert model.features.efficient is False
+    assert model.features.denseblock1.denselayer1.drop_rate == 0.1
+    assert memdense.DenseNet(4, (2, 2), 6, 2, 0, 3, True, efficient=False).features.efficient
+    assert small().features.efficient and not small(efficient=False).features.efficient
+
+
+def test_old_and_foreign_keys_load() -> None:
+    model = small()
+    old = {}
+    for key, value in small().state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        for part in ("norm1", "norm2", "conv1", "conv2"):
+            if "denselayer" in key:
+                key = key.replace(part, f"{part[:-1]}.{part[-1]}")
+        old[key.replace("norm5", "norm_final")] = value
+    assert any("norm.1.weight" in k for k in old) and any("norm_final" in k for k in old)
+    model.load_state_dict(old)
+    key = "features.denseblock1.denselayer2.conv.2.weight"
+    assert torch.equal(model.features.denseblock1.denselayer2.conv2.weight, old[key])
+    nested = nn.ModuleDict({"encoder": small()})
+    nested.load_state_dict({f"encoder.{k}": v for k, v in old.items()})
+
+
+def test_strict_loading_stays_strict() -> None:
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*classifier.wrong"):
+        small().load_state_dict(small().state_dict() | {"classifier.wrong": torch.ones(1)})
+    with pytest.raises(RuntimeError, match=r"size mismatch for classifier.weight"):
+        small().load_state_dict(small(num_classes=4).state_dict())
+
+
+def test_weights_from_a_path_and_a_state_dict(tmp_path: os.PathLike) -> None:
+    expected = memdense.densenet121(num_classes=2).state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save(expected, path)
+    for weights in (path, str(path), expected):
+        model = memdense.densenet121(weights=weights, num_classes=2)
+        assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["IMAGENET1K_V1", "DEFAULT", "DenseNet121_Weights.DEFAULT", tv.DenseNet121_Weights.DEFAULT],
+    ids=str,
+)
+def test_weights_by_name_download_what_torchvision_does(
+    weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader is replaced: it must be asked for torchvision's file, with its hash checked."""
+    expected = memdense.densenet121().state_dict()
+    calls = []
+
+    def load(url: str, **kwargs: object) -> dict:
+        calls.append((url, kwargs))
+        return expected
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load)
+    model = memdense.densenet121(weights=weights, progress=False)
+    url = tv.DenseNet121_Weights.IMAGENET1K_V1.url
+    assert calls == [(url, dict(progress=False, check_hash=True))]
+    assert torch.equal(model.classifier.weight, expected["classifier.weight"])
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "densenet161", "densenet169", "densenet201"])
+def test_urls_are_torchvisions(arch: str) -> None:
+    enum = getattr(tv, f"{arch.replace('densenet', 'DenseNet')}_Weights")
+    assert memdense.densenet._URLS[arch] == enum.IMAGENET1K_V1.url
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights"),
+    [
+        ("densenet121", "IMAGENET1K_V9"),
+        ("densenet264", "DEFAULT"),
+        ("densenet121", "no/such/file.pth"),
+        ("densenet121", tv.DenseNet169_Weights.DEFAULT),
+    ],
+    ids=str,
+)
+def test_unknown_weights_are_named(arch: str, weights) -> None:
+    with pytest.raises(ValueError, match=f"{arch}.*{getattr(weights, 'name', weights)}"):
+        getattr(memdense, arch)(weights=weights)
+
+
+def test_weights_for_other_classes_are_refused_before_the_download() -> None:
+    with pytest.raises(ValueError, match=r"num_classes.*1000.*10"):
+        memdense.densenet121(weights="DEFAULT", num_classes=10)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("used", [False, True])
+def test_copies_work_and_are_apart(how: str, used: bool) -> None:
+    model = small().double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    if used:
+        model(x).sum().backward()
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert_same_step(other, model, x)
+    before = other.features.conv0.weight.clone()
+    with torch.no_grad():
+        model.features.conv0.weight.add_(1)
+    assert torch.equal(other.features.conv0.weight, before)
+
+
+def test_moving_averages_of_the_model() -> None:
+    model = small()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    x = torch.randn(2, 3, 32, 32)
+    model(x).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    average.update_parameters(model)
+    assert average(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_to_dtype(dtype: torch.dtype) -> None:
+    """Each dtype through and through: outputs and gradients stay near float64's."""
+    exact = small().double()
+    randomise(exact, torch.Generator().manual_seed(1))
+    exact.eval()
+    model = copy.deepcopy(exact).to(dtype)
+    x = torch.randn(2, 3, 32, 32).to(dtype)
+    out, expected = model(x), exact(x.double())
+    assert out.dtype == dtype and model.features.conv0.weight.dtype == dtype
+    assert (out.double() - expected).norm() <= 0.03 * expected.norm()
+    out.sum().backward()
+    expected.sum().backward()
+    mine = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    theirs = torch.cat([p.grad.flatten() for p in exact.parameters()])
+    assert mine.isfinite().all() and (mine - theirs).norm() <= 0.1 * theirs.norm()
+
+
+def test_to_channels_last() -> None:
+    model = small().double()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 40, dtype=torch.float64)
+    assert_same_step(other, model, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_near_float32_and_types_are_torchvisions(dtype: torch.dtype) -> None:
+    ours = small()
+    theirs = tv.DenseNet(4, (2, 2), 6, 2, 0, 3)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 3, 48, 48)
+    exact = copy.deepcopy(ours).double()
+    exact(x.double()).square().sum().backward()
+    for model in (ours, theirs):
+        with torch.autocast("cpu", dtype):
+            out = model(x)
+        assert out.dtype == dtype
+        out.float().square().sum().backward()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert mine.grad.dtype == other.grad.dtype == torch.float32, name
+
+    def distance(model: nn.Module) -> float:
+        pairs = zip(model.parameters(), exact.parameters(), strict=True)
+        return sum((p.grad - q.grad).square().sum().item() for p, q in pairs) ** 0.5
+
+    assert distance(ours) <= 1.5 * distance(theirs)
+
+
+def test_backward_outside_and_inside_autocast_agree() -> None:
+    grads = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        model, x = small(), torch.randn(2, 3, 32, 32)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_freezing_any_subset() -> None:
+    model = small().double()
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i % 3 == 0)
+    plain = copy.deepcopy(model)
+    plain.features.efficient = False
+    assert_same_step(model, plain, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    model.requires_grad_(False)
+    assert not model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).requires_grad
+
+
+def test_slices_of_features_stay_features() -> None:
+    model = small().double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    head, tail = model.features[:5], model.features[5:]
+    model.eval()
+    expected = model.features(x)
+    assert torch.allclose(tail(head(x)), expected, rtol=1e-12, atol=1e-12)
+
+
+def both_raise(x: torch.Tensor, error: type[Exception], match: str, **kwargs) -> None:
+    """The efficient model and torchvision raise the same kind of error about x."""
+    ours = small(**kwargs)
+    for model in (ours, tv.DenseNet(4, (2, 2), 6, 2, 0, 3)):
+        with pytest.raises(error, match=match):
+            model(x)
+
+
+def test_wrong_channels() -> None:
+    both_raise(
+        torch.randn(2, 4, 32, 32), RuntimeError, "to have 3 channels, but got 4 channels instead"
+    )
+
+
+def test_integer_images() -> None:
+    both_raise(torch.ones(2, 3, 32, 32, dtype=torch.int64), RuntimeError, "(?i)long.*float|type")
+
+
+def test_images_of_another_dtype() -> None:
+    both_raise(torch.randn(2, 3, 32, 32).double(), RuntimeError, "(?i)double.*float|type")
+
+
+def test_too_small_images() -> None:
+    both_raise(torch.randn(2, 3, 4, 4), RuntimeError, r"Output size is too small|\(\d+x0x0\)")
+
+
+def test_wrong_dimensions() -> None:
+    both_raise(torch.randn(3, 32), RuntimeError, r"3D.*4D|Expected 3D")
+    both_raise(torch.randn(2, 3, 32, 32, 32), RuntimeError, "Expected 3D")
+
+
+def test_one_value_per_channel() -> None:
+    both_raise(torch.randn(1, 3, 8, 8), ValueError, "more than 1 value per channel when training")
+
+
+def test_mixed_devices() -> None:
+    """The meta device stands for another one: every machine has it."""
+    model = small()
+    model.features.denseblock2.to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)device|meta"):
+        model(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        (dict(growth_rate=0), "growth_rate must be a positive integer, but got 0"),
+        (dict(num_init_features=-3), "num_init_features must be a positive integer, but got -3"),
+        (dict(block_config=(2, 0)), r"block_config\[1\] must be a positive integer, but got 0"),
+        (dict(block_config=()), "block_config must name at least one dense block"),
+        (dict(bn_size=0), "bn_size must be a positive integer, but got 0"),
+        (dict(in_channels=0), "in_channels must be a positive integer, but got 0"),
+        (dict(num_classes=-1), "num_classes must be a positive integer, but got -1"),
+        (dict(drop_rate=1.5), "dropout probability has to be between 0 and 1, but got 1.5"),
+        (dict(compression=0.0), r"compression must be in \(0, 1\], but got 0.0"),
+        (dict(compression=0.01), "compression=0.01 leaves none"),
+        (dict(output_stride=4), r"output_stride must be one of \[8, 16, 32\], but got 4"),
+        (dict(output_stride=16), "output_stride=16 needs four blocks"),
+    ],
+    ids=str,
+)
+def test_sizes_that_make_no_network(kwargs: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        small(**kwargs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_does_what_torchvision_does(training: bool) -> None:
+    x = torch.randn(0, 3, 32, 32)
+    results = []
+    for model in (small(), tv.DenseNet(4, (2, 2), 6, 2, 0, 3)):
+        try:
+            results.append(model.train(training)(x).shape)
+        except Exception as error:
+            results.append((type(error), str(error)))
+    assert results[0] == results[1]
+
+
+def test_drop_rates_of_zero_and_one() -> None:
+    for rate in (0, 1):
+        model = small(drop_rate=rate).double()
+        plain = copy.deepcopy(model)
+        plain.features.efficient = False
+        assert_same_step(model, plain, torch.randn(2, 3, 32, 32, dtype=torch.float64))
