@@ -70,6 +70,7 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
         moments = backend.bn_relu_conv3x3(
             y, read, weight.to(x.dtype), layer.dilation, geometry, new, keep, shared
         )
+        del y
         # a channel's statistics are computed once, where it is produced
         if shared:
             table.store(slice(c, c + layer.growth), *moments)
