@@ -50,7 +50,7 @@ def check(module: nn.Module, name: str, types: Iterable[type], expected: str) ->
     beside.
     """
     if type(module) not in types:
-        raise Unsupported(f"{name} is {_article(type(module).__name__)}, not {expected}")
+        raise Unsupported(f"{name} is {article(type(module).__name__)}, not {expected}")
     for attribute, kind in HOOKS.items():
         if module.__dict__.get(attribute):
             raise Unsupported(f"{name} carries a {kind}")
@@ -58,7 +58,7 @@ def check(module: nn.Module, name: str, types: Iterable[type], expected: str) ->
         raise Unsupported(f"the forward of {name} was replaced on the instance")
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
     return f"{'an' if word[0] in 'AEIOUaeiou' else 'a'} {word}"
 
 
@@ -210,7 +210,7 @@ def _read_tail(
     pool = children.get("pool")
     if pool is not None:
         check(pool, f"{name}.pool", (nn.AvgPool2d,), "an AvgPool2d")
-        if (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) != (
+        if (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) != (
             (2, 2),
             (2, 2),
             (0, 0),
@@ -222,7 +222,7 @@ def _read_tail(
     return Tail(spec, norm.norm, conv.weight), norm
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
@@ -254,7 +254,7 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
         check(modules[names[2]], names[2], (nn.ReLU,), "a ReLU")
     pool = modules[names[-1]]
     check(pool, names[-1], (nn.MaxPool2d,), "a MaxPool2d")
-    shape = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), _pair(pool.dilation))
+    shape = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
     if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or pool.ceil_mode or pool.return_indices:
         raise Unsupported(f"{names[-1]} is not a 3x3 maximum of stride 2 and padding 1")
     return StemModules(conv, norm)

@@ -1,0 +1,195 @@
+"""Which path each part of a model takes, and why not the fast one where not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from . import _extension, ops
+from .convert import as_features, find_stacks, obstacles, refusal
+from .stage import Features, Step
+from .structure import pair
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of a feature stack: its stem, a dense block with its tail, or modules between them.
+
+    Attributes:
+        stack: the stack's name in the model.
+        modules: names of the stack's children that run together.
+        layers: dense layers among them.
+        efficient: whether they run as one operation, or else as plain modules.
+        backend: what runs the operation; empty for plain modules.
+        switches: the switches that are on and matter here.
+        why: why they run as plain modules; empty where efficient.
+    """
+
+    stack: str
+    modules: tuple[str, ...]
+    layers: int
+    efficient: bool
+    backend: str
+    switches: tuple[str, ...]
+    why: str
+
+    @property
+    def path(self) -> str:
+        return "efficient" if self.efficient else "plain modules"
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What :func:`explain` found; prints as a table.
+
+    Attributes:
+        rows: the parts, in the order in which they run.
+        notes: sentences on the machine and, where one was given, on the input.
+    """
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        several = len({row.stack for row in self.rows}) > 1
+        lines = [("part", "layers", "path", "backend", "switches", "why not efficient")]
+        for row in self.rows:
+            names = row.modules
+            part = " + ".join(names) if len(names) <= 2 else f"{names[0]} .. {names[-1]}"
+            lines.append(
+                (
+                    f"{row.stack}: {part}" if several else part,
+                    str(row.layers or "-"),
+                    row.path,
+                    row.backend or "-",
+                    ", ".join(row.switches) or "-",
+                    row.why or "-",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = (
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        return "\n".join([*table, "", *self.notes])
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
+    """How ``model`` would run now: part by part, on what, and why not efficiently where not.
+
+    Decided as at run time, from the modules as they are, without running or changing them.
+
+    Args:
+        model: any module that contains a DenseNet, converted or not.
+        input: images (N, C, H, W) as the feature stacks get them. With them the notes tell what
+            only an input decides: autocast, tracing, an empty batch, a block left with one value
+            per channel.
+
+    Raises:
+        TypeError: for a scripted or traced model, or no module at all.
+        ValueError: if no module inside holds dense blocks.
+    """
+    rows: list[Row] = []
+    notes: list[str] = []
+    for name, stack in find_stacks(model):
+        found = list(_rows(name, stack))
+        rows += found
+        notes += [f"{name}: {note}" for note in _stack_notes(stack)]
+        if input is not None and any(row.efficient for row in found):
+            notes += [f"{name}: {note}" for note in _input_notes(stack, input)]
+    extension = "available" if _extension.available() else _extension.reason()
+    return Explanation(
+        tuple(rows), (*notes, f"compiled extension: {extension}", f"Triton: {_triton()}")
+    )
+
+
+def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
+    if isinstance(stack, Features):
+        features, overall = stack, "" if stack.efficient else "switched off: efficient is False"
+    else:
+        features, overall = as_features(stack), "not converted"
+    backend = ops.backend_for(next(stack.parameters()).device).name
+    reasons = obstacles(features)
+    for between, steps in groupby(features._steps("norm"), lambda step: step.kind == "module"):
+        if between:
+            names = tuple(step.names[0] for step in steps)
+            yield Row(name, names, 0, False, "", (), "not part of a stem or dense block")
+            continue
+        for step in steps:
+            layers = len(features._modules[step.names[0]]._modules) if step.kind == "stage" else 0
+            why = reasons.get(step, overall)
+            if why:
+                yield Row(name, step.names, layers, False, "", (), why)
+            else:
+                yield Row(name, step.names, layers, True, backend, _switches(features, step), "")
+
+
+def _switches(features: Features, step: Step) -> tuple[str, ...]:
+    relevant = (
+        ("recompute_stem",) if step.kind == "stem" else ("keep_bottlenecks", "double_backward")
+    )
+    return tuple(name for name in relevant if getattr(features, name))
+
+
+def _stack_notes(stack: nn.Module) -> Iterator[str]:
+    parameters = {(str(p.device), str(p.dtype).removeprefix("torch.")) for p in stack.parameters()}
+    mode = "training" if stack.training else "evaluation"
+    yield f"{mode} mode, {' and '.join(' '.join(p) for p in sorted(parameters))}"
+    if not isinstance(stack, Features):
+        reason = refusal(stack)
+        verdict = f"leaves it alone: {reason}" if reason else "converts it, if its check passes"
+        yield f"memdense.convert {verdict}"
+
+
+def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
+    if not features._runs_efficiently(x):
+        tracing = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        what = "tracing" if tracing else f"{x.dtype} of shape {tuple(x.shape)}"
+        yield f"with this input all run as plain modules: {what}"
+        return
+    if torch.is_autocast_enabled(x.device.type):
+        yield f"under autocast, in {torch.get_autocast_dtype(x.device.type)}"
+    for name, height, width in _block_sizes(features, x):
+        norms = (m for m in features._modules[name].modules() if isinstance(m, nn.BatchNorm2d))
+        if x.shape[0] * height * width == 1 and any(norm.training for norm in norms):
+            yield f"{name} gets one value per channel, which BatchNorm refuses in training"
+
+
+def _block_sizes(features: Features, x: Tensor) -> Iterator[tuple[str, int, int]]:
+    """The name of each dense block with the height and width it gets, as far as they are known."""
+    size: tuple[int, ...] | None = tuple(x.shape[2:])
+    for step in features._steps("norm"):
+        for name in step.names:
+            if step.kind == "stage" and name == step.names[0]:
+                yield name, *size
+            else:
+                size = _size_after(features._modules[name], size)
+            if size is None:
+                return
+
+
+def _size_after(module: nn.Module, size: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if size is None or isinstance(module, nn.BatchNorm2d | nn.ReLU | nn.Identity):
+        return size
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            size = _size_after(child, size)
+        return size
+    known = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+    if not known or isinstance(module.padding, str) or getattr(module, "ceil_mode", False):
+        return None
+    dilation = getattr(module, "dilation", 1)
+    geometry = map(pair, (module.kernel_size, module.stride, module.padding, dilation))
+    return tuple(
+        (i + 2 * p - d * (k - 1) - 1) // s + 1
+        for i, k, s, p, d in zip(size, *geometry, strict=True)
+    )
+
+
+def _triton() -> str:
+    return "available" if find_spec("triton") else "not installed"

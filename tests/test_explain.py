@@ -1,0 +1,203 @@
+"""explain against what really runs."""
+
+import copy
+import warnings
+from collections import OrderedDict
+from unittest import mock
+
+import peers
+import pytest
+import torch
+from torch import nn
+
+import memdense
+from memdense import MemdenseWarning, _extension, ops
+
+
+def converted() -> nn.Module:
+    return memdense.convert(peers.torchvision(), verbose=False)
+
+
+def parts(model: nn.Module) -> dict[str, object]:
+    return {row.modules[0]: row for row in memdense.explain(model).rows}
+
+
+def test_rows_of_an_efficient_model():
+    model = converted()
+    rows = memdense.explain(model).rows
+    assert [row.modules for row in rows] == [
+        ("conv0", "norm0", "relu0", "pool0"),
+        ("denseblock1", "transition1"),
+        ("denseblock2", "norm5"),
+    ]
+    assert [row.layers for row in rows] == [0, 2, 3]
+    backend = ops.backend_for(torch.device("cpu")).name
+    for row in rows:
+        assert (row.stack, row.path, row.backend, row.why) == ("features", "efficient", backend, "")
+
+
+def test_rows_say_what_runs():
+    """Each efficient row is one operation, each other none."""
+    model = converted()
+    model.features.denseblock1.denselayer1.conv1.register_forward_pre_hook(lambda *_: None)
+    rows = parts(model)
+    assert [row.efficient for row in rows.values()] == [True, False, True]
+    with (
+        mock.patch.object(ops, "stage", side_effect=ops.stage) as stages,
+        mock.patch.object(ops, "stem", side_effect=ops.stem) as stems,
+        pytest.warns(MemdenseWarning) as caught,
+    ):
+        model(torch.randn(2, 3, 32, 32))
+    assert (stems.call_count, stages.call_count) == (1, 1)
+    assert [str(w.message).endswith(rows["denseblock1"].why) for w in caught] == [True]
+
+
+def spoil_hook(features: nn.Module) -> None:
+    features.denseblock1.register_full_backward_hook(lambda *_: None)
+
+
+def spoil_norm(features: nn.Module) -> None:
+    features.denseblock1.denselayer2.norm2 = nn.GroupNorm(2, 16)
+
+
+def spoil_forward(features: nn.Module) -> None:
+    features.transition1.forward = features.transition1.forward
+
+
+def spoil_conv(features: nn.Module) -> None:
+    features.denseblock1.denselayer1.conv1 = nn.utils.parametrizations.weight_norm(
+        features.denseblock1.denselayer1.conv1
+    )
+
+
+def spoil_class(features: nn.Module) -> None:
+    features.denseblock1 = peers.PrevBlock(2, 8, 4)
+
+
+@pytest.mark.parametrize("spoil", [spoil_hook, spoil_norm, spoil_forward, spoil_conv, spoil_class])
+def test_reason_is_the_warnings(spoil):
+    model = converted()
+    spoil(model.features)
+    why = parts(model)["denseblock1"].why
+    with pytest.warns(MemdenseWarning) as caught:
+        model(torch.randn(2, 3, 32, 32))
+    said = [str(w.message) for w in caught]
+    assert said == [f"memdense runs denseblock1 and transition1 as plain modules: {why}"]
+
+
+def test_global_hook_reaches_everything():
+    model = converted()
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        rows = memdense.explain(model).rows
+    assert {row.why for row in rows} == {"a global forward hook is registered"}
+
+
+def test_unconverted_models():
+    model = peers.torchvision()
+    found = memdense.explain(model)
+    assert {(row.path, row.why) for row in found.rows} == {("plain modules", "not converted")}
+    assert "features: memdense.convert converts it, if its check passes" in found.notes
+    assert type(model.features) is nn.Sequential
+    found = memdense.explain(peers.monai(3))
+    why = "denseblock1.denselayer1.layers.norm1 is a BatchNorm3d, not a BatchNorm2d"
+    assert why in [row.why for row in found.rows]
+    assert f"features: memdense.convert leaves it alone: {why}" in found.notes
+
+
+def test_container_of_another_kind():
+    model = memdense.explain(
+        nn.ModuleDict(OrderedDict(peers.GpleissStyle().features.named_children()))
+    )
+    assert all(not row.efficient for row in model.rows)
+    assert any("it is a ModuleDict, not an nn.Sequential" in note for note in model.notes)
+
+
+def test_switches_and_switched_off():
+    model = memdense.DenseNet(4, (2, 2), 8, keep_bottlenecks=True, recompute_stem=True)
+    assert [r.switches for r in memdense.explain(model).rows] == [
+        ("recompute_stem",),
+        ("keep_bottlenecks",),
+        ("keep_bottlenecks",),
+    ]
+    model.features.efficient = False
+    rows = memdense.explain(model).rows
+    assert {(r.efficient, r.backend, r.switches, r.why) for r in rows} == {
+        (False, "", (), "switched off: efficient is False")
+    }
+
+
+def test_table():
+    model = converted()
+    model.features.denseblock2.register_forward_hook(lambda *_: None)
+    backend = ops.backend_for(torch.device("cpu")).name
+    lines = str(memdense.explain(model)).splitlines()
+    assert repr(memdense.explain(model)).splitlines() == lines
+    table = [line.split(maxsplit=5) for line in lines[1:4]]
+    assert table[0] == ["conv0", "..", "pool0", "-", "efficient", f"{backend}  -         -"]
+    assert lines[3].endswith("denseblock2 carries a forward hook")
+    columns = {
+        line.find(word) for line, word in zip(lines[1:4], ["eff", "eff", "plain"], strict=True)
+    }
+    assert columns == {lines[0].find("path")}
+    assert lines[4] == "" and lines[5] == "features: training mode, cpu float32"
+    assert not any(line != line.rstrip() for line in lines)
+
+
+def test_several_stacks_are_told_apart():
+    model = nn.ModuleDict({"a": converted(), "b": peers.GpleissStyle()})
+    found = memdense.explain(model)
+    assert [row.stack for row in found.rows] == ["a.features"] * 3 + ["b.features"] * 3
+    assert "a.features: conv0 .. pool0" in str(found) and "b.features: conv0 " in str(found)
+
+
+def test_notes_on_the_machine(monkeypatch):
+    model = converted()
+    extension = "available" if _extension.available() else _extension.reason()
+    assert f"compiled extension: {extension}" in memdense.explain(model).notes
+    monkeypatch.setattr(_extension, "_reason", "not built: no compiler")
+    assert "compiled extension: not built: no compiler" in memdense.explain(model).notes
+
+
+def test_notes_on_an_input():
+    model = converted()
+
+    def notes(x: torch.Tensor) -> list[str]:
+        without = memdense.explain(model).notes
+        return [n for n in memdense.explain(model, x).notes if n not in without]
+
+    assert notes(torch.randn(2, 3, 32, 32)) == []
+    assert notes(torch.randn(0, 3, 32, 32)) == [
+        "features: with this input all run as plain modules: torch.float32 of shape (0, 3, 32, 32)"
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert notes(torch.randn(2, 3, 32, 32)) == ["features: under autocast, in torch.bfloat16"]
+    small = torch.randn(1, 3, 9, 12)
+    assert notes(small) == [
+        "features: denseblock2 gets one value per channel, which BatchNorm refuses in training"
+    ]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(small)
+    model.eval()
+    assert notes(small) == []
+    model(small)
+
+
+@pytest.mark.parametrize("build", [peers.torchvision, converted])
+def test_changes_and_runs_nothing(build):
+    model = build()
+    state, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
+    model.features.denseblock1.register_forward_hook(lambda *_: pytest.fail("it ran"))
+    with warnings.catch_warnings(action="error"):
+        memdense.explain(model, torch.zeros(1, 3, 32, 32))
+    assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not getattr(model.features, "_warned", None)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="found no DenseNet feature stack in Linear"):
+        memdense.explain(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"expected an nn\.Module, but got str"):
+        memdense.explain("densenet121")
