@@ -103,7 +103,9 @@ class Features(nn.Sequential):
     def _runs_efficiently(self, x: Tensor) -> bool:
         if not self.efficient or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             return False
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        # while compiling, Dynamo's own tracing would pass for a transform
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
             self._warn("the whole model", "torch.func's transforms need operations of their own")
             return False
         # modules say best what is wrong with an input, and do with an empty one what they do
