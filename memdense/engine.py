@@ -281,12 +281,14 @@ class _Wanted:
     def give(self, layer: int, name: str, gradient: Tensor | Sums | None) -> None:
         """A convolution's weight gradient, or the two sums that are a norm's."""
         place = self.places[layer, name]
-        values = (gradient.dgamma, gradient.dbeta) if isinstance(gradient, Sums) else (gradient,)
+        if isinstance(gradient, Sums):
+            # copies: the two sums lie in one tensor, and no two gradients may
+            values = (gradient.dgamma.clone(), gradient.dbeta.clone())
+        else:
+            values = (gradient,)
         for i, value in zip(range(place.start, place.stop), values, strict=False):
             if self.need[i]:
-                like = self.tensors[i]
-                # a copy: the two sums lie in one tensor, and no two gradients may
-                self.found[i] = value.to(like.dtype, copy=True).reshape(like.shape)
+                self.found[i] = value.to(self.tensors[i].dtype).reshape(self.tensors[i].shape)
 
     def gradients(self) -> list[Tensor | None]:
         return self.found

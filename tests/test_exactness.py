@@ -96,7 +96,7 @@ def use(case: Case, model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat(outputs)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_any_network_in_any_mode_agrees_with_torchvision(case: Case) -> None:
     args = (case.growth_rate, case.blocks, case.init, case.bn_size, case.drop_rate, 3)
