@@ -362,5 +362,7 @@ def stem_backward(
             Geometry(n, h, w).images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
             spec.stride, spec.padding, spec.dilation, False, (0, 0), 1, (need[0], need[1], False),
         )  # fmt: skip
+        dx = _channels_last(dx) if need[0] else None
+        dweight = dweight.contiguous() if need[1] else None
     gradients = (dx, dweight, sums.dgamma.clone(), sums.dbeta.clone())
     return [g if wanted else None for g, wanted in zip(gradients, need, strict=True)]

@@ -152,17 +152,20 @@ def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) 
     features, statistics, mask, x, *rest = ctx.saved_tensors
     bottlenecks, tensors = rest[: ctx.kept], rest[ctx.kept :]
     need_x, need = ctx.needs_input_grad[0], list(ctx.needs_input_grad[1])
+    spec = StageSpec.decode(ctx.spec)
+    if spec.tail is None:
+        dout = None  # the answer to an empty output
     if dout is None and dfeatures is None:
         return None, [None] * len(tensors), *ctx.rest
     if dout is None:
         # a tail nobody used: its parameters get no gradient, not a gradient of zeros
-        first = len(need) - StageSpec.decode(ctx.spec).tail_tensors
+        first = len(need) - spec.tail_tensors
         need[first:] = [False] * (len(need) - first)
     if torch.is_grad_enabled():
         if x is None:
             raise RuntimeError(_DOUBLE_BACKWARD)
         with _no_autocast(features):
-            s = unflatten(StageSpec.decode(ctx.spec), _cast_convolutions(tensors, x))
+            s = unflatten(spec, _cast_convolutions(tensors, x))
             s = StatisticsTable(s, x.shape[1], table=statistics).running(s)
             found = plain.gradients(
                 plain.stage(x, s, mask), (dout, dfeatures), [x, *tensors], [need_x, *need]
@@ -267,7 +270,10 @@ def stem_backward(
 
 @stem_backward.register_fake
 def _(dout, x, weight, gamma, beta, convolved, winner, statistics, spec, need):
-    return [torch.empty_like(t) for t, n in zip((x, weight, gamma, beta), need, strict=True) if n]
+    packed = torch.contiguous_format
+    layouts = (torch.channels_last, packed, packed, packed)
+    found = zip((x, weight, gamma, beta), layouts, need, strict=True)
+    return [torch.empty_like(t, memory_format=layout) for t, layout, n in found if n]
 
 
 def _setup_stem(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -2,7 +2,7 @@
 one.
 """
 
-import json
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,12 +65,12 @@ class StageSpec:
             self.tail.relu,
             self.tail.pool,
         )
-        return json.dumps((layers, tail, self.drop_rate, self.keep_bottlenecks))
+        return repr((layers, tail, self.drop_rate, self.keep_bottlenecks))
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def decode(text: str) -> "StageSpec":
-        layers, tail, drop_rate, keep_bottlenecks = json.loads(text)
+        layers, tail, drop_rate, keep_bottlenecks = ast.literal_eval(text)
         layers = tuple(
             LayerSpec(NormSpec(*norm1), norm2 and NormSpec(*norm2), tuple(dilation))
             for norm1, norm2, dilation in layers
@@ -93,12 +93,12 @@ class StemSpec:
 
     def encode(self) -> str:
         rest = self.stride, self.padding, self.dilation, self.recompute
-        return json.dumps((_values(self.norm), *rest))
+        return repr((_values(self.norm), *rest))
 
     @staticmethod
     @lru_cache(maxsize=64)
     def decode(text: str) -> "StemSpec":
-        norm, stride, padding, dilation, recompute = json.loads(text)
+        norm, stride, padding, dilation, recompute = ast.literal_eval(text)
         return StemSpec(NormSpec(*norm), tuple(stride), tuple(padding), tuple(dilation), recompute)
 
 

@@ -1,0 +1,124 @@
+"""The operations as PyTorch sees them: schemas, fake kernels and autograd registration."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.library import opcheck
+
+import memdense
+from memdense import ops
+from memdense.spec import flatten, spec_of
+from memdense.structure import OWN_TYPES, read_stage
+
+
+def stage_arguments(kind: str, frozen: bool, bn_size: int | None) -> tuple:
+    block = memdense.DenseBlock(2, 5, bn_size, 3, drop_rate=0.5)
+    tail = memdense.Transition(11, 4) if kind == "transition" else nn.BatchNorm2d(11)
+    if frozen:
+        block.denselayer2.eval()
+        block.denselayer2.training = True
+        tail.eval()
+    has_tail = kind != "none"
+    found = read_stage(
+        block, "block", tail if has_tail else None, "tail", kind, OWN_TYPES, bn_size is not None
+    )
+    tensors, running = flatten(found.stage)
+    x = torch.randn(2, 5, 6, 7, requires_grad=True)
+    mask = torch.rand(2 * 6 * 7, 6) < 0.5
+    return x, tensors, running, mask, spec_of(found.stage).encode(), False
+
+
+@pytest.mark.parametrize("kind", ["transition", "norm", "pool", "none"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bn_size", [None, 2])
+def test_stage(kind: str, frozen: bool, bn_size: int | None) -> None:
+    opcheck(ops.stage, stage_arguments(kind, frozen, bn_size))
+
+
+def test_stage_backward() -> None:
+    x, tensors, running, mask, spec, _ = stage_arguments("transition", True, 2)
+    out, features, statistics, bottlenecks = ops.stage(x, tensors, running, mask, spec, False)
+    tensors = [t.detach() for t in tensors]
+    need = [i % 2 == 0 for i in range(len(tensors))]
+    opcheck(
+        ops.stage_backward,
+        (
+            torch.randn_like(out),
+            torch.randn_like(features),
+            features.detach(),
+            statistics,
+            bottlenecks,
+            tensors,
+            mask,
+            spec,
+            True,
+            need,
+        ),
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_stem(recompute: bool, training: bool) -> None:
+    conv = nn.Conv2d(3, 6, 7, stride=2, padding=3, bias=False)
+    norm = nn.BatchNorm2d(6).train(training)
+    spec = memdense.spec.StemSpec(
+        memdense.spec.NormSpec(norm.eps, training, True), (2, 2), (3, 3), (1, 1), recompute
+    ).encode()
+    running: list[Tensor | None] = [None, None]
+    if not training:
+        running = [norm.running_mean, norm.running_var]
+    x = torch.randn(2, 3, 21, 18, requires_grad=True)
+    arguments = (x, conv.weight, norm.weight, norm.bias, *running, spec)
+    opcheck(ops.stem, arguments)
+    out, convolved, winner, statistics = ops.stem(*arguments)
+    leaves = [t.detach() for t in (x, conv.weight, norm.weight, norm.bias)]
+    opcheck(
+        ops.stem_backward,
+        (torch.randn_like(out), *leaves, convolved, winner, statistics, spec, [True] * 4),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_update_running_statistics(dtype: torch.dtype) -> None:
+    """Against F.batch_norm, for momenta of every kind; bf16 buffers round once."""
+    momenta = [0.1, -1.0, 0.1, 0.7]
+    means = [torch.randn(4).to(dtype) for _ in momenta]
+    variances = [torch.rand(4).to(dtype) + 0.5 for _ in momenta]
+    counts = [torch.tensor(i + 2) for i in range(4)]
+    batch = [torch.randn(10, 4) for _ in momenta]
+    statistics = [torch.var_mean(b, 0, correction=0) for b in batch]
+    arguments = (
+        means,
+        variances,
+        counts,
+        [m for _, m in statistics],
+        [v for v, _ in statistics],
+        momenta,
+        10,
+    )
+    expected = []
+    for mean, var, count, b, m in zip(means, variances, counts, batch, momenta, strict=True):
+        mean, var = mean.float(), var.float()
+        m = 1 / (count.item() + 1) if m < 0 else m
+        nn.functional.batch_norm(b, mean, var, training=True, momentum=m)
+        expected.append((mean.to(dtype), var.to(dtype), count + 1))
+    opcheck(ops.update_running_statistics, arguments)
+    ops.update_running_statistics(*arguments)
+    for i, (mean, var, count) in enumerate(expected):
+        torch.testing.assert_close(means[i], mean)
+        torch.testing.assert_close(variances[i], var)
+        assert counts[i] == count
+
+
+def test_compiling_warns_of_nothing_and_breaks_no_graph() -> None:
+    import warnings
+
+    model = memdense.DenseNet(4, (2, 2), 6, 2, 0, 3)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(2, 3, 32, 32))
+    out.sum().backward()
+    assert model.features.conv0.weight.grad.isfinite().all()
+    assert model.features.norm5.num_batches_tracked == 1
