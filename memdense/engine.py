@@ -22,7 +22,7 @@ from .buffers import (
     norm_backward,
     reader,
 )
-from .spec import Norm, Stage, StemSpec
+from .spec import Layer, Norm, Stage, StemSpec, Tail, flatten, parameter_names
 
 # one primitive per method; backends/reference.py is their specification
 Backend = Any
@@ -39,10 +39,10 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     """Run a stage on x (N, C_0, H, W); ``mask`` is dropout's, (M, L*k), True for what is kept."""
     n, channels, h, w = x.shape
     geometry = Geometry(n, h, w)
-    table = StatisticsTable(stage, channels, like=x)
+    stage = _in_dtype(stage, x.dtype)
     last = channels + sum(layer.growth for layer in stage.layers)
-    matrix = x.new_empty(geometry.rows, last)
-    X = FeatureBuffer(matrix, geometry)
+    X = FeatureBuffer(x.new_empty(geometry.rows, last), geometry)
+    table = StatisticsTable(stage, channels, like=x)
     shared = needs_statistics(stage)
     kept = []
 
@@ -52,32 +52,45 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
 
     c = channels
     for i, layer in enumerate(stage.layers):
-        read1 = _reader(table, layer.norm1, (i, 1))
+        new = slice(c, c + layer.growth)
         keep = _dropped(stage, mask, c - channels, layer.growth)
-        new = X.slice(c, c + layer.growth)
+        read1 = _reader(table, layer.norm1, (i, 1))
         if layer.norm2 is None:
-            y, read, weight = X.prefix(c), read1, layer.conv1
+            y, read, conv = X.prefix(c), read1, layer.conv1
         else:
-            weight1 = layer.conv1.flatten(1).to(x.dtype)
-            y, moments = backend.bn_relu_conv1x1(
-                X.prefix(c), read1, weight1, layer.norm2.spec.batch
-            )
-            if layer.norm2.spec.batch:
+            batch = layer.norm2.spec.batch
+            y, moments = backend.bn_relu_conv1x1(X.prefix(c), read1, layer.conv1, batch)
+            if batch:
                 table.store(table.columns[i, 2], *moments)
-            read, weight = _reader(table, layer.norm2, (i, 2)), layer.conv2
+            read, conv = _reader(table, layer.norm2, (i, 2)), layer.conv2
             if stage.keep_bottlenecks:
                 kept.append(y)
+        out = X.slice(new.start, new.stop)
         moments = backend.bn_relu_conv3x3(
-            y, read, weight.to(x.dtype), layer.dilation, geometry, new, keep, shared
+            y, read, conv, layer.dilation, geometry, out, keep, shared
         )
         del y
         # a channel's statistics are computed once, where it is produced
         if shared:
-            table.store(slice(c, c + layer.growth), *moments)
-        c += layer.growth
+            table.store(new, *moments)
+        c = new.stop
 
     out = _tail_forward(X, stage, table, backend)
-    return Forward(out, geometry.images(matrix), table.table, kept)
+    return Forward(out, geometry.images(X.matrix), table.table, kept)
+
+
+def _in_dtype(stage: Stage, dtype: torch.dtype) -> Stage:
+    """A stage with its convolutions' weights in ``dtype``, those of 1x1 as (B, C) matrices."""
+
+    def layer(s: Layer) -> Layer:
+        if s.conv2 is None:
+            return s._replace(conv1=s.conv1.to(dtype))
+        return s._replace(conv1=s.conv1.flatten(1).to(dtype), conv2=s.conv2.to(dtype))
+
+    tail = stage.tail
+    if tail is not None and tail.conv is not None:
+        tail = tail._replace(conv=tail.conv.flatten(1).to(dtype))
+    return stage._replace(layers=[layer(s) for s in stage.layers], tail=tail)
 
 
 def _reader(table: StatisticsTable, norm: Norm, position: tuple[int, int]) -> Reader:
@@ -109,15 +122,14 @@ def _tail_forward(
         return backend.bn_relu_mean(x, read, geometry)
     if tail.spec.kind == "norm":
         return geometry.images(backend.bn_relu(x, read, tail.spec.relu))
-    weight = tail.conv.flatten(1).to(x.dtype)
     if tail.spec.pool == 2:
         small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
-        return small.images(backend.bn_relu_pool_conv1x1(x, read, weight, geometry))
-    return geometry.images(backend.bn_relu_conv1x1(x, read, weight, False)[0])
+        return small.images(backend.bn_relu_pool_conv1x1(x, read, tail.conv, geometry))
+    return geometry.images(backend.bn_relu_conv1x1(x, read, tail.conv, False)[0])
 
 
 class Backward(NamedTuple):
-    """Gradients, each in the order of :func:`memdense.spec.flatten`; None where nobody asked."""
+    """Gradients: of x, and of each tensor in the order of :func:`memdense.spec.flatten`."""
 
     x: Tensor | None
     tensors: list[Tensor | None]
@@ -135,163 +147,119 @@ def backward(
     need: Sequence[bool],
     backend: Backend,
 ) -> Backward:
-    """Walk a stage backwards. ``dout`` answers its tail's output, ``dfeatures`` its features;
-    either may be None.
+    """Walk a stage backwards, from the last layer to the first.
+
+    ``dout`` answers its tail's output, ``dfeatures`` its features; either may be None. Gradients
+    come where ``need_x`` and ``need`` ask for them.
     """
     n, last, h, w = features.shape
     geometry = Geometry(n, h, w)
-    rows = geometry.rows
-    X = FeatureBuffer(features.permute(0, 2, 3, 1).reshape(rows, last), geometry)
+    parameters, _ = flatten(stage)
+    names = parameter_names(stage)
+    needed = dict(zip(names, need, strict=True))
+    found: dict[tuple[int, str], Tensor | None] = {}
+    stage = _in_dtype(stage, features.dtype)
+
+    X = FeatureBuffer(_as_rows(features), geometry)
     channels = last - sum(layer.growth for layer in stage.layers)
     table = StatisticsTable(stage, channels, table=statistics)
-    wanted = _Wanted(stage, need)
-
     wide = stage.tail is None or stage.tail.spec.kind != "transition"
     G = GradientBuffer(X, dfeatures, wide)
+
+    def settle(part: slice, keep: tuple[Tensor, float] | None) -> Tensor:
+        """dy = G + p*x + q of a slice whose readers have all answered."""
+        p, q = G.vectors(part.start, part.stop, table.table[0, part])
+        return backend.settle(
+            G.slice(part.start, part.stop), X.slice(part.start, part.stop), p, q, keep
+        )
+
+    def answered(i: int, number: int, sums: Sums) -> None:
+        """A norm's parameter gradients are the two sums its backward leaves."""
+        found[i, f"gamma{number}"], found[i, f"beta{number}"] = sums.dgamma, sums.dbeta
+
     if dout is not None:
-        _tail_backward(dout, X, G, stage, table, wanted, backend)
+        i = len(stage.layers)
+        read = table.reader(stage.tail.norm, (i, 1))
+        need_conv = needed.get((i, "conv1"), False)
+        sums, found[i, "conv1"] = _tail_backward(dout, X, G, stage.tail, read, need_conv, backend)
+        G.credit(read, sums)
+        answered(i, 1, sums)
 
     c = last
     for i in reversed(range(len(stage.layers))):
         layer = stage.layers[i]
-        new = slice(c - layer.growth, c)
-        c = new.start
+        new, c = slice(c - layer.growth, c), c - layer.growth
         keep = _dropped(stage, mask, c - channels, layer.growth)
-        read1 = table.reader(layer.norm1, (i, 1))
-
-        # every reader of this slice has answered: dy = G + p*x + q
-        p, q = G.vectors(new.start, new.stop, table.table[0, new])
-        dy = backend.settle(G.slice(new.start, new.stop), X.slice(new.start, new.stop), p, q, keep)
-
+        x, g, read1 = X.prefix(c), G.prefix(c), table.reader(layer.norm1, (i, 1))
+        dy = settle(new, keep)
         if layer.norm2 is None:
-            conv = layer.conv1.to(features.dtype)
-            _, sums1, dconv1 = backend.bn_relu_conv3x3_backward(
-                dy,
-                conv,
-                layer.dilation,
-                X.prefix(c),
-                read1,
-                geometry,
-                G.prefix(c),
-                wanted.of(i, "conv1"),
+            _, sums1, found[i, "conv1"] = backend.bn_relu_conv3x3_backward(
+                dy, layer.conv1, layer.dilation, x, read1, geometry, g, needed[i, "conv1"]
             )
         else:
-            conv1, conv2 = (
-                weight.to(features.dtype) for weight in (layer.conv1.flatten(1), layer.conv2)
-            )
             read2 = table.reader(layer.norm2, (i, 2))
-            y = (
-                bottlenecks[i]
-                if stage.keep_bottlenecks
-                else backend.bn_relu_conv1x1(X.prefix(c), read1, conv1, False)[0]
-            )
-            dz, sums2, dconv2 = backend.bn_relu_conv3x3_backward(
-                dy, conv2, layer.dilation, y, read2, geometry, None, wanted.of(i, "conv2")
+            if stage.keep_bottlenecks:
+                y = bottlenecks[i]
+            else:
+                y, _ = backend.bn_relu_conv1x1(x, read1, layer.conv1, False)
+            dz, sums2, found[i, "conv2"] = backend.bn_relu_conv3x3_backward(
+                dy, layer.conv2, layer.dilation, y, read2, geometry, None, needed[i, "conv2"]
             )
             del dy
+            answered(i, 2, sums2)
             # norm2 has one reader, so its share is known at once: dY = a*dz + b*y + c
-            abc = norm_backward(read2, sums2, rows)
-            sums1, dconv1 = backend.bn_relu_conv1x1_backward(
-                dz, y, abc, conv1, X.prefix(c), read1, G.prefix(c), wanted.of(i, "conv1")
+            abc = norm_backward(read2, sums2, geometry.rows)
+            sums1, found[i, "conv1"] = backend.bn_relu_conv1x1_backward(
+                dz, y, abc, layer.conv1, x, read1, g, needed[i, "conv1"]
             )
             del y, dz
-            wanted.give(i, "norm2", sums2)
-            wanted.give(i, "conv2", dconv2)
-        # norm1's share waits in S1 and S2 until the layer that produced each channel settles it
+        answered(i, 1, sums1)
+        # norm1's share waits in S1 and S2 until the layers that produced its channels settle
         G.credit(read1, sums1)
-        wanted.give(i, "norm1", sums1)
-        wanted.give(i, "conv1", dconv1)
 
-    dx = None
-    if need_x:
-        p, q = G.vectors(0, channels, table.table[0, :channels])
-        dx = geometry.images(backend.settle(G.slice(0, channels), X.slice(0, channels), p, q, None))
-    return Backward(dx, wanted.gradients())
+    dx = geometry.images(settle(slice(0, channels), None)) if need_x else None
+    gradients = [
+        _like(found[name], parameter) if needed[name] else None
+        for name, parameter in zip(names, parameters, strict=True)
+    ]
+    return Backward(dx, gradients)
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient in its parameter's dtype and shape; vectors are copied out of their sums."""
+    gradient = gradient.to(parameter.dtype, copy=parameter.dim() == 1)
+    return gradient.reshape(parameter.shape)
 
 
 def _tail_backward(
     dout: Tensor,
     X: FeatureBuffer,
     G: GradientBuffer,
-    stage: Stage,
-    table: StatisticsTable,
-    wanted: "_Wanted",
+    tail: Tail,
+    read: Reader,
+    need_conv: bool,
     backend: Backend,
-) -> None:
-    tail, x, geometry, position = stage.tail, X.matrix, X.geometry, len(stage.layers)
-    read = table.reader(tail.norm, (position, 1))
+) -> tuple[Sums, Tensor | None]:
+    """Into G; returns the sums of the tail's norm and its convolution's weight gradient."""
+    x, geometry = X.matrix, X.geometry
     dout = dout.to(x.dtype)
     if tail.spec.kind == "pool":
-        sums = backend.bn_relu_mean_backward(dout, x, read, geometry, G.matrix)
-    elif tail.spec.kind == "norm":
-        sums = backend.bn_relu_backward(_as_rows(dout), x, read, tail.spec.relu, G.matrix)
-    else:
-        weight, need = tail.conv.flatten(1).to(x.dtype), wanted.of(position, "conv1")
-        if tail.spec.pool == 2:
-            sums, dweight = backend.bn_relu_pool_conv1x1_backward(
-                _as_rows(dout), weight, x, read, geometry, G.matrix, need
-            )
-        else:
-            sums, dweight = backend.bn_relu_conv1x1_backward(
-                _as_rows(dout), None, None, weight, x, read, G.matrix, need
-            )
-        wanted.give(position, "conv1", dweight)
-    G.credit(read, sums)
-    wanted.give(position, "norm1", sums)
+        return backend.bn_relu_mean_backward(dout, x, read, geometry, G.matrix), None
+    rows = _as_rows(dout)
+    if tail.spec.kind == "norm":
+        return backend.bn_relu_backward(rows, x, read, tail.spec.relu, G.matrix), None
+    if tail.spec.pool == 2:
+        return backend.bn_relu_pool_conv1x1_backward(
+            rows, tail.conv, x, read, geometry, G.matrix, need_conv
+        )
+    return backend.bn_relu_conv1x1_backward(
+        rows, None, None, tail.conv, x, read, G.matrix, need_conv
+    )
 
 
 def _as_rows(images: Tensor) -> Tensor:
     """(N, C, H, W) as a packed (M, C)."""
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
-
-
-def _parameters(norm: Norm) -> Sequence[Tensor]:
-    return (norm.weight, norm.bias) if norm.spec.affine else ()
-
-
-class _Wanted:
-    """Which of a stage's tensors want a gradient, and the gradients so far. The tail counts as a
-    last layer.
-    """
-
-    def __init__(self, stage: Stage, need: Sequence[bool]) -> None:
-        self.need = need
-        self.found: list[Tensor | None] = [None] * len(need)
-        self.tensors: list[Tensor] = []
-        self.places: dict[tuple[int, str], slice] = {}
-        for i, layer in enumerate(stage.layers):
-            self._place(i, "norm1", _parameters(layer.norm1))
-            self._place(i, "conv1", (layer.conv1,))
-            if layer.norm2 is not None:
-                self._place(i, "norm2", _parameters(layer.norm2))
-                self._place(i, "conv2", (layer.conv2,))
-        if stage.tail is not None:
-            self._place(len(stage.layers), "norm1", _parameters(stage.tail.norm))
-            if stage.tail.conv is not None:
-                self._place(len(stage.layers), "conv1", (stage.tail.conv,))
-
-    def _place(self, layer: int, name: str, tensors: Sequence[Tensor]) -> None:
-        start = len(self.tensors)
-        self.tensors += tensors
-        self.places[layer, name] = slice(start, len(self.tensors))
-
-    def of(self, layer: int, name: str) -> bool:
-        return any(self.need[self.places[layer, name]])
-
-    def give(self, layer: int, name: str, gradient: Tensor | Sums | None) -> None:
-        """A convolution's weight gradient, or the two sums that are a norm's."""
-        place = self.places[layer, name]
-        if isinstance(gradient, Sums):
-            # copies: the two sums lie in one tensor, and no two gradients may
-            values = (gradient.dgamma.clone(), gradient.dbeta.clone())
-        else:
-            values = (gradient,)
-        for i, value in zip(range(place.start, place.stop), values, strict=False):
-            if self.need[i]:
-                self.found[i] = value.to(self.tensors[i].dtype).reshape(self.tensors[i].shape)
-
-    def gradients(self) -> list[Tensor | None]:
-        return self.found
 
 
 class StemForward(NamedTuple):

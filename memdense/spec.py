@@ -199,6 +199,25 @@ def unflatten(
     return Stage(layers, tail, spec.drop_rate, spec.keep_bottlenecks)
 
 
+def parameter_names(stage: Stage) -> list[tuple[int, str]]:
+    """(layer, name) of each parameter in :func:`flatten`'s order; a tail counts as a last layer."""
+    names: list[tuple[int, str]] = []
+
+    def add(i: int, number: int, norm: Norm, conv: Tensor | None) -> None:
+        if norm.spec.affine:
+            names.extend(((i, f"gamma{number}"), (i, f"beta{number}")))
+        if conv is not None:
+            names.append((i, f"conv{number}"))
+
+    for i, layer in enumerate(stage.layers):
+        add(i, 1, layer.norm1, layer.conv1)
+        if layer.norm2 is not None:
+            add(i, 2, layer.norm2, layer.conv2)
+    if stage.tail is not None:
+        add(len(stage.layers), 1, stage.tail.norm, stage.tail.conv)
+    return names
+
+
 def spec_of(stage: Stage) -> StageSpec:
     layers = tuple(
         LayerSpec(x.norm1.spec, x.norm2 and x.norm2.spec, x.dilation) for x in stage.layers
