@@ -99,7 +99,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", metavar="N", type=positive, default=10, help=default)
     add("--batch-size", metavar="N", type=positive, default=64, help=f"in all {default}")
-    add("--lr", metavar="X", type=float, default=0.05, help=f"at the schedule's peak {default}")
+    add("--lr", metavar="X", type=float, default=0.1, help=f"at the schedule's peak {default}")
     add("--weight-decay", metavar="X", type=float, default=5e-4, help=default)
     add("--seed", metavar="N", type=int, default=0, help=f"of all that is random {default}")
     add("--amp", action="store_true", help="autocast to bfloat16")

@@ -120,7 +120,7 @@ def test_resuming_refuses_another_run(tmp_path):
     file = tmp_path / "run.pt"
     flags = [*SMALL, "--batch-size", "1024", "--epochs", "1"]
     train.main([*flags, "--checkpoint", str(file)])
-    with pytest.raises(SystemExit, match=r"--lr 0\.05, this run 0\.5"):
+    with pytest.raises(SystemExit, match=r"--lr 0\.1, this run 0\.5"):
         train.main([*flags, "--lr", "0.5", "--resume", str(file)])
     file.write_bytes(b"no checkpoint")
     with pytest.raises(SystemExit, match=r"run\.pt is no checkpoint"):
