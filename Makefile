@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
-DEMO_FLAGS ?=
+DEMO_FLAGS ?= --compare --plot demo.png
 
 # Modules are run with -m: console scripts break where the path has a space or is long.
 PY := .venv/bin/python
