@@ -147,6 +147,6 @@ def _draw_bars(axes: Axes, memory: Memory) -> None:
     axes.set_yticks(range(2), ["peak of a step", "kept for backward"])
     axes.tick_params(left=False)
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    axes.margins(x=0.3)
     axes.xaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
