@@ -11,13 +11,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "simd.h"
+#include "statistics.h"
 
+namespace memdense {
 namespace {
 
 constexpr int64_t kTileRows = 64;
@@ -25,29 +26,7 @@ constexpr int64_t kTileColumns = 64;
 constexpr int64_t kMaxChunks = 64;  // units of work: bounds the scratch, whatever M is
 constexpr int64_t kGrain = 32768;   // values that are worth a thread
 
-struct Geometry {
-  int64_t rows, columns, row_stride;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
-inline float load(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-// Mean and m2 = sum (x - mean)^2 of `count` values take in those of `n` more.
-inline void merge(double count, double& mean, double& m2, double n, double n_mean, double n_m2) {
-  const double delta = n_mean - mean;
-  mean += delta * (n / (count + n));
-  m2 += n_m2 + delta * delta * (count * n / (count + n));
-}
+using Geometry = Rows;
 
 // sum[c] = sum (x - pivot[c]) and squares[c] = sum (x - pivot[c])^2 over the tile's rows.
 // Four rows at a time: the accumulators are loaded and stored a quarter as often.
@@ -94,6 +73,26 @@ MEMDENSE_SIMD void merge_tile(const T* x, Geometry tile, int64_t count, double* 
   }
 }
 
+}  // namespace
+
+template <typename T, typename Acc>
+void merge_rows(const T* x, Rows g, int64_t count, double* mean, double* m2) {
+  for (int64_t row = 0; row < g.rows; row += kTileRows) {
+    for (int64_t column = 0; column < g.columns; column += kTileColumns) {
+      const Geometry tile{std::min(kTileRows, g.rows - row),
+                          std::min(kTileColumns, g.columns - column), g.row_stride};
+      merge_tile<T, Acc>(x + row * g.row_stride + column, tile, count + row, mean + column,
+                         m2 + column);
+    }
+  }
+}
+
+template void merge_rows<float, float>(const float*, Rows, int64_t, double*, double*);
+template void merge_rows<double, double>(const double*, Rows, int64_t, double*, double*);
+template void merge_rows<BFloat16, float>(const BFloat16*, Rows, int64_t, double*, double*);
+
+namespace {
+
 template <typename T, typename Result>
 void channel_statistics_kernel(const T* x, Geometry g, Result* mean, Result* var) {
   const int64_t tiles = (g.rows + kTileRows - 1) / kTileRows;
@@ -109,14 +108,8 @@ void channel_statistics_kernel(const T* x, Geometry g, Result* mean, Result* var
       double* chunk_mean = &scratch[2 * chunk * g.columns];
       double* chunk_m2 = chunk_mean + g.columns;
       const int64_t first = first_row(chunk), last = first_row(chunk + 1);
-      for (int64_t row = first; row < last; row += kTileRows) {
-        for (int64_t column = 0; column < g.columns; column += kTileColumns) {
-          const Geometry tile{std::min(kTileRows, last - row),
-                              std::min(kTileColumns, g.columns - column), g.row_stride};
-          merge_tile<T, Result>(x + row * g.row_stride + column, tile, row - first,
-                                chunk_mean + column, chunk_m2 + column);
-        }
-      }
+      merge_rows<T, Result>(x + first * g.row_stride, {last - first, g.columns, g.row_stride}, 0,
+                            chunk_mean, chunk_m2);
     }
   });
 
@@ -172,7 +165,8 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
 }
 
 }  // namespace
+}  // namespace memdense
 
 STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
-  m.impl("channel_statistics", TORCH_BOX(&channel_statistics));
+  m.impl("channel_statistics", TORCH_BOX(&memdense::channel_statistics));
 }
