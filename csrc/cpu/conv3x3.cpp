@@ -144,7 +144,7 @@ Scratch<T> pack(const Tensor& weight, const Geometry& g, const Blocks<T>& blocks
   Scratch<T> packed(packed_values(reduced, blocks));
   const int64_t taps[2] = {weight.stride(2), weight.stride(3)};
   const S* data = static_cast<const S*>(weight.const_data_ptr());
-  torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       pack_block(data, taps, weight.stride(transposed ? 0 : 1), weight.stride(transposed ? 1 : 0),
                  reduced, blocks, block, packed.data);

@@ -22,7 +22,8 @@
 namespace memdense {
 namespace conv3x3 {
 
-constexpr int64_t kBandBytes = 512 << 10;  // of staged lines: a quarter of a large L2
+constexpr int64_t kBandBytes = 768 << 10;  // of staged lines: they stay in a core's L2
+constexpr int64_t kMinPiece = 4;           // pixels: narrower tiles waste more than their taps
 constexpr int64_t kGroupPixels = 128;      // that a weight gradient adds up in registers
 
 // Strides of images, in values.
@@ -113,17 +114,23 @@ struct Axis {
 
 template <typename T>
 struct Blocks {
+  const TileKernels<T>& kernels;
   int lanes;
-  int64_t columns, vectors;
+  int64_t columns, vectors, count;
 
   explicit Blocks(int64_t columns)
-      : lanes(tile_kernels<T>().lanes), columns(columns), vectors((columns + lanes - 1) / lanes) {}
+      : kernels(tile_kernels<T>()),
+        lanes(kernels.lanes),
+        columns(columns),
+        vectors((columns + lanes - 1) / lanes),
+        // two vectors each; a last odd one joins the block before it where registers allow
+        count(std::max<int64_t>(1, (vectors + 3 - kernels.max_vectors) / 2)) {}
 
-  int64_t count() const { return (vectors + kMaxVectors - 1) / kMaxVectors; }
-  int64_t start(int64_t block) const { return block * kMaxVectors * lanes; }
+  int64_t start(int64_t block) const { return block * 2 * lanes; }
   int vectors_of(int64_t block) const {
-    return static_cast<int>(std::min<int64_t>(kMaxVectors, vectors - block * kMaxVectors));
+    return static_cast<int>(block + 1 < count ? 2 : vectors - 2 * block);
   }
+  int max_rows(int64_t block) const { return kernels.max_rows[vectors_of(block)]; }
   int64_t width(int64_t block) const { return vectors_of(block) * lanes; }
   int64_t columns_of(int64_t block) const { return std::min(width(block), columns - start(block)); }
   int64_t padded() const { return vectors * lanes; }
@@ -280,12 +287,12 @@ struct Bands {
 // As many lines as keep what a band stages within kBandBytes, and enough bands for all tasks.
 inline Bands make_bands(int64_t images, const Axis& vertical, int64_t line_bytes, int64_t tasks) {
   int64_t lines = vertical.destination;
-  while (lines > 1) {
+  for (int64_t pieces = 1; lines > 1; ++pieces) {
+    lines = (vertical.destination + pieces - 1) / pieces;
     const auto [low, high] = vertical.reach(0, lines);
     const bool fits = std::min(high - low, vertical.source) * line_bytes <= kBandBytes;
     const int64_t count = images * ((vertical.destination + lines - 1) / lines);
     if (fits && (count % tasks == 0 || count >= 4 * tasks)) break;
-    lines = (lines + 1) / 2;
   }
   return {images, vertical.destination, lines};
 }
@@ -338,25 +345,27 @@ struct Walk {
                        inside, stride);
       std::fill(inside + horizontal.source * stride, line + line_values(), T{0});
     }
-    for (int64_t block = 0; block < blocks.count(); ++block) {
+    for (int64_t block = 0; block < blocks.count; ++block) {
       const T* weights = packed + 9 * channels * blocks.start(block);
       for (int64_t y = band.begin; y < band.end; ++y) {
         const Phase& rows = vertical.phases[y % vertical.destination_step];
         const int64_t j = y / vertical.destination_step * vertical.source_step;
         for (const Phase& columns : horizontal.phases) {
           Segment<T> taps[9];
+          int64_t column[9];  // the horizontal tap of each
           int64_t count = 0;
           for (int ty = 0; ty < rows.taps; ++ty) {
             const int64_t line = j + rows.tap[ty].shift;
             if (line < 0 || line >= vertical.source) continue;  // zeros above and below
             for (int tx = 0; tx < columns.taps; ++tx) {
               const int64_t tap = rows.tap[ty].index * 3 + columns.tap[tx].index;
+              column[count] = tx;
               taps[count++] = {
                   scratch + (line - low) * line_values() + (left + columns.tap[tx].shift) * stride,
                   weights + tap * channels * blocks.width(block)};
             }
           }
-          run_line(taps, count, columns, block, [&](int64_t x, const Result<T>& result) {
+          run_line(taps, column, count, columns, block, [&](int64_t x, const Result<T>& result) {
             emit(y, columns.first + x * horizontal.destination_step, horizontal.destination_step,
                  block, result);
           });
@@ -368,20 +377,48 @@ struct Walk {
  private:
   // One line's pixels of one phase, in tiles of about the same size.
   template <typename Emit>
-  void run_line(const Segment<T> (&taps)[9], int64_t count, const Phase& columns, int64_t block,
-                const Emit& emit) const {
-    const TileKernels<T>& kernels = tile_kernels<T>();
+  void run_line(const Segment<T> (&taps)[9], const int64_t (&columns)[9], int64_t count,
+                const Phase& phase, int64_t block, const Emit& emit) const {
     const int64_t step = horizontal.source_step * stride, width = blocks.width(block);
-    const int64_t tiles = (columns.count + kernels.max_rows - 1) / kernels.max_rows;
     alignas(64) T values[kMaxTileValues];
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t x = t * columns.count / tiles, end = (t + 1) * columns.count / tiles;
-      Segment<T> shifted[9];
-      for (int64_t s = 0; s < count; ++s) shifted[s] = {taps[s].a + x * step, taps[s].b};
-      const int rows = static_cast<int>(end - x), vectors = blocks.vectors_of(block);
-      kernels.run(rows, vectors, {shifted, count, channels, step, 1, width, values, width, false});
-      emit(x, Result<T>{values, width, rows, blocks.columns_of(block)});
+    Segment<T> shifted[9];
+    for (int64_t begin = 0, end; begin < phase.count; begin = end) {
+      end = piece_end(phase, begin);
+      const int64_t tiles = (end - begin + blocks.max_rows(block) - 1) / blocks.max_rows(block);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t x = begin + t * (end - begin) / tiles;
+        const int64_t x_end = begin + (t + 1) * (end - begin) / tiles;
+        int64_t used = 0;
+        for (int64_t s = 0; s < count; ++s) {
+          const auto [first, last] = inside(phase, columns[s]);
+          if (first < x_end && x < last) shifted[used++] = {taps[s].a + x * step, taps[s].b};
+        }
+        const int rows = static_cast<int>(x_end - x);
+        blocks.kernels.run(rows, blocks.vectors_of(block),
+                           {shifted, used, channels, step, 1, width, values, width, false});
+        emit(x, Result<T>{values, width, rows, blocks.columns_of(block)});
+      }
     }
+  }
+
+  // The destinations of a phase whose source under a horizontal tap lies inside the image.
+  std::pair<int64_t, int64_t> inside(const Phase& phase, int64_t tap) const {
+    const int64_t step = horizontal.source_step, shift = phase.tap[tap].shift;
+    return {std::max<int64_t>(0, (-shift + step - 1) / step),
+            std::min(phase.count, (horizontal.source - shift + step - 1) / step)};
+  }
+
+  // Where the piece of a line that begins at `begin` ends: at the next pixel where a tap enters or
+  // leaves the image, if that leaves pieces which are worth it.
+  int64_t piece_end(const Phase& phase, int64_t begin) const {
+    int64_t end = phase.count;
+    for (int t = 0; t < phase.taps; ++t) {
+      const auto [first, last] = inside(phase, t);
+      for (const int64_t cut : {first, last}) {
+        if (cut >= begin + kMinPiece && cut <= phase.count - kMinPiece) end = std::min(end, cut);
+      }
+    }
+    return end;
   }
 };
 
@@ -439,7 +476,7 @@ struct WeightWalk {
     const int64_t group = std::clamp<int64_t>(kGroupPixels / g.out[1], 1, kMaxGroup);
     for (int64_t begin = band.begin; begin < band.end; begin += group) {
       const int64_t end = std::min(begin + group, band.end);
-      for (int64_t block = 0; block < blocks.count(); ++block) {
+      for (int64_t block = 0; block < blocks.count; ++block) {
         for (int64_t tap = 0; tap < 9; ++tap) {
           T* out = partial + 9 * g.k * blocks.start(block) + tap * g.k * blocks.width(block);
           run_tap(band, begin, end, low, block, tap, z, d, out);
@@ -467,16 +504,15 @@ struct WeightWalk {
           z + (line - low) * z_line() + (first * stride + shift) * z_stride + blocks.start(block)};
     }
     if (count == 0) return;
-    const TileKernels<T>& kernels = tile_kernels<T>();
-    const int64_t tiles = (g.k + kernels.max_rows - 1) / kernels.max_rows;
+    const int64_t tiles = (g.k + blocks.max_rows(block) - 1) / blocks.max_rows(block);
     const int64_t width = blocks.width(block);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t j = t * g.k / tiles, j_end = (t + 1) * g.k / tiles;
       Segment<T> shifted[kMaxGroup];
       for (int64_t s = 0; s < count; ++s) shifted[s] = {lines[s].a + j, lines[s].b};
-      kernels.run(static_cast<int>(j_end - j), blocks.vectors_of(block),
-                  {shifted, count, last - first, 1, dy_stride, stride * z_stride, out + j * width,
-                   width, true});
+      blocks.kernels.run(static_cast<int>(j_end - j), blocks.vectors_of(block),
+                         {shifted, count, last - first, 1, dy_stride, stride * z_stride,
+                          out + j * width, width, true});
     }
   }
 };
@@ -486,7 +522,7 @@ template <typename T>
 void reduce_weight(const WeightWalk<T>& walk, const T* partials, int64_t tasks, int64_t j,
                    T* dweight) {
   const Blocks<T>& blocks = walk.blocks;
-  for (int64_t block = 0; block < blocks.count(); ++block) {
+  for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t width = blocks.width(block);
     for (int64_t tap = 0; tap < 9; ++tap) {
       const T* from = partials + 9 * walk.g.k * blocks.start(block) + (tap * walk.g.k + j) * width;

@@ -9,7 +9,7 @@ namespace {
 
 // 12 sums, 2 columns and a broadcast value are in 16 registers
 namespace baseline {
-constexpr int kVectorBytes = 16, kMaxRows = 6;
+constexpr int kVectorBytes = 16, kMaxVectors = 2, kMaxRows[] = {0, 6, 6, 0};
 #include "tile.inc"
 }  // namespace baseline
 
@@ -19,16 +19,16 @@ constexpr int kVectorBytes = 16, kMaxRows = 6;
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
-constexpr int kVectorBytes = 32, kMaxRows = 6;
+constexpr int kVectorBytes = 32, kMaxVectors = 2, kMaxRows[] = {0, 6, 6, 0};
 #include "tile.inc"
 }  // namespace avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
-// 28 sums, 2 columns and a broadcast value are in 32 registers
+// 28 sums, 2 columns and a broadcast value are in 32 registers; so are 27, 3 and one
 namespace avx512 {
-constexpr int kVectorBytes = 64, kMaxRows = 14;
+constexpr int kVectorBytes = 64, kMaxVectors = 3, kMaxRows[] = {0, 14, 14, 9};
 #include "tile.inc"
 }  // namespace avx512
 #pragma GCC pop_options

@@ -24,13 +24,13 @@ struct Tile {
   bool accumulate;
 };
 
-constexpr int kMaxVectors = 2;  // a tile is at most this many vectors wide
 constexpr int kMaxTileValues = 14 * 32;
 
 template <typename T>
 struct TileKernels {
-  int lanes;     // values in a vector
-  int max_rows;  // as many as keep the tile in registers
+  int lanes;        // values in a vector
+  int max_vectors;  // of a tile's width: 2, or 3 where one would be left over
+  int max_rows[4];  // as many as keep a tile of 1, 2 or 3 vectors in registers
   void (*run)(int rows, int vectors, const Tile<T>& tile);
 };
 
