@@ -7,8 +7,8 @@ from .. import _extension
 from ..buffers import Geometry, Reader, Sums
 from .reference import Moments
 
-# Fewer multiplications than this a pixel and tap, C*k, and PyTorch's operations are as fast.
-MIN_PRODUCTS = 0
+# Below C*k of this, vectors are mostly padding and PyTorch's operations are as fast.
+MIN_PRODUCTS = 64
 
 
 class NativeConv3x3:
