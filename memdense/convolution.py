@@ -63,8 +63,14 @@ def _output(x: Tensor, weight: Tensor, *geometry: Sequence[int]) -> Tensor:
                 f"the kernel with dilation {dilation}, which is {2 * dilation + 1} long"
             )
         size.append(room // stride + 1)
-    n, k = x.shape[0], weight.shape[0]
-    return x.new_empty(n, k, *size).to(memory_format=suggest_memory_format(x))
+    return _empty_like(x, (x.shape[0], weight.shape[0], *size))
+
+
+def _empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """In x's dtype and memory format."""
+    return torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
+    )
 
 
 @torch.library.custom_op(
@@ -135,7 +141,7 @@ def _gradients(
 def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor]:
     empty = []
     if need[0]:
-        empty.append(x.new_empty(x.shape).to(memory_format=suggest_memory_format(x)))
+        empty.append(_empty_like(x, x.shape))
     if need[1]:
         empty.append(weight.new_empty(weight.shape))
     if need[2]:

@@ -53,8 +53,9 @@ struct Reading {
 
 // ---- one axis of the walk
 
+// Tap `index` of three; of its phase's destinations, [first, last) read inside the image by it.
 struct Tap {
-  int64_t index, shift;
+  int64_t index, shift, first, last;
 };
 
 // Destinations first, first + step, ... `count` of them; the j-th reads source j * step + shift.
@@ -70,23 +71,29 @@ struct Axis {
   std::vector<Phase> phases;              // as many as destination_step
 
   static Axis forward(const Geometry& g, int a) {
-    Phase phase{0, g.out[a], 3, {}};
-    for (int64_t k = 0; k < 3; ++k) phase.tap[k] = {k, k * g.dilation[a] - g.padding[a]};
-    return {g.in[a], g.out[a], g.stride[a], 1, {phase}};
+    Axis axis{g.in[a], g.out[a], g.stride[a], 1, {{0, g.out[a], 0, {}}}};
+    for (int64_t k = 0; k < 3; ++k) axis.add_tap(0, k, k * g.dilation[a] - g.padding[a]);
+    return axis;
   }
 
   // input y = output * stride + k * dilation - padding, solved for output
   static Axis backward(const Geometry& g, int a) {
     Axis axis{g.out[a], g.in[a], 1, g.stride[a], {}};
     for (int64_t first = 0; first < g.stride[a]; ++first) {
-      Phase phase{first, (g.in[a] - first + g.stride[a] - 1) / g.stride[a], 0, {}};
+      axis.phases.push_back({first, (g.in[a] - first + g.stride[a] - 1) / g.stride[a], 0, {}});
       for (int64_t k = 0; k < 3; ++k) {
         const int64_t reached = first + g.padding[a] - k * g.dilation[a];
-        if (reached % g.stride[a] == 0) phase.tap[phase.taps++] = {k, reached / g.stride[a]};
+        if (reached % g.stride[a] == 0) axis.add_tap(first, k, reached / g.stride[a]);
       }
-      axis.phases.push_back(phase);
     }
     return axis;
+  }
+
+  void add_tap(int64_t phase, int64_t index, int64_t shift) {
+    Phase& p = phases[phase];
+    const int64_t first = std::max<int64_t>(0, (-shift + source_step - 1) / source_step);
+    const int64_t last = std::min(p.count, (source - shift + source_step - 1) / source_step);
+    p.tap[p.taps++] = {index, shift, first, last};
   }
 
   // The sources that destinations [begin, end) touch, also beyond the edges: [first, second).
@@ -247,8 +254,8 @@ MEMDENSE_SIMD void answer_tile(Result<T> tile, const S* x, int64_t x_row, const 
     std::fill_n(product, columns, T{0});
     for (int64_t i = 0; i < tile.rows; ++i) {
       const T* from = tile.values + i * tile.row + start;
-      const S* pixel = x + i * x_row + start;
-      S* to = out + i * out_row + start;
+      const S* __restrict__ pixel = x + i * x_row + start;
+      S* __restrict__ to = out + i * out_row + start;
       for (int64_t j = 0; j < columns; ++j) {
         const int64_t c = start + j;
         const T value = load(pixel[j]);
@@ -390,8 +397,9 @@ struct Walk {
         const int64_t x_end = begin + (t + 1) * (end - begin) / tiles;
         int64_t used = 0;
         for (int64_t s = 0; s < count; ++s) {
-          const auto [first, last] = inside(phase, columns[s]);
-          if (first < x_end && x < last) shifted[used++] = {taps[s].a + x * step, taps[s].b};
+          const Tap& tap = phase.tap[columns[s]];
+          if (tap.first < x_end && x < tap.last)
+            shifted[used++] = {taps[s].a + x * step, taps[s].b};
         }
         const int rows = static_cast<int>(x_end - x);
         blocks.kernels.run(rows, blocks.vectors_of(block),
@@ -401,20 +409,12 @@ struct Walk {
     }
   }
 
-  // The destinations of a phase whose source under a horizontal tap lies inside the image.
-  std::pair<int64_t, int64_t> inside(const Phase& phase, int64_t tap) const {
-    const int64_t step = horizontal.source_step, shift = phase.tap[tap].shift;
-    return {std::max<int64_t>(0, (-shift + step - 1) / step),
-            std::min(phase.count, (horizontal.source - shift + step - 1) / step)};
-  }
-
   // Where the piece of a line that begins at `begin` ends: at the next pixel where a tap enters or
   // leaves the image, if that leaves pieces which are worth it.
   int64_t piece_end(const Phase& phase, int64_t begin) const {
     int64_t end = phase.count;
     for (int t = 0; t < phase.taps; ++t) {
-      const auto [first, last] = inside(phase, t);
-      for (const int64_t cut : {first, last}) {
+      for (const int64_t cut : {phase.tap[t].first, phase.tap[t].last}) {
         if (cut >= begin + kMinPiece && cut <= phase.count - kMinPiece) end = std::min(end, cut);
       }
     }
@@ -430,13 +430,14 @@ struct Walk {
 template <typename T>
 struct WeightWalk {
   Geometry g;
-  Axis vertical;
+  Axis vertical, horizontal;
   Blocks<T> blocks;
   int64_t z_stride, dy_stride;
 
   explicit WeightWalk(const Geometry& g)
       : g(g),
         vertical(Axis::forward(g, 0)),
+        horizontal(Axis::forward(g, 1)),
         blocks(g.c),
         z_stride(pixel_stride<T>(g.c)),
         dy_stride(pixel_stride<T>(g.k)) {}
@@ -490,10 +491,8 @@ struct WeightWalk {
 
   void run_tap(const Band& band, int64_t begin, int64_t end, int64_t low, int64_t block,
                int64_t tap, const T* z, const T* d, T* out) const {
-    // the outputs [first, last) of a line whose input column lies inside
-    const int64_t shift = tap % 3 * g.dilation[1] - g.padding[1], stride = g.stride[1];
-    const int64_t first = std::max<int64_t>(0, (-shift + stride - 1) / stride);
-    const int64_t last = std::min(g.out[1], (g.in[1] - shift + stride - 1) / stride);
+    const auto [index, shift, first, last] = horizontal.phases[0].tap[tap % 3];
+    const int64_t stride = g.stride[1];
     Segment<T> lines[kMaxGroup];
     int64_t count = 0;
     for (int64_t y = begin; y < end && first < last; ++y) {
