@@ -119,23 +119,25 @@ def _gradients(
 ) -> list[Tensor]:
     """The gradients of x, weight and bias that ``need`` asks for, in order."""
     geometry = stride, padding, dilation
-    empty = _empty_gradients(dy, x, weight, need)
     if not _native(x):
         with torch.autocast(x.device.type, enabled=False):
             found = _plain_gradients(dy, x, weight, geometry, need)
         found = [g for g, n in zip(found, need, strict=True) if n]
-        return [to.copy_(g) for to, g in zip(empty, found, strict=True)]
-    result = iter(empty)
+        like = _empty_gradients(dy, x, weight, need)
+        return [to.copy_(g) for to, g in zip(like, found, strict=True)]
+    result = []
     if need[0]:
+        dx = _empty_like(x, x.shape)
         torch.ops.memdense.conv3x3_input_gradient(
-            dy, weight, *geometry, None, None, None, None, None, next(result), False
+            dy, weight, *geometry, None, None, None, None, None, dx, False
         )
+        result.append(dx)
     if need[1]:
         dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, None, None, *geometry)
-        next(result).copy_(dweight)
+        result.append(dweight.to(weight.dtype))
     if need[2]:
-        next(result).copy_(dy.sum((0, 2, 3)))
-    return empty
+        result.append(dy.sum((0, 2, 3)))
+    return result
 
 
 def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor]:
