@@ -94,7 +94,7 @@ struct Forward {
       }
       if (!m2) continue;
       for (int64_t c = 0; c < a.outputs; c += kTileColumns) {
-        const Tile tile{rows, std::min(kTileColumns, a.outputs - c), a.outputs};
+        const Rows tile{rows, std::min(kTileColumns, a.outputs - c), a.outputs};
         merge_tile<T, T>(y + c, tile, top - first, mean + c, m2 + c);
       }
     }

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (loads the operations)
 from ..buffers import Geometry, Reader, Sums
+from .native3x3 import NativeConv3x3
 from .reference import Moments, Reference
 
 _ops = torch.ops.memdense
@@ -22,7 +23,7 @@ def _fits(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-class Native(Reference):
+class Native(NativeConv3x3, Reference):
     """Each method has its twin's contract; what its kernel does not take goes to the twin."""
 
     name = "native"
