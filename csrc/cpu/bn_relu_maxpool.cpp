@@ -2,7 +2,9 @@
 // to [N*H'*W', C], and the winner in its window, 0 to 8 in reading order, as one byte.
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "answer.h"
@@ -18,15 +20,6 @@ struct Window {
   int64_t out_w() const { return (w + 1) / 2; }
 };
 
-// The integers of a vector's width: what its comparisons give.
-template <typename Vec>
-using Mask = decltype(Vec{} <= Vec{});
-
-template <typename T, typename Vec>
-struct Bytes {
-  typedef uint8_t Type __attribute__((vector_size(sizeof(Vec) / sizeof(T)), aligned(1), may_alias));
-};
-
 template <typename T>
 struct MaxPool {
   const T* x;
@@ -37,8 +30,22 @@ struct MaxPool {
   T* out;
   uint8_t* winner;
 
-  // Output lines first..last, counted over all images. The first of equal values wins and the
-  // last NaN, as in PyTorch's max-pool.
+  static constexpr int64_t kColumns = 256;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+  // best = max(best, scale * x + shift): the first of equal values wins and the last NaN, as in
+  // PyTorch's max-pool. GCC makes vectors of this only without the relu, which can wait.
+  static MEMDENSE_INLINE void take(const T* x, const T* scale, const T* shift, int64_t columns,
+                                   Index tap, T* __restrict__ best, Index* __restrict__ winner) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const T z = x[j] * scale[j] + shift[j];
+      const bool better = (z > best[j]) | (z != z);
+      best[j] = better ? z : best[j];
+      winner[j] = better ? tap : winner[j];
+    }
+  }
+
+  // Output lines first..last, counted over all images.
   template <int kBytes>
   static MEMDENSE_INLINE void run(const MaxPool& k, int64_t first, int64_t last) {
     const Window& s = k.window;
@@ -46,28 +53,27 @@ struct MaxPool {
       const int64_t image = line / s.out_h(), oy = line % s.out_h();
       for (int64_t ox = 0; ox < s.out_w(); ++ox) {
         const int64_t pixel = line * s.out_w() + ox;
-        for_columns<T, kBytes, 1>(
-            0, k.columns, [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
-              const Vec scale = load<Vec>(k.read.scale + c), shift = load<Vec>(k.read.shift + c);
-              Vec best = Vec{};
-              Mask<Vec> winner = Mask<Vec>{};
-              bool none = true;
-              for (int tap = 0; tap < 9; ++tap) {
-                const int64_t y = 2 * oy - 1 + tap / 3, x = 2 * ox - 1 + tap % 3;
-                if (y < 0 || y >= s.h || x < 0 || x >= s.w) continue;
-                const int64_t row = (image * s.h + y) * s.w + x;
-                Vec v = load<Vec>(k.x + row * k.x_row + c) * scale + shift;
-                v = v <= T{0} ? Vec{} : v;
-                const Mask<Vec> here = Mask<Vec>{} + tap;
-                const Mask<Vec> better = none ? Mask<Vec>{} == Mask<Vec>{} : (v > best) | (v != v);
-                best = better ? v : best;
-                winner = better ? here : winner;
-                none = false;
-              }
-              store(k.out + pixel * k.columns + c, best);
-              using B = typename Bytes<T, Vec>::Type;
-              store(k.winner + pixel * k.columns + c, __builtin_convertvector(winner, B));
-            });
+        for (int64_t c = 0; c < k.columns; c += kColumns) {
+          const int64_t columns = std::min(kColumns, k.columns - c);
+          T best[kColumns];
+          Index winner[kColumns];
+          // where nothing is above 0 all are 0 after the relu, and the first in the image wins
+          const Index first_tap = (oy == 0 ? 3 : 0) + (ox == 0 ? 1 : 0);
+          std::fill_n(best, columns, -std::numeric_limits<T>::infinity());
+          for (int tap = 0; tap < 9; ++tap) {
+            const int64_t y = 2 * oy - 1 + tap / 3, x = 2 * ox - 1 + tap % 3;
+            if (y < 0 || y >= s.h || x < 0 || x >= s.w) continue;
+            const int64_t row = (image * s.h + y) * s.w + x;
+            take(k.x + row * k.x_row + c, k.read.scale + c, k.read.shift + c, columns, tap, best,
+                 winner);
+          }
+          for (int64_t j = 0; j < columns; ++j) {
+            const bool none = best[j] <= 0;
+            k.out[pixel * k.columns + c + j] = none ? 0 : best[j];
+            k.winner[pixel * k.columns + c + j] =
+                static_cast<uint8_t>(none ? first_tap : winner[j]);
+          }
+        }
       }
     }
   }
@@ -85,6 +91,20 @@ struct MaxPoolBackward {
   int64_t columns;
   T* dz;
 
+  static constexpr int64_t kColumns = 256;
+
+  // dz = da * [z > 0], and what the sums take of it.
+  static MEMDENSE_INLINE void answer(const T* x, const T* scale, const T* shift, const T* mean,
+                                     int64_t columns, const T* da, T* __restrict__ dz,
+                                     T* __restrict__ dbeta, T* __restrict__ dgamma) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const T value = x[j] * scale[j] + shift[j] <= 0 ? 0 : da[j];
+      dz[j] = value;
+      dbeta[j] += value;
+      dgamma[j] += value * (x[j] - mean[j]);
+    }
+  }
+
   // Source lines first..last, counted over all images: each pixel gathers from the (at most four)
   // windows it is in, in the order of its place in them. sums [2][columns]; part is scratch.
   template <int kBytes>
@@ -98,27 +118,21 @@ struct MaxPoolBackward {
         std::fill_n(part, 2 * k.columns, T{0});
         for (int64_t x = left; x < std::min(s.w, left + kSumRows); ++x) {
           const int64_t row = line * s.w + x;
-          for_columns<T, kBytes, 1>(
-              0, k.columns, [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
-                using B = typename Bytes<T, Vec>::Type;
-                Vec da = Vec{};
-                for (int64_t oy = std::min((y + 1) / 2, s.out_h() - 1); oy >= y / 2; --oy) {
-                  for (int64_t ox = std::min((x + 1) / 2, s.out_w() - 1); ox >= x / 2; --ox) {
-                    const int64_t pixel = (image * s.out_h() + oy) * s.out_w() + ox;
-                    const int tap = static_cast<int>(3 * (y - 2 * oy + 1) + x - 2 * ox + 1);
-                    const Mask<Vec> winner = __builtin_convertvector(
-                        load<B>(k.winner + pixel * k.columns + c), Mask<Vec>);
-                    const Vec d = load<Vec>(k.dout + pixel * k.dout_row + c);
-                    da += winner == Mask<Vec>{} + tap ? d : Vec{};
-                  }
-                }
-                const Vec v = load<Vec>(k.x + row * k.x_row + c);
-                const Vec z = v * load<Vec>(k.read.scale + c) + load<Vec>(k.read.shift + c);
-                const Vec dz = z <= T{0} ? Vec{} : da;
-                store(k.dz + row * k.columns + c, dz);
-                store(dbeta + c, load<Vec>(dbeta + c) + dz);
-                store(dgamma + c, load<Vec>(dgamma + c) + dz * (v - load<Vec>(k.read.mean + c)));
-              });
+          for (int64_t c = 0; c < k.columns; c += kColumns) {
+            const int64_t columns = std::min(kColumns, k.columns - c);
+            T da[kColumns] = {};
+            for (int64_t oy = std::min((y + 1) / 2, s.out_h() - 1); oy >= y / 2; --oy) {
+              for (int64_t ox = std::min((x + 1) / 2, s.out_w() - 1); ox >= x / 2; --ox) {
+                const int64_t pixel = (image * s.out_h() + oy) * s.out_w() + ox;
+                const int64_t tap = 3 * (y - 2 * oy + 1) + x - 2 * ox + 1;
+                const T* d = k.dout + pixel * k.dout_row + c;
+                const uint8_t* winner = k.winner + pixel * k.columns + c;
+                for (int64_t j = 0; j < columns; ++j) da[j] += winner[j] == tap ? d[j] : T{0};
+              }
+            }
+            answer(k.x + row * k.x_row + c, k.read.scale + c, k.read.shift + c, k.read.mean + c,
+                   columns, da, k.dz + row * k.columns + c, dbeta + c, dgamma + c);
+          }
         }
         for (int64_t i = 0; i < 2 * k.columns; ++i) sums[i] += part[i];
       }

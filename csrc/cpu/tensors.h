@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 
 template <typename T>
 constexpr ScalarType kScalarType =
-    std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+    std::is_same_v<std::remove_const_t<T>, double> ? ScalarType::Double : ScalarType::Float;
 
 template <typename T>
 Tensor make(torch::headeronly::IntHeaderOnlyArrayRef size) {

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import _extension  # noqa: F401  (loads the operations)
 from ..buffers import Geometry, Reader, Sums
 from .reference import Moments, Reference
 
