@@ -1,5 +1,6 @@
 """memdense: the same DenseNet, a fraction of the memory."""
 
+from .backends import use_backend
 from .convert import convert
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .explain import Explanation, explain
@@ -23,4 +24,5 @@ __all__ = [
     "densenet201",
     "densenet264",
     "explain",
+    "use_backend",
 ]

@@ -73,7 +73,7 @@ struct Answer {
   int64_t z_row;
 };
 
-// Rows whose sums stay in the values' own precision before double takes them.
+// Values whose sum stays in their own precision before double takes it.
 constexpr int64_t kSumRows = 16;
 
 // g += scale * dz and both sums for columns first..first + columns.
@@ -91,8 +91,8 @@ MEMDENSE_INLINE void answer_tile(const Answer<T, kTaps>& a, int64_t first, int64
           shift[v] = load<Vec>(a.read.shift + c + v * kLanes);
           mean[v] = load<Vec>(a.read.mean + c + v * kLanes);
         }
-        for (int64_t top = 0; top < a.rows; top += kSumRows) {
-          const int64_t end = std::min(a.rows, top + kSumRows);
+        for (int64_t top = 0; top < a.rows; top += kSumRows / kTaps) {
+          const int64_t end = std::min(a.rows, top + kSumRows / kTaps);
           Vec dbeta[kVectors], dgamma[kVectors];
 #pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) dbeta[v] = dgamma[v] = Vec{};

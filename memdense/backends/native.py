@@ -1,4 +1,4 @@
-"""The primitives in C++ (csrc/cpu), for float32 and float64 on the CPU; in PyTorch operations for the rest."""
+"""The primitives in C++ (csrc/cpu) for float32 and float64 on the CPU; the reference's for the rest."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ Vectors = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _fits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take matrices and vectors such as these: one dtype, one device, unit column stride."""
+    """Whether the kernels take these: one dtype, one device, unit column stride."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel():
         return False
     tensors = [x, *(t for t in others if t is not None)]
@@ -49,7 +49,12 @@ class Native(Reference):
     # ---- answering
 
     def settle(
-        self, g: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None, keep: tuple[Tensor, float] | None
+        self,
+        g: Tensor,
+        x: Tensor,
+        p: Tensor | None,
+        q: Tensor | None,
+        keep: tuple[Tensor, float] | None,
     ) -> Tensor:
         if not _fits(x, g, p, q):
             return super().settle(g, x, p, q, keep)
@@ -71,30 +76,49 @@ class Native(Reference):
         a, b, c = abc or (None, None, None)
         if not _fits(x, dz, y, a, b, c, weight, *read[:4], g):
             return super().bn_relu_conv1x1_backward(dz, y, abc, weight, x, read, g, need_weight)
-        *sums, dweight = _ops.bn_relu_conv1x1_backward(dz, y, a, b, c, weight, x, *read[:4], g, need_weight)
+        *sums, dweight = _ops.bn_relu_conv1x1_backward(
+            dz, y, a, b, c, weight, x, *read[:4], g, need_weight
+        )
         return Sums(*sums), dweight if need_weight else None
 
     # ---- tails
 
-    def bn_relu_pool_conv1x1(self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry) -> Tensor:
+    def bn_relu_pool_conv1x1(
+        self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry
+    ) -> Tensor:
         if not _fits(x, read.scale, weight):
             return super().bn_relu_pool_conv1x1(x, read, weight, geometry)
         return _ops.bn_relu_pool_conv1x1(x, read.scale, read.shift, weight, *geometry)
 
     def bn_relu_pool_conv1x1_backward(
-        self, dout: Tensor, weight: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor, need_weight: bool
+        self,
+        dout: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        read: Reader,
+        geometry: Geometry,
+        g: Tensor,
+        need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
         if not _fits(x, dout, weight, *read[:4], g):
-            return super().bn_relu_pool_conv1x1_backward(dout, weight, x, read, geometry, g, need_weight)
+            return super().bn_relu_pool_conv1x1_backward(
+                dout, weight, x, read, geometry, g, need_weight
+            )
         *sums, dweight = _ops.bn_relu_pool_conv1x1_backward(
             dout, weight, x, *read[:4], g, *geometry, need_weight
         )
         return Sums(*sums), dweight if need_weight else None
 
     def bn_relu(self, x: Tensor, read: Reader, relu: bool) -> Tensor:
-        return _ops.bn_relu(x, *read[:2], relu) if _fits(x, read.scale) else super().bn_relu(x, read, relu)
+        return (
+            _ops.bn_relu(x, *read[:2], relu)
+            if _fits(x, read.scale)
+            else super().bn_relu(x, read, relu)
+        )
 
-    def bn_relu_backward(self, dout: Tensor, x: Tensor, read: Reader, relu: bool, g: Tensor) -> Sums:
+    def bn_relu_backward(
+        self, dout: Tensor, x: Tensor, read: Reader, relu: bool, g: Tensor
+    ) -> Sums:
         if not _fits(x, dout, *read[:4], g):
             return super().bn_relu_backward(dout, x, read, relu, g)
         return Sums(*_ops.bn_relu_backward(dout, x, *read[:4], relu, g))
@@ -104,7 +128,9 @@ class Native(Reference):
             return super().bn_relu_mean(x, read, geometry)
         return _ops.bn_relu_mean(x, *read[:2], geometry.n)
 
-    def bn_relu_mean_backward(self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor) -> Sums:
+    def bn_relu_mean_backward(
+        self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor
+    ) -> Sums:
         if not _fits(x, dout, *read[:4], g):
             return super().bn_relu_mean_backward(dout, x, read, geometry, g)
         return Sums(*_ops.bn_relu_mean_backward(dout, x, *read[:4], g))
@@ -133,7 +159,7 @@ class Native(Reference):
 
 
 def _rows(images: Tensor) -> Tensor | None:
-    """Images (N, C, H, W) as a matrix (N*H*W, C) on the same memory; None where their strides do not allow it."""
+    """Images (N, C, H, W) as a matrix (N*H*W, C) on the same memory; None if it is none."""
     try:
         return images.permute(0, 2, 3, 1).view(-1, images.shape[1])
     except RuntimeError:
