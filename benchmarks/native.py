@@ -46,7 +46,7 @@ def read_of(channels: int) -> Reader:
 def compare(
     name: str, method: str, args: tuple, flop: float, product: Callable | None, repeat: int
 ) -> None:
-    """Print the least times of interleaved runs; ``product`` is the arithmetic alone, by PyTorch."""
+    """Print the least times of interleaved runs; ``product`` is the arithmetic by PyTorch."""
     backends = {"reference": Reference(), "native": Native()}
     calls = {key: partial(getattr(b, method), *args) for key, b in backends.items()}
     if product is not None:
