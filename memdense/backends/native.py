@@ -1,4 +1,4 @@
-"""The primitives in C++ (csrc/cpu) for float32 and float64 on the CPU; the rest is the reference's."""
+"""The primitives in C++ (csrc/cpu), float32 and float64 on the CPU; the rest is the reference's."""
 
 import torch
 from torch import Tensor
