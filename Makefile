@@ -7,7 +7,7 @@ DEMO_FLAGS ?= --compare --plot demo.png
 # Modules are run with -m: console scripts break where the path has a space or is long.
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-CLANG_FORMAT = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs \
+CLANG_FORMAT = find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' | xargs \
 	$(PY) -c 'import clang_format, sys; sys.exit(clang_format.clang_format())'
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 

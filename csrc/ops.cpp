@@ -1,6 +1,60 @@
 // Every operation's schema. Kernels are registered beside their code, in cpu/ and cuda/.
+//
+// Matrices are [M, C] with unit column stride and any row stride, vectors [C].
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(memdense, m) {
   m.def("channel_statistics(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def("pack(Tensor x, Tensor(a!) out) -> (Tensor mean, Tensor var)");
+
+  m.def(
+      "bn_relu_conv1x1(Tensor x, Tensor scale, Tensor shift, Tensor weight, bool statistics)"
+      " -> (Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "bn_relu_conv1x1_backward(Tensor dz, Tensor? y, Tensor? a, Tensor? b, Tensor? c,"
+      " Tensor weight, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor rstd,"
+      " Tensor(a!) g, bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
+  m.def(
+      "bn_relu_pool_conv1x1(Tensor x, Tensor scale, Tensor shift, Tensor weight,"
+      " int n, int h, int w) -> Tensor");
+  m.def(
+      "bn_relu_pool_conv1x1_backward(Tensor dout, Tensor weight, Tensor x, Tensor scale,"
+      " Tensor shift, Tensor mean, Tensor rstd, Tensor(a!) g, int n, int h, int w,"
+      " bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
+
+  m.def(
+      "combine(Tensor u, Tensor? a, Tensor x, Tensor? b, Tensor? c, Tensor? keep, float factor,"
+      " Tensor(a!) out) -> ()");
+  m.def("bn_relu(Tensor x, Tensor scale, Tensor shift, bool relu) -> Tensor");
+  m.def(
+      "bn_relu_backward(Tensor dout, Tensor x, Tensor scale, Tensor shift, Tensor mean,"
+      " Tensor rstd, bool relu, Tensor(a!) g) -> (Tensor dbeta, Tensor dgamma)");
+  m.def("bn_relu_mean(Tensor x, Tensor scale, Tensor shift, int images) -> Tensor");
+  m.def(
+      "bn_relu_mean_backward(Tensor dout, Tensor x, Tensor scale, Tensor shift, Tensor mean,"
+      " Tensor rstd, Tensor(a!) g) -> (Tensor dbeta, Tensor dgamma)");
+
+  m.def(
+      "bn_relu_maxpool(Tensor x, Tensor scale, Tensor shift, int n, int h, int w)"
+      " -> (Tensor out, Tensor winner)");
+  m.def(
+      "bn_relu_maxpool_backward(Tensor dout, Tensor winner, Tensor x, Tensor scale, Tensor shift,"
+      " Tensor mean, Tensor rstd, int n, int h, int w)"
+      " -> (Tensor dz, Tensor dbeta, Tensor dgamma)");
+<<<<<<< HEAD
+
+  // Images x, dy, out, mask are [N, C, H, W] with any strides, weight is [k, C, 3, 3], vectors [C].
+  m.def(
+      "conv3x3(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, int[2] stride, "
+      "int[2] padding, int[2] dilation, Tensor? mask, float factor, Tensor(a!) out, "
+      "bool statistics) -> (Tensor mean, Tensor var)");
+  m.def(
+      "conv3x3_input_gradient(Tensor dy, Tensor weight, int[2] stride, int[2] padding, "
+      "int[2] dilation, Tensor? x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? rstd, "
+      "Tensor(a!) dx, bool accumulate) -> Tensor");
+  m.def(
+      "conv3x3_weight_gradient(Tensor dy, Tensor x, Tensor? scale, Tensor? shift, int[2] stride, "
+      "int[2] padding, int[2] dilation) -> Tensor");
+=======
+>>>>>>> native-1x1
 }

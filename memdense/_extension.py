@@ -4,6 +4,12 @@
 stride and any row stride, float32, float64 or bfloat16, on the CPU; mean and biased variance of
 each column, [C], float32 (float64 for float64). RuntimeError for any other x. Differentiable.
 The same input gives the same bits, whatever the number of threads.
+
+`conv3x3`, `conv3x3_input_gradient`, `conv3x3_weight_gradient`: a dilated 3x3 convolution into an
+output of the caller's and its gradients, with the vectors of a BatchNorm before it and dropout's
+mask and statistics behind it. Images [N, C, H, W] of any strides (channels fastest where a
+BatchNorm answers), float32, float64 or bfloat16, on the CPU; RuntimeError otherwise. They are what
+backends/native3x3.py and convolution.py are made of. The same bits for the same number of threads.
 """
 
 from __future__ import annotations
@@ -50,6 +56,26 @@ def _statistics_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
+def _conv3x3_fake(
+    x, scale, shift, weight, bias, stride, padding, dilation, mask, factor, out, statistics
+):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    channels = weight.shape[0] if statistics else 0
+    return x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+
+
+def _input_gradient_fake(
+    dy, weight, stride, padding, dilation, x, scale, shift, mean, rstd, dx, accumulate
+):
+    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    return dy.new_empty((2, 0 if x is None else x.shape[1]), dtype=dtype)
+
+
+def _weight_gradient_fake(dy, x, scale, shift, stride, padding, dilation):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((dy.shape[1], x.shape[1], 3, 3), dtype=dtype)
+
+
 def _statistics_setup(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[0])
 
@@ -61,6 +87,9 @@ def _statistics_backward(ctx, d_mean: Tensor, d_var: Tensor) -> Tensor:
 
 if available():
     torch.library.register_fake("memdense::channel_statistics", _statistics_fake)
+    torch.library.register_fake("memdense::conv3x3", _conv3x3_fake)
+    torch.library.register_fake("memdense::conv3x3_input_gradient", _input_gradient_fake)
+    torch.library.register_fake("memdense::conv3x3_weight_gradient", _weight_gradient_fake)
     torch.library.register_autograd(
         "memdense::channel_statistics", _statistics_backward, setup_context=_statistics_setup
     )

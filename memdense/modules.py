@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .convolution import dilated_conv3x3
+
 
 class DenseLayer(nn.Module):
     """One layer of a dense block: BN-ReLU-Conv1x1-BN-ReLU-Conv3x3, or BN-ReLU-Conv3x3 without
@@ -106,3 +108,55 @@ class Transition(nn.Sequential):
         if pool:
             layers["pool"] = nn.AvgPool2d(kernel_size=2, stride=2)
         super().__init__(layers)
+
+
+class DilatedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with a 3x3 kernel and any dilation, on the extension where it is built.
+
+    Takes and loads what ``nn.Conv2d(..., kernel_size=3)`` takes and loads.
+
+    Args:
+        padding: a number, one per axis, or ``"same"`` for an output of the input's size (stride 1).
+
+    Shape: ``(N, C, H, W)`` or ``(C, H, W)``, contiguous or channels last, to the same format.
+
+    Raises:
+        ValueError: kernels other than 3x3, groups other than 1, a stride or dilation below 1, or a
+            padding_mode other than zeros.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if kernel_size not in (3, (3, 3), [3, 3]):
+            raise ValueError(f"DilatedConv2d: expected kernel_size 3, got {kernel_size}")
+        if groups != 1:
+            raise ValueError(f"DilatedConv2d: expected groups 1, got {groups}")
+        if padding_mode != "zeros":
+            raise ValueError(f"DilatedConv2d: expected padding_mode 'zeros', got {padding_mode!r}")
+        for name, value in (("stride", stride), ("dilation", dilation)):
+            if min((value,) if isinstance(value, int) else value) < 1:
+                raise ValueError(f"DilatedConv2d: expected {name} >= 1, got {value}")
+        super().__init__(
+            in_channels, out_channels, 3, stride, padding, dilation, 1, bias, "zeros", device, dtype
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.padding, str):
+            padding = self.dilation if self.padding == "same" else (0, 0)
+        else:
+            padding = self.padding
+        x = input.unsqueeze(0) if input.dim() == 3 else input
+        out = dilated_conv3x3(x, self.weight, self.bias, self.stride, padding, self.dilation)
+        return out.squeeze(0) if input.dim() == 3 else out

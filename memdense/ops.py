@@ -1,7 +1,7 @@
 """Registration: the stage and the stem as PyTorch operations, with shapes for tracing and autograd.
 
 Each is functional (it returns what backward needs) and runs with autocast off: callers cast. The
-backend is chosen in :func:`backend_for` and nowhere else.
+backend is chosen in :mod:`memdense.backends` and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import engine, plain
-from .backends import Reference
+from .backends import backend_for
 from .buffers import StatisticsTable, accumulator
 from .spec import Norm, Stage, StageSpec, StemSpec, unflatten
 
@@ -19,11 +19,6 @@ _DOUBLE_BACKWARD = (
     "memdense does not keep what differentiating a gradient (create_graph=True) needs: "
     "build the model with double_backward=True, or set model.features.double_backward = True"
 )
-
-
-def backend_for(device: torch.device) -> engine.Backend:
-    """The backend that runs on ``device``: a fresh one, since its scratch belongs to one call."""
-    return Reference()
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:

@@ -132,8 +132,7 @@ def test_table():
     backend = ops.backend_for(torch.device("cpu")).name
     lines = str(memdense.explain(model)).splitlines()
     assert repr(memdense.explain(model)).splitlines() == lines
-    table = [line.split(maxsplit=5) for line in lines[1:4]]
-    assert table[0] == ["conv0", "..", "pool0", "-", "efficient", f"{backend}  -         -"]
+    assert lines[1].split() == ["conv0", "..", "pool0", "-", "efficient", backend, "-", "-"]
     assert lines[3].endswith("denseblock2 carries a forward hook")
     columns = {
         line.find(word) for line, word in zip(lines[1:4], ["eff", "eff", "plain"], strict=True)

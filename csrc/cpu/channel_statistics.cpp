@@ -16,86 +16,63 @@
 #include <type_traits>
 #include <vector>
 
+#include "moments.h"
 #include "simd.h"
 
+namespace memdense {
 namespace {
 
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 constexpr int64_t kTileRows = 64;
-constexpr int64_t kTileColumns = 64;
 constexpr int64_t kMaxChunks = 64;  // units of work: bounds the scratch, whatever M is
 constexpr int64_t kGrain = 32768;   // values that are worth a thread
 
-struct Geometry {
+// A matrix, and where to copy it on the way (or nowhere: null).
+template <typename T>
+struct Source {
+  const T* x;
   int64_t rows, columns, row_stride;
+  T* copy;
+  int64_t copy_stride;
 };
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
-inline float load(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-// Mean and m2 = sum (x - mean)^2 of `count` values take in those of `n` more.
-inline void merge(double count, double& mean, double& m2, double n, double n_mean, double n_m2) {
-  const double delta = n_mean - mean;
-  mean += delta * (n / (count + n));
-  m2 += n_m2 + delta * delta * (count * n / (count + n));
-}
-
-// sum[c] = sum (x - pivot[c]) and squares[c] = sum (x - pivot[c])^2 over the tile's rows.
-// Four rows at a time: the accumulators are loaded and stored a quarter as often.
-template <bool kSquares, typename T, typename Acc>
-inline void accumulate(const T* x, Geometry tile, const Acc* __restrict__ pivot,
-                       Acc* __restrict__ sum, Acc* __restrict__ squares) {
-  std::fill_n(sum, tile.columns, Acc{0});
-  if (kSquares) std::fill_n(squares, tile.columns, Acc{0});
-  const int64_t stride = tile.row_stride;
-  int64_t r = 0;
-  for (; r + 4 <= tile.rows; r += 4, x += 4 * stride) {
-    for (int64_t c = 0; c < tile.columns; ++c) {
-      const Acc d0 = load(x[c]) - pivot[c];
-      const Acc d1 = load(x[c + stride]) - pivot[c];
-      const Acc d2 = load(x[c + 2 * stride]) - pivot[c];
-      const Acc d3 = load(x[c + 3 * stride]) - pivot[c];
-      sum[c] += (d0 + d1) + (d2 + d3);
-      if (kSquares) squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-    }
-  }
-  for (; r < tile.rows; ++r, x += stride) {
-    for (int64_t c = 0; c < tile.columns; ++c) {
-      const Acc d = load(x[c]) - pivot[c];
-      sum[c] += d;
-      if (kSquares) squares[c] += d * d;
-    }
-  }
-}
-
-// Merges a tile into mean[c] and m2[c] of the `count` rows before it.
+// Merges a tile into mean[c] and m2[c] of the `count` rows before it; copies it.
 template <typename T, typename Acc>
-MEMDENSE_SIMD void merge_tile(const T* x, Geometry tile, int64_t count, double* mean, double* m2) {
-  Acc pivot[kTileColumns], sum[kTileColumns], squares[kTileColumns];
-  for (int64_t c = 0; c < tile.columns; ++c) pivot[c] = load(x[c]);
-  accumulate<false>(x, tile, pivot, sum, squares);
-  const double n = static_cast<double>(tile.rows);
-  for (int64_t c = 0; c < tile.columns; ++c) pivot[c] += sum[c] / static_cast<Acc>(n);
-  accumulate<true>(x, tile, pivot, sum, squares);
-  for (int64_t c = 0; c < tile.columns; ++c) {
-    // pivot is the mean up to rounding; what is left of it is in sum
-    const double rest = sum[c] / n;
-    merge(static_cast<double>(count), mean[c], m2[c], n, pivot[c] + rest,
-          squares[c] - rest * sum[c]);
+<<<<<<< HEAD
+MEMDENSE_SIMD void take_tile(const T* x, Rows tile, T* copy, int64_t copy_stride, int64_t count,
+=======
+MEMDENSE_SIMD void take_tile(const T* x, Tile tile, T* copy, int64_t copy_stride, int64_t count,
+>>>>>>> native-1x1
+                             double* mean, double* m2) {
+  merge_tile<T, Acc>(x, tile, count, mean, m2);
+  if (!copy) return;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    std::memcpy(copy + r * copy_stride, x + r * tile.row_stride, tile.columns * sizeof(T));
+<<<<<<< HEAD
+  }
+}
+
+// take_tile over rows, in tiles.
+template <typename T, typename Acc>
+void take_rows(const T* x, Rows g, T* copy, int64_t copy_stride, int64_t count, double* mean,
+               double* m2) {
+  for (int64_t row = 0; row < g.rows; row += kTileRows) {
+    for (int64_t column = 0; column < g.columns; column += kTileColumns) {
+      const Rows tile{std::min(kTileRows, g.rows - row), std::min(kTileColumns, g.columns - column),
+                      g.row_stride};
+      take_tile<T, Acc>(x + row * g.row_stride + column, tile,
+                        copy ? copy + row * copy_stride + column : nullptr, copy_stride,
+                        count + row, mean + column, m2 + column);
+    }
+=======
+>>>>>>> native-1x1
   }
 }
 
 template <typename T, typename Result>
-void channel_statistics_kernel(const T* x, Geometry g, Result* mean, Result* var) {
+void channel_statistics_kernel(const Source<T>& g, Result* mean, Result* var) {
   const int64_t tiles = (g.rows + kTileRows - 1) / kTileRows;
   const int64_t chunks = std::min(tiles, kMaxChunks);
   const auto first_row = [&](int64_t chunk) {
@@ -109,14 +86,21 @@ void channel_statistics_kernel(const T* x, Geometry g, Result* mean, Result* var
       double* chunk_mean = &scratch[2 * chunk * g.columns];
       double* chunk_m2 = chunk_mean + g.columns;
       const int64_t first = first_row(chunk), last = first_row(chunk + 1);
+<<<<<<< HEAD
+      take_rows<T, Result>(g.x + first * g.row_stride, {last - first, g.columns, g.row_stride},
+                           g.copy ? g.copy + first * g.copy_stride : nullptr, g.copy_stride, 0,
+                           chunk_mean, chunk_m2);
+=======
       for (int64_t row = first; row < last; row += kTileRows) {
         for (int64_t column = 0; column < g.columns; column += kTileColumns) {
-          const Geometry tile{std::min(kTileRows, last - row),
-                              std::min(kTileColumns, g.columns - column), g.row_stride};
-          merge_tile<T, Result>(x + row * g.row_stride + column, tile, row - first,
-                                chunk_mean + column, chunk_m2 + column);
+          const Tile tile{std::min(kTileRows, last - row),
+                          std::min(kTileColumns, g.columns - column), g.row_stride};
+          take_tile<T, Result>(g.x + row * g.row_stride + column, tile,
+                               g.copy ? g.copy + row * g.copy_stride + column : nullptr,
+                               g.copy_stride, row - first, chunk_mean + column, chunk_m2 + column);
         }
       }
+>>>>>>> native-1x1
     }
   });
 
@@ -133,36 +117,41 @@ void channel_statistics_kernel(const T* x, Geometry g, Result* mean, Result* var
   }
 }
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+template <typename T, typename Result>
+void run(const Tensor& x, Tensor* copy, Tensor& mean, Tensor& var) {
+  const Source<T> source{static_cast<const T*>(x.data_ptr()),
+                         x.size(0),
+                         x.size(1),
+                         x.stride(0),
+                         copy ? static_cast<T*>(copy->data_ptr()) : nullptr,
+                         copy ? copy->stride(0) : 0};
+  channel_statistics_kernel(source, mean.mutable_data_ptr<Result>(),
+                            var.mutable_data_ptr<Result>());
+}
 
-std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
+std::tuple<Tensor, Tensor> statistics(const Tensor& x, Tensor* copy) {
   STD_TORCH_CHECK(x.dim() == 2, "channel_statistics: expected x of shape [M, C], got ", x.dim(),
                   " dimension(s)");
-  const Geometry g{x.size(0), x.size(1), x.stride(0)};
-  STD_TORCH_CHECK(g.rows > 0, "channel_statistics: expected at least one row, got shape [0, ",
-                  g.columns, "]");
-  STD_TORCH_CHECK(g.columns <= 1 || x.stride(1) == 1,
+  STD_TORCH_CHECK(x.size(0) > 0, "channel_statistics: expected at least one row, got shape [0, ",
+                  x.size(1), "]");
+  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1,
                   "channel_statistics: expected unit column stride, got strides [", x.stride(0),
                   ", ", x.stride(1), "]");
 
   const ScalarType dtype = x.scalar_type();
   const ScalarType result = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor mean = torch::stable::empty({g.columns}, result);
-  Tensor var = torch::stable::empty({g.columns}, result);
-  if (g.columns == 0) return {mean, var};
+  Tensor mean = torch::stable::empty({x.size(1)}, result);
+  Tensor var = torch::stable::empty({x.size(1)}, result);
+  if (x.size(1) == 0) return {mean, var};
   switch (dtype) {
     case ScalarType::Float:
-      channel_statistics_kernel(x.const_data_ptr<float>(), g, mean.mutable_data_ptr<float>(),
-                                var.mutable_data_ptr<float>());
+      run<float, float>(x, copy, mean, var);
       break;
     case ScalarType::Double:
-      channel_statistics_kernel(x.const_data_ptr<double>(), g, mean.mutable_data_ptr<double>(),
-                                var.mutable_data_ptr<double>());
+      run<double, double>(x, copy, mean, var);
       break;
     case ScalarType::BFloat16:
-      channel_statistics_kernel(static_cast<const BFloat16*>(x.const_data_ptr()), g,
-                                mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
+      run<BFloat16, float>(x, copy, mean, var);
       break;
     default:
       STD_TORCH_CHECK(false, "channel_statistics: expected float32, float64 or bfloat16, got ",
@@ -171,8 +160,32 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) {
   return {mean, var};
 }
 
+std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x) { return statistics(x, nullptr); }
+
+std::tuple<Tensor, Tensor> pack(const Tensor& x, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && out.size(0) == x.size(0) &&
+                      out.size(1) == x.size(1) && out.scalar_type() == x.scalar_type() &&
+                      (out.size(1) <= 1 || out.stride(1) == 1),
+                  "pack: expected out of x's shape and dtype with unit column stride");
+  return statistics(x, &out);
+}
+
 }  // namespace
+<<<<<<< HEAD
+template <typename T, typename Acc>
+void merge_rows(const T* x, Rows rows, int64_t count, double* mean, double* m2) {
+  take_rows<T, Acc>(x, rows, nullptr, 0, count, mean, m2);
+}
+
+template void merge_rows<float, float>(const float*, Rows, int64_t, double*, double*);
+template void merge_rows<double, double>(const double*, Rows, int64_t, double*, double*);
+template void merge_rows<BFloat16, float>(const BFloat16*, Rows, int64_t, double*, double*);
+
+=======
+>>>>>>> native-1x1
+}  // namespace memdense
 
 STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
-  m.impl("channel_statistics", TORCH_BOX(&channel_statistics));
+  m.impl("channel_statistics", TORCH_BOX(&memdense::channel_statistics));
+  m.impl("pack", TORCH_BOX(&memdense::pack));
 }

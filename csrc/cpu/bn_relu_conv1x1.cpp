@@ -1,0 +1,347 @@
+// y = relu(scale * x + shift) @ W^T for x [M, C] and W [B, C], and its backward; with 2x2 mean
+// pooling before the product too, as a transition has it.
+//
+// A worker owns a range of rows and takes a tile of them at a time: it reads the tile through
+// BatchNorm and ReLU into scratch that stays in its cache and multiplies that. X and G are
+// touched once each.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "answer.h"
+#include "gemm.h"
+#include "moments.h"
+#include "tensors.h"
+#include "vector.h"
+
+namespace memdense {
+namespace {
+
+constexpr int64_t kTileRows = 96;
+// A little more than the values of a row: rows a power of two apart would share cache sets.
+constexpr int64_t kDepthRow = kDepth + 16;
+
+// Tiles of nearly equal size, each but the last a multiple of the micro-kernel's rows.
+int64_t tile_rows(int64_t rows) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  return round_up((rows + tiles - 1) / tiles, kMicroRows);
+}
+
+template <typename T>
+struct Pack {
+  const T* w;
+  int64_t k_step, j_step, depth, columns;
+  T* packed;  // [panel][depth][kPanel]
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const Pack& a, int64_t first, int64_t last) {
+    constexpr int64_t panel = Simd<T, kBytes>::kPanel;
+    for (int64_t p = first; p < last; ++p) {
+      pack_panel<T, kBytes>(a.w + p * panel * a.j_step, a.k_step, a.j_step, a.depth,
+                            std::min(panel, a.columns - p * panel), a.packed + p * a.depth * panel);
+    }
+  }
+};
+
+// The right side of a product with `columns` columns, in panels; `packed` keeps it alive.
+template <typename T>
+const T* pack(const T* w, int64_t k_step, int64_t j_step, int64_t depth, int64_t columns,
+              Tensor& packed) {
+  const int64_t vectors = register_bytes() == 64 ? 4 : 2;
+  const int64_t panel = vectors * register_bytes() / static_cast<int64_t>(sizeof(T));
+  const int64_t panels = (columns + panel - 1) / panel;
+  packed = make<T>({panels * depth * panel});
+  const Pack<T> work{w, k_step, j_step, depth, columns, static_cast<T*>(packed.data_ptr())};
+  Workers(panels).run(
+      [&](int64_t, int64_t first, int64_t last) { dispatch<Pack<T>>(work, first, last); });
+  return work.packed;
+}
+
+// ---- forward
+
+template <typename T, int kTaps>
+struct Forward {
+  const T* x;
+  int64_t x_row;
+  Pixels<kTaps> pixels;
+  Reader<T> read;
+  int64_t channels, outputs;
+  const T* weight;  // packed W^T
+  T* y;             // [rows, outputs]
+
+  static constexpr int64_t scratch = kTileRows * kDepthRow;
+
+  // Rows first..last of y; with m2 not null also mean and m2 of its columns there.
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const Forward& a, int64_t first, int64_t last, T* z, double* mean,
+                                  double* m2) {
+    constexpr int64_t panel = Simd<T, kBytes>::kPanel;
+    const int64_t step = tile_rows(last - first);
+    std::fill_n(z, scratch, T{0});
+    for (int64_t top = first; top < last; top += step) {
+      const int64_t rows = std::min(step, last - top);
+      int64_t source[kTileRows];
+      for (int64_t r = 0; r < rows; ++r) source[r] = a.pixels.row(top + r);
+      T* y = a.y + top * a.outputs;
+      for (int64_t k = 0; k < a.channels; k += kDepth) {
+        const int64_t depth = std::min(kDepth, a.channels - k);
+        read_tile<T, kBytes>(a.x, a.x_row, source, a.pixels, a.read, k, depth, rows, z, kDepthRow);
+        for (int64_t j = 0; j < a.outputs; j += panel) {
+          panel_product<T, kBytes>(z, kDepthRow, 1, a.weight + j * a.channels + k * panel, depth,
+                                   y + j, a.outputs, rows, std::min(panel, a.outputs - j), k > 0);
+        }
+      }
+      if (!m2) continue;
+      for (int64_t c = 0; c < a.outputs; c += kTileColumns) {
+<<<<<<< HEAD
+        const Rows tile{rows, std::min(kTileColumns, a.outputs - c), a.outputs};
+=======
+        const Tile tile{rows, std::min(kTileColumns, a.outputs - c), a.outputs};
+>>>>>>> native-1x1
+        merge_tile<T, T>(y + c, tile, top - first, mean + c, m2 + c);
+      }
+    }
+  }
+};
+
+template <int kTaps>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& scale,
+                                           const Tensor& shift, const Tensor& weight, int64_t rows,
+                                           Pixels<kTaps> pixels, bool statistics) {
+  return with_dtype(x, [&]<typename T>(T) {
+    const int64_t channels = x.size(1), outputs = weight.size(0);
+    Tensor y = make<T>({rows, outputs}), packed;
+    Tensor mean = make<T>({statistics ? outputs : 0}), var = make<T>({statistics ? outputs : 0});
+    if (rows == 0) return std::make_tuple(y, mean, var);
+    const T* w = matrix<const T>(weight, outputs, channels, "weight");
+    const Forward<T, kTaps> work{matrix<const T>(x, x.size(0), channels, "x"),
+                                 x.stride(0),
+                                 pixels,
+                                 reader<T>(scale, shift, {}, {}, channels),
+                                 channels,
+                                 outputs,
+                                 pack(w, 1, weight.stride(0), channels, outputs, packed),
+                                 static_cast<T*>(y.data_ptr())};
+
+    const Workers workers((rows + kMicroRows - 1) / kMicroRows);
+    Tensor scratch = make<T>({workers.count * work.scratch});
+    std::vector<double> moments(statistics ? 2 * workers.count * outputs : 0);
+    workers.run([&](int64_t w, int64_t first, int64_t last) {
+      double* worker_mean = statistics ? &moments[2 * w * outputs] : nullptr;
+      double* worker_m2 = statistics ? worker_mean + outputs : nullptr;
+      dispatch<Forward<T, kTaps>>(work, first * kMicroRows, std::min(last * kMicroRows, rows),
+                                  static_cast<T*>(scratch.data_ptr()) + w * work.scratch,
+                                  worker_mean, worker_m2);
+    });
+    for (int64_t c = 0; statistics && c < outputs; ++c) {
+      double total_mean = 0, total_m2 = 0;
+      for (int64_t w = 0; w < workers.count; ++w) {
+        const double before = static_cast<double>(workers.first(w) * kMicroRows);
+        const double end = std::min(static_cast<double>(workers.first(w + 1) * kMicroRows),
+                                    static_cast<double>(rows));
+        const double* part = &moments[2 * w * outputs + c];
+        merge(before, total_mean, total_m2, end - before, part[0], part[outputs]);
+      }
+      static_cast<T*>(mean.data_ptr())[c] = static_cast<T>(total_mean);
+      static_cast<T*>(var.data_ptr())[c] = static_cast<T>(total_m2 / static_cast<double>(rows));
+    }
+    return std::make_tuple(y, mean, var);
+  });
+}
+
+// ---- backward
+
+// dy = a * dz + b * y + c; without b and c they are 0, without a it is 1.
+template <typename T>
+struct Incoming {
+  const T* dz;
+  int64_t dz_row;
+  const T* y;
+  int64_t y_row;
+  const T *a, *b, *c;
+};
+
+template <typename T, int kTaps>
+struct Backward {
+  Incoming<T> incoming;
+  const T* x;
+  int64_t x_row;
+  T* g;
+  int64_t g_row;
+  Pixels<kTaps> pixels;
+  Reader<T> read;
+  int64_t channels, outputs;
+  const T* weight;  // packed W
+
+  int64_t dy_row() const { return round_up(outputs, 16) + 16; }
+  int64_t panel() const { return 256 / static_cast<int64_t>(sizeof(T)); }  // at most
+  int64_t scratch() const { return kTileRows * (dy_row() + 2 * panel()); }
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void incoming_tile(const Incoming<T>& in, int64_t top, int64_t rows,
+                                            int64_t outputs, T* dy, int64_t dy_row) {
+    for (int64_t r = 0; r < rows; ++r, dy += dy_row) {
+      const T* dz = in.dz + (top + r) * in.dz_row;
+      const T* y = in.y + (top + r) * in.y_row;
+      for_columns<T, kBytes, 1>(0, outputs,
+                                [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
+                                  Vec d = load<Vec>(dz + j);
+                                  if (in.a) d *= load<Vec>(in.a + j);
+                                  if (in.b) {
+                                    d += load<Vec>(y + j) * load<Vec>(in.b + j);
+                                    d += load<Vec>(in.c + j);
+                                  }
+                                  store(dy + j, d);
+                                });
+    }
+  }
+
+  // Rows first..last: da = dy @ W, answered into g and sums [2][channels], and with dweight
+  // [outputs, channels] not null dweight = dy^T @ z.
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const Backward& a, int64_t first, int64_t last, T* dy,
+                                  double* sums, T* dweight) {
+    constexpr int64_t panel = Simd<T, kBytes>::kPanel;
+    const int64_t step = tile_rows(last - first), dy_row = a.dy_row();
+    std::fill_n(dy, a.scratch(), T{0});
+    T* da = dy + kTileRows * dy_row;
+    T* z = da + kTileRows * panel;
+    for (int64_t top = first; top < last; top += step) {
+      const int64_t rows = std::min(step, last - top);
+      int64_t source[kTileRows];
+      for (int64_t r = 0; r < rows; ++r) source[r] = a.pixels.row(top + r);
+      incoming_tile<kBytes>(a.incoming, top, rows, a.outputs, dy, dy_row);
+      for (int64_t j = 0; j < a.channels; j += panel) {
+        const int64_t columns = std::min(panel, a.channels - j);
+        for (int64_t k = 0; k < a.outputs; k += kDepth) {
+          panel_product<T, kBytes>(dy + k, dy_row, 1, a.weight + j * a.outputs + k * panel,
+                                   std::min(kDepth, a.outputs - k), da, panel, rows, columns,
+                                   k > 0);
+        }
+        const Answer<T, kTaps> answer{.rows = rows,
+                                      .source = source,
+                                      .pixels = a.pixels,
+                                      .da = da,
+                                      .da_row = panel,
+                                      .x = a.x,
+                                      .x_row = a.x_row,
+                                      .g = a.g,
+                                      .g_row = a.g_row,
+                                      .read = a.read,
+                                      .dbeta = sums,
+                                      .dgamma = sums + a.channels,
+                                      .z = dweight ? z : nullptr,
+                                      .z_row = panel};
+        answer_tile<T, kBytes, kTaps, true>(answer, j, columns);
+        if (!dweight) continue;
+        panel_product<T, kBytes>(dy, 1, dy_row, z, rows, dweight + j, a.channels, a.outputs,
+                                 columns, top > first);
+      }
+    }
+  }
+};
+
+template <int kTaps>
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& dz, const std::optional<Tensor>& y, const std::optional<Tensor>& a,
+    const std::optional<Tensor>& b, const std::optional<Tensor>& c, const Tensor& weight,
+    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& mean,
+    const Tensor& rstd, Tensor& g, Pixels<kTaps> pixels, int64_t rows, bool need_weight) {
+  return with_dtype(x, [&]<typename T>(T) {
+    const int64_t channels = x.size(1), outputs = weight.size(0);
+    STD_TORCH_CHECK(!b == !c && (!b || y), "memdense: b, c and y go together");
+    Tensor dbeta = make<T>({channels}), dgamma = make<T>({channels}), packed;
+    Tensor dweight = make<T>({need_weight ? outputs : 0, channels});
+    T* total = need_weight ? static_cast<T*>(dweight.data_ptr()) : nullptr;
+    if (rows == 0) {
+      for (Tensor* t : {&dbeta, &dgamma, &dweight}) torch::stable::zero_(*t);
+      return std::make_tuple(dbeta, dgamma, dweight);
+    }
+    const T* w = matrix<const T>(weight, outputs, channels, "weight");
+    const Incoming<T> incoming{matrix<const T>(dz, rows, outputs, "dz"),
+                               dz.stride(0),
+                               b ? matrix<const T>(*y, rows, outputs, "y") : nullptr,
+                               b ? y->stride(0) : 0,
+                               vector<T>(a, outputs, "a"),
+                               vector<T>(b, outputs, "b"),
+                               vector<T>(c, outputs, "c")};
+    const Backward<T, kTaps> work{incoming,
+                                  matrix<const T>(x, x.size(0), channels, "x"),
+                                  x.stride(0),
+                                  matrix<T>(g, x.size(0), channels, "g"),
+                                  g.stride(0),
+                                  pixels,
+                                  reader<T>(scale, shift, mean, rstd, channels),
+                                  channels,
+                                  outputs,
+                                  pack(w, weight.stride(0), 1, outputs, channels, packed)};
+
+    const Workers workers((rows + kMicroRows - 1) / kMicroRows);
+    Tensor scratch = make<T>({workers.count * work.scratch()});
+    Tensor partial = make<T>({need_weight ? (workers.count - 1) * outputs * channels : 0});
+    T* parts = static_cast<T*>(partial.data_ptr());
+    std::vector<double> sums(2 * workers.count * channels);
+    workers.run([&](int64_t w, int64_t first, int64_t last) {
+      T* part = w == 0 || !need_weight ? total : parts + (w - 1) * outputs * channels;
+      dispatch<Backward<T, kTaps>>(work, first * kMicroRows, std::min(last * kMicroRows, rows),
+                                   static_cast<T*>(scratch.data_ptr()) + w * work.scratch(),
+                                   &sums[2 * w * channels], part);
+    });
+    total_sums(sums.data(), workers.count, channels, work.read.rstd,
+               static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
+    for (int64_t w = 1; need_weight && w < workers.count; ++w) {
+      const T* part = parts + (w - 1) * outputs * channels;
+      for (int64_t i = 0; i < outputs * channels; ++i) total[i] += part[i];
+    }
+    return std::make_tuple(dbeta, dgamma, dweight);
+  });
+}
+
+// ---- operations
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1(const Tensor& x, const Tensor& scale,
+                                                   const Tensor& shift, const Tensor& weight,
+                                                   bool statistics) {
+  return forward(x, scale, shift, weight, x.size(0), Pixels<1>{}, statistics);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1_backward(
+    const Tensor& dz, const std::optional<Tensor>& y, const std::optional<Tensor>& a,
+    const std::optional<Tensor>& b, const std::optional<Tensor>& c, const Tensor& weight,
+    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& mean,
+    const Tensor& rstd, Tensor g, bool need_weight) {
+  return backward(dz, y, a, b, c, weight, x, scale, shift, mean, rstd, g, Pixels<1>{}, x.size(0),
+                  need_weight);
+}
+
+void check_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == n * h * w, "memdense: expected x with ", n * h * w,
+                  " rows");
+}
+
+Tensor bn_relu_pool_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                            const Tensor& weight, int64_t n, int64_t h, int64_t w) {
+  check_images(x, n, h, w);
+  return std::get<0>(
+      forward(x, scale, shift, weight, n * (h / 2) * (w / 2), Pixels<4>{h, w}, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(
+    const Tensor& dout, const Tensor& weight, const Tensor& x, const Tensor& scale,
+    const Tensor& shift, const Tensor& mean, const Tensor& rstd, Tensor g, int64_t n, int64_t h,
+    int64_t w, bool need_weight) {
+  check_images(x, n, h, w);
+  return backward(dout, {}, {}, {}, {}, weight, x, scale, shift, mean, rstd, g, Pixels<4>{h, w},
+                  n * (h / 2) * (w / 2), need_weight);
+}
+
+}  // namespace
+}  // namespace memdense
+
+STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
+  m.impl("bn_relu_conv1x1", TORCH_BOX(&memdense::bn_relu_conv1x1));
+  m.impl("bn_relu_conv1x1_backward", TORCH_BOX(&memdense::bn_relu_conv1x1_backward));
+  m.impl("bn_relu_pool_conv1x1", TORCH_BOX(&memdense::bn_relu_pool_conv1x1));
+  m.impl("bn_relu_pool_conv1x1_backward", TORCH_BOX(&memdense::bn_relu_pool_conv1x1_backward));
+}

@@ -1,0 +1,210 @@
+// max_pool3x3(relu(scale * x + shift)) with stride 2 and padding 1, as a stem has it: x [N*H*W, C]
+// to [N*H'*W', C], and the winner in its window, 0 to 8 in reading order, as one byte.
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "answer.h"
+#include "tensors.h"
+#include "vector.h"
+
+namespace memdense {
+namespace {
+
+struct Window {
+  int64_t h, w;  // of the source
+  int64_t out_h() const { return (h + 1) / 2; }
+  int64_t out_w() const { return (w + 1) / 2; }
+};
+
+template <typename T>
+struct MaxPool {
+  const T* x;
+  int64_t x_row;
+  Reader<T> read;
+  Window window;
+  int64_t columns;
+  T* out;
+  uint8_t* winner;
+
+  static constexpr int64_t kColumns = 256;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+  // best = max(best, scale * x + shift): the first of equal values wins and the last NaN, as in
+  // PyTorch's max-pool. GCC makes vectors of this only without the relu, which can wait.
+  static MEMDENSE_INLINE void take(const T* x, const T* scale, const T* shift, int64_t columns,
+                                   Index tap, T* __restrict__ best, Index* __restrict__ winner) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const T z = x[j] * scale[j] + shift[j];
+      const bool better = (z > best[j]) | (z != z);
+      best[j] = better ? z : best[j];
+      winner[j] = better ? tap : winner[j];
+    }
+  }
+
+  // Output lines first..last, counted over all images.
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const MaxPool& k, int64_t first, int64_t last) {
+    const Window& s = k.window;
+    for (int64_t line = first; line < last; ++line) {
+      const int64_t image = line / s.out_h(), oy = line % s.out_h();
+      for (int64_t ox = 0; ox < s.out_w(); ++ox) {
+        const int64_t pixel = line * s.out_w() + ox;
+        for (int64_t c = 0; c < k.columns; c += kColumns) {
+          const int64_t columns = std::min(kColumns, k.columns - c);
+          T best[kColumns];
+          Index winner[kColumns];
+          // where nothing is above 0 all are 0 after the relu, and the first in the image wins
+          const Index first_tap = (oy == 0 ? 3 : 0) + (ox == 0 ? 1 : 0);
+          std::fill_n(best, columns, -std::numeric_limits<T>::infinity());
+          for (int tap = 0; tap < 9; ++tap) {
+            const int64_t y = 2 * oy - 1 + tap / 3, x = 2 * ox - 1 + tap % 3;
+            if (y < 0 || y >= s.h || x < 0 || x >= s.w) continue;
+            const int64_t row = (image * s.h + y) * s.w + x;
+            take(k.x + row * k.x_row + c, k.read.scale + c, k.read.shift + c, columns, tap, best,
+                 winner);
+          }
+          for (int64_t j = 0; j < columns; ++j) {
+            const bool none = best[j] <= 0;
+            k.out[pixel * k.columns + c + j] = none ? 0 : best[j];
+            k.winner[pixel * k.columns + c + j] =
+                static_cast<uint8_t>(none ? first_tap : winner[j]);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <typename T>
+struct MaxPoolBackward {
+  const T* dout;
+  int64_t dout_row;
+  const uint8_t* winner;
+  const T* x;
+  int64_t x_row;
+  Reader<T> read;
+  Window window;
+  int64_t columns;
+  T* dz;
+
+  static constexpr int64_t kColumns = 256;
+
+  // dz = da * [z > 0], and what the sums take of it.
+  static MEMDENSE_INLINE void answer(const T* x, const T* scale, const T* shift, const T* mean,
+                                     int64_t columns, const T* da, T* __restrict__ dz,
+                                     T* __restrict__ dbeta, T* __restrict__ dgamma) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const T value = x[j] * scale[j] + shift[j] <= 0 ? 0 : da[j];
+      dz[j] = value;
+      dbeta[j] += value;
+      dgamma[j] += value * (x[j] - mean[j]);
+    }
+  }
+
+  // Source lines first..last, counted over all images: each pixel gathers from the (at most four)
+  // windows it is in, in the order of its place in them. sums [2][columns]; part is scratch.
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const MaxPoolBackward& k, int64_t first, int64_t last, T* part,
+                                  double* sums) {
+    const Window& s = k.window;
+    T *dbeta = part, *dgamma = part + k.columns;
+    for (int64_t line = first; line < last; ++line) {
+      const int64_t image = line / s.h, y = line % s.h;
+      for (int64_t left = 0; left < s.w; left += kSumRows) {
+        std::fill_n(part, 2 * k.columns, T{0});
+        for (int64_t x = left; x < std::min(s.w, left + kSumRows); ++x) {
+          const int64_t row = line * s.w + x;
+          for (int64_t c = 0; c < k.columns; c += kColumns) {
+            const int64_t columns = std::min(kColumns, k.columns - c);
+            T da[kColumns] = {};
+            for (int64_t oy = std::min((y + 1) / 2, s.out_h() - 1); oy >= y / 2; --oy) {
+              for (int64_t ox = std::min((x + 1) / 2, s.out_w() - 1); ox >= x / 2; --ox) {
+                const int64_t pixel = (image * s.out_h() + oy) * s.out_w() + ox;
+                const int64_t tap = 3 * (y - 2 * oy + 1) + x - 2 * ox + 1;
+                const T* d = k.dout + pixel * k.dout_row + c;
+                const uint8_t* winner = k.winner + pixel * k.columns + c;
+                for (int64_t j = 0; j < columns; ++j) da[j] += winner[j] == tap ? d[j] : T{0};
+              }
+            }
+            answer(k.x + row * k.x_row + c, k.read.scale + c, k.read.shift + c, k.read.mean + c,
+                   columns, da, k.dz + row * k.columns + c, dbeta + c, dgamma + c);
+          }
+        }
+        for (int64_t i = 0; i < 2 * k.columns; ++i) sums[i] += part[i];
+      }
+    }
+  }
+};
+
+void check_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
+  STD_TORCH_CHECK(n > 0 && h > 0 && w > 0 && x.dim() == 2 && x.size(0) == n * h * w,
+                  "memdense: expected x with ", n * h * w, " rows");
+}
+
+std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& scale,
+                                           const Tensor& shift, int64_t n, int64_t h, int64_t w) {
+  check_images(x, n, h, w);
+  return with_dtype(x, [&]<typename T>(T) {
+    const Window window{h, w};
+    const int64_t columns = x.size(1), rows = n * window.out_h() * window.out_w();
+    Tensor out = make<T>({rows, columns});
+    Tensor winner = torch::stable::empty({rows, columns}, ScalarType::Byte);
+    const MaxPool<T> work{matrix<const T>(x, x.size(0), columns, "x"),
+                          x.stride(0),
+                          reader<T>(scale, shift, {}, {}, columns),
+                          window,
+                          columns,
+                          static_cast<T*>(out.data_ptr()),
+                          static_cast<uint8_t*>(winner.data_ptr())};
+    Workers(n * window.out_h()).run([&](int64_t, int64_t first, int64_t last) {
+      dispatch<MaxPool<T>>(work, first, last);
+    });
+    return std::make_tuple(out, winner);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(
+    const Tensor& dout, const Tensor& winner, const Tensor& x, const Tensor& scale,
+    const Tensor& shift, const Tensor& mean, const Tensor& rstd, int64_t n, int64_t h, int64_t w) {
+  check_images(x, n, h, w);
+  return with_dtype(x, [&]<typename T>(T) {
+    const Window window{h, w};
+    const int64_t columns = x.size(1), rows = n * window.out_h() * window.out_w();
+    STD_TORCH_CHECK(winner.is_contiguous() && winner.scalar_type() == ScalarType::Byte &&
+                        winner.numel() == rows * columns,
+                    "memdense: expected winner as bn_relu_maxpool returned it");
+    Tensor dz = make<T>({x.size(0), columns});
+    Tensor dbeta = make<T>({columns}), dgamma = make<T>({columns});
+    const MaxPoolBackward<T> work{matrix<const T>(dout, rows, columns, "dout"),
+                                  dout.stride(0),
+                                  static_cast<const uint8_t*>(winner.data_ptr()),
+                                  matrix<const T>(x, x.size(0), columns, "x"),
+                                  x.stride(0),
+                                  reader<T>(scale, shift, mean, rstd, columns),
+                                  window,
+                                  columns,
+                                  static_cast<T*>(dz.data_ptr())};
+    const Workers workers(n * h);
+    std::vector<T> part(2 * workers.count * columns);
+    std::vector<double> sums(2 * workers.count * columns);
+    workers.run([&](int64_t worker, int64_t first, int64_t last) {
+      dispatch<MaxPoolBackward<T>>(work, first, last, &part[2 * worker * columns],
+                                   &sums[2 * worker * columns]);
+    });
+    total_sums(sums.data(), workers.count, columns, work.read.rstd,
+               static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
+    return std::make_tuple(dz, dbeta, dgamma);
+  });
+}
+
+}  // namespace
+}  // namespace memdense
+
+STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
+  m.impl("bn_relu_maxpool", TORCH_BOX(&memdense::bn_relu_maxpool));
+  m.impl("bn_relu_maxpool_backward", TORCH_BOX(&memdense::bn_relu_maxpool_backward));
+}

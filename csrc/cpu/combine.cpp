@@ -1,0 +1,302 @@
+// What reads and writes each value once: out = a * u + b * x + c, BatchNorm and ReLU on their own,
+// and their mean over images; with their backwards into G.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "answer.h"
+#include "tensors.h"
+#include "vector.h"
+
+namespace memdense {
+namespace {
+
+// Rows of a tile, and values that are worth a thread.
+constexpr int64_t kTileRows = 64;
+constexpr int64_t kGrain = 16384;
+
+// Workers over rows that are worth it.
+Workers row_workers(int64_t rows, int64_t columns) {
+  return Workers(std::clamp<int64_t>(rows * columns / kGrain, 1, rows));
+}
+
+// Shares of `rows` rows, in their order, for as many workers.
+int64_t first_row(const Workers& workers, int64_t worker, int64_t rows) {
+  return rows * worker / workers.count;
+}
+
+// ---- out = (a * u + b * x + c) * keep * factor; null vectors: a = 1, b = c = 0
+
+template <typename T>
+struct Combine {
+  const T* u;
+  int64_t u_row;
+  const T* x;
+  int64_t x_row;
+  const T *a, *b, *c;
+  const bool* keep;
+  int64_t keep_row;
+  T factor;
+  T* out;
+  int64_t out_row, columns;
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const Combine& k, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const T *u = k.u + r * k.u_row, *x = k.x + r * k.x_row;
+      T* out = k.out + r * k.out_row;
+      for_columns<T, kBytes, 1>(0, k.columns,
+                                [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
+                                  Vec v = load<Vec>(u + j);
+                                  if (k.a) v *= load<Vec>(k.a + j);
+                                  if (k.b) {
+                                    v += load<Vec>(x + j) * load<Vec>(k.b + j);
+                                    v += load<Vec>(k.c + j);
+                                  }
+                                  store(out + j, v);
+                                });
+      if (!k.keep) continue;
+      // a product, not a choice: what was infinite or NaN stays so, as with PyTorch's dropout
+      const bool* keep = k.keep + r * k.keep_row;
+      for (int64_t j = 0; j < k.columns; ++j) out[j] *= keep[j] ? k.factor : T{0};
+    }
+  }
+};
+
+void combine(const Tensor& u, const std::optional<Tensor>& a, const Tensor& x,
+             const std::optional<Tensor>& b, const std::optional<Tensor>& c,
+             const std::optional<Tensor>& keep, double factor, Tensor out) {
+  with_dtype(x, [&]<typename T>(T) {
+    const int64_t rows = x.size(0), columns = x.size(1);
+    STD_TORCH_CHECK(!b == !c, "memdense: b and c go together");
+    if (keep) {
+      STD_TORCH_CHECK(keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == columns &&
+                          keep->scalar_type() == ScalarType::Bool &&
+                          (columns == 1 || keep->stride(1) == 1),
+                      "memdense: expected keep of x's shape and dtype bool");
+    }
+    const Combine<T> work{matrix<const T>(u, rows, columns, "u"),
+                          u.stride(0),
+                          matrix<const T>(x, rows, columns, "x"),
+                          x.stride(0),
+                          vector<T>(a, columns, "a"),
+                          vector<T>(b, columns, "b"),
+                          vector<T>(c, columns, "c"),
+                          keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr,
+                          keep ? keep->stride(0) : 0,
+                          static_cast<T>(factor),
+                          matrix<T>(out, rows, columns, "out"),
+                          out.stride(0),
+                          columns};
+    const Workers workers = row_workers(rows, columns);
+    workers.run([&](int64_t w, int64_t, int64_t) {
+      dispatch<Combine<T>>(work, first_row(workers, w, rows), first_row(workers, w + 1, rows));
+    });
+  });
+}
+
+// ---- relu(scale * x + shift): a packed matrix, or its mean over each image's rows
+
+template <typename T>
+struct Read {
+  const T* x;
+  int64_t x_row;
+  Reader<T> read;
+  int64_t columns;
+  bool relu;
+  T* out;
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const Read& k, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const T* x = k.x + r * k.x_row;
+      T* out = k.out + r * k.columns;
+      for_columns<T, kBytes, 1>(
+          0, k.columns, [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
+            const Vec v =
+                load<Vec>(x + c) * load<Vec>(k.read.scale + c) + load<Vec>(k.read.shift + c);
+            store(out + c, k.relu ? (v <= T{0} ? Vec{} : v) : v);
+          });
+    }
+  }
+};
+
+template <typename T>
+struct ReadMean {
+  const T* x;
+  int64_t x_row;
+  Reader<T> read;
+  int64_t columns, pixels;
+  T* out;
+
+  // Images first..last; total [columns] is scratch.
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const ReadMean& k, int64_t first, int64_t last, double* total) {
+    for (int64_t n = first; n < last; ++n) {
+      std::fill_n(total, k.columns, 0.0);
+      for_columns<T, kBytes, 1>(
+          0, k.columns, [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
+            const Vec scale = load<Vec>(k.read.scale + c), shift = load<Vec>(k.read.shift + c);
+            for (int64_t top = 0; top < k.pixels; top += kSumRows) {
+              Vec sum = Vec{};
+              for (int64_t r = top; r < std::min(k.pixels, top + kSumRows); ++r) {
+                const Vec v = load<Vec>(k.x + (n * k.pixels + r) * k.x_row + c) * scale + shift;
+                sum += v <= T{0} ? Vec{} : v;
+              }
+              T part[sizeof(Vec) / sizeof(T)];
+              std::memcpy(part, &sum, sizeof(sum));
+              for (size_t i = 0; i < sizeof(Vec) / sizeof(T); ++i) total[c + i] += part[i];
+            }
+          });
+      for (int64_t c = 0; c < k.columns; ++c) {
+        k.out[n * k.columns + c] = static_cast<T>(total[c] / static_cast<double>(k.pixels));
+      }
+    }
+  }
+};
+
+Tensor bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, bool relu) {
+  return with_dtype(x, [&]<typename T>(T) {
+    const int64_t rows = x.size(0), columns = x.size(1);
+    Tensor out = make<T>({rows, columns});
+    const Read<T> work{matrix<const T>(x, rows, columns, "x"),
+                       x.stride(0),
+                       reader<T>(scale, shift, {}, {}, columns),
+                       columns,
+                       relu,
+                       static_cast<T*>(out.data_ptr())};
+    const Workers workers = row_workers(rows, columns);
+    workers.run([&](int64_t w, int64_t, int64_t) {
+      dispatch<Read<T>>(work, first_row(workers, w, rows), first_row(workers, w + 1, rows));
+    });
+    return out;
+  });
+}
+
+Tensor bn_relu_mean(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t images) {
+  return with_dtype(x, [&]<typename T>(T) {
+    const int64_t rows = x.size(0), columns = x.size(1);
+    STD_TORCH_CHECK(images > 0 && rows % images == 0, "memdense: expected rows of whole images");
+    Tensor out = make<T>({images, columns});
+    const ReadMean<T> work{matrix<const T>(x, rows, columns, "x"),
+                           x.stride(0),
+                           reader<T>(scale, shift, {}, {}, columns),
+                           columns,
+                           rows / images,
+                           static_cast<T*>(out.data_ptr())};
+    const Workers workers(images);
+    std::vector<double> total(workers.count * columns);
+    workers.run([&](int64_t w, int64_t first, int64_t last) {
+      dispatch<ReadMean<T>>(work, first, last, &total[w * columns]);
+    });
+    return out;
+  });
+}
+
+// ---- their backwards: g += scale * dz, and the sums
+
+template <typename T, bool kRelu>
+struct Answers {
+  const T* da;
+  int64_t da_row, da_shared;  // one row of da for the mean of so many rows of x
+  const T* x;
+  int64_t x_row;
+  T* g;
+  int64_t g_row;
+  Reader<T> read;
+  int64_t columns;
+
+  static constexpr int64_t kColumns = 256;
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const Answers& k, int64_t first, int64_t last, double* sums) {
+    T shared[kColumns];
+    for (int64_t top = first, rows; top < last; top += rows) {
+      // a tile lies in one image where its rows share a gradient
+      const int64_t image = top / k.da_shared;
+      rows = std::min(kTileRows, last - top);
+      if (k.da_shared > 1) rows = std::min(rows, (image + 1) * k.da_shared - top);
+      int64_t source[kTileRows];
+      for (int64_t r = 0; r < rows; ++r) source[r] = top + r;
+      for (int64_t c = 0; c < k.columns; c += kColumns) {
+        const int64_t columns = std::min(kColumns, k.columns - c);
+        const T* da = k.da + image * k.da_row + c;
+        if (k.da_shared > 1) {
+          for (int64_t j = 0; j < columns; ++j) shared[j] = da[j] / k.da_shared;
+          da = shared;
+        }
+        const Answer<T, 1> answer{.rows = rows,
+                                  .source = source,
+                                  .pixels = {},
+                                  .da = da,
+                                  .da_row = k.da_shared > 1 ? 0 : k.da_row,
+                                  .x = k.x,
+                                  .x_row = k.x_row,
+                                  .g = k.g,
+                                  .g_row = k.g_row,
+                                  .read = k.read,
+                                  .dbeta = sums,
+                                  .dgamma = sums + k.columns,
+                                  .z = nullptr,
+                                  .z_row = 0};
+        answer_tile<T, kBytes, 1, kRelu>(answer, c, columns);
+      }
+    }
+  }
+};
+
+template <bool kRelu>
+std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Tensor& x,
+                                   const Tensor& scale, const Tensor& shift, const Tensor& mean,
+                                   const Tensor& rstd, Tensor& g) {
+  return with_dtype(x, [&]<typename T>(T) {
+    const int64_t rows = x.size(0), columns = x.size(1);
+    Tensor dbeta = make<T>({columns}), dgamma = make<T>({columns});
+    const Answers<T, kRelu> work{matrix<const T>(dout, rows / shared, columns, "dout"),
+                                 dout.stride(0),
+                                 shared,
+                                 matrix<const T>(x, rows, columns, "x"),
+                                 x.stride(0),
+                                 matrix<T>(g, rows, columns, "g"),
+                                 g.stride(0),
+                                 reader<T>(scale, shift, mean, rstd, columns),
+                                 columns};
+    const Workers workers = row_workers(rows, columns);
+    std::vector<double> sums(2 * workers.count * columns);
+    workers.run([&](int64_t w, int64_t, int64_t) {
+      dispatch<Answers<T, kRelu>>(work, first_row(workers, w, rows),
+                                  first_row(workers, w + 1, rows), &sums[2 * w * columns]);
+    });
+    total_sums(sums.data(), workers.count, columns, work.read.rstd,
+               static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
+    return std::make_tuple(dbeta, dgamma);
+  });
+}
+
+std::tuple<Tensor, Tensor> bn_relu_backward(const Tensor& dout, const Tensor& x,
+                                            const Tensor& scale, const Tensor& shift,
+                                            const Tensor& mean, const Tensor& rstd, bool relu,
+                                            Tensor g) {
+  if (relu) return answers<true>(dout, 1, x, scale, shift, mean, rstd, g);
+  return answers<false>(dout, 1, x, scale, shift, mean, rstd, g);
+}
+
+std::tuple<Tensor, Tensor> bn_relu_mean_backward(const Tensor& dout, const Tensor& x,
+                                                 const Tensor& scale, const Tensor& shift,
+                                                 const Tensor& mean, const Tensor& rstd, Tensor g) {
+  STD_TORCH_CHECK(dout.dim() == 2 && dout.size(0) > 0 && x.size(0) % dout.size(0) == 0,
+                  "memdense: expected rows of whole images");
+  return answers<true>(dout, x.size(0) / dout.size(0), x, scale, shift, mean, rstd, g);
+}
+
+}  // namespace
+}  // namespace memdense
+
+STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
+  m.impl("combine", TORCH_BOX(&memdense::combine));
+  m.impl("bn_relu", TORCH_BOX(&memdense::bn_relu));
+  m.impl("bn_relu_backward", TORCH_BOX(&memdense::bn_relu_backward));
+  m.impl("bn_relu_mean", TORCH_BOX(&memdense::bn_relu_mean));
+  m.impl("bn_relu_mean_backward", TORCH_BOX(&memdense::bn_relu_mean_backward));
+}

@@ -1,0 +1,538 @@
+// Dilated 3x3 convolution of images whose channels are the fastest axis, in plain C++.
+//
+//   out[n, y, x, j] = sum over ky, kx, c of z[n, y*stride + ky*dilation - padding, (x alike), c]
+//                                          * weight[j, c, ky, kx]
+//
+// with z = relu(scale * input + shift), or the input itself, and z = 0 outside of the image.
+// A task stages a band of lines of z in scratch that stays in its core's L2, each value once and
+// each line between zero columns; then every tap of a tile of outputs is one segment of a single
+// register-blocked product (tile.h). The gradient of z is the same walk over the output's
+// gradient, one phase of pixels (y mod stride, x mod stride) at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "simd.h"
+#include "statistics.h"
+#include "tile.h"
+
+namespace memdense {
+namespace conv3x3 {
+
+constexpr int64_t kBandBytes = 768 << 10;  // of staged lines: they stay in a core's L2
+constexpr int64_t kMinPiece = 4;           // pixels: narrower tiles waste more than their taps
+constexpr int64_t kGroupPixels = 128;      // that a weight gradient adds up in registers
+
+// Strides of images, in values.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+template <typename S>
+struct Images {
+  S* data;
+  Strides strides;
+  S* line(int64_t n, int64_t h) const { return data + n * strides.n + h * strides.h; }
+};
+
+struct Geometry {
+  int64_t n, c, k;        // images, input channels, output channels
+  int64_t in[2], out[2];  // height and width
+  int64_t stride[2], padding[2], dilation[2];
+};
+
+// How a BatchNorm is read: z = relu(scale * x + shift); no vectors, no reading: z = x.
+template <typename T>
+struct Reading {
+  const T* scale;
+  const T* shift;
+};
+
+// ---- one axis of the walk
+
+// Tap `index` of three; of its phase's destinations, [first, last) read inside the image by it.
+struct Tap {
+  int64_t index, shift, first, last;
+};
+
+// Destinations first, first + step, ... `count` of them; the j-th reads source j * step + shift.
+struct Phase {
+  int64_t first, count;
+  int taps;
+  Tap tap[3];
+};
+
+struct Axis {
+  int64_t source, destination;            // lengths
+  int64_t source_step, destination_step;  // from one destination of a phase to the next
+  std::vector<Phase> phases;              // as many as destination_step
+
+  static Axis forward(const Geometry& g, int a) {
+    Axis axis{g.in[a], g.out[a], g.stride[a], 1, {{0, g.out[a], 0, {}}}};
+    for (int64_t k = 0; k < 3; ++k) axis.add_tap(0, k, k * g.dilation[a] - g.padding[a]);
+    return axis;
+  }
+
+  // input y = output * stride + k * dilation - padding, solved for output
+  static Axis backward(const Geometry& g, int a) {
+    Axis axis{g.out[a], g.in[a], 1, g.stride[a], {}};
+    for (int64_t first = 0; first < g.stride[a]; ++first) {
+      axis.phases.push_back({first, (g.in[a] - first + g.stride[a] - 1) / g.stride[a], 0, {}});
+      for (int64_t k = 0; k < 3; ++k) {
+        const int64_t reached = first + g.padding[a] - k * g.dilation[a];
+        if (reached % g.stride[a] == 0) axis.add_tap(first, k, reached / g.stride[a]);
+      }
+    }
+    return axis;
+  }
+
+  void add_tap(int64_t phase, int64_t index, int64_t shift) {
+    Phase& p = phases[phase];
+    const int64_t first = std::max<int64_t>(0, (-shift + source_step - 1) / source_step);
+    const int64_t last = std::min(p.count, (source - shift + source_step - 1) / source_step);
+    p.tap[p.taps++] = {index, shift, first, last};
+  }
+
+  // The sources that destinations [begin, end) touch, also beyond the edges: [first, second).
+  std::pair<int64_t, int64_t> reach(int64_t begin, int64_t end) const {
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    for (const Phase& phase : phases) {
+      const int64_t j0 = (begin - phase.first + destination_step - 1) / destination_step;
+      const int64_t j1 = (end - 1 - phase.first + destination_step) / destination_step - 1;
+      for (int t = 0; t < phase.taps && std::max<int64_t>(j0, 0) <= j1; ++t) {
+        low = std::min(low, std::max<int64_t>(j0, 0) * source_step + phase.tap[t].shift);
+        high = std::max(high, j1 * source_step + phase.tap[t].shift + 1);
+      }
+    }
+    return low < high ? std::pair{low, high} : std::pair<int64_t, int64_t>{0, 0};
+  }
+
+  std::pair<int64_t, int64_t> reach_inside(int64_t begin, int64_t end) const {
+    const auto [low, high] = reach(begin, end);
+    const int64_t first = std::clamp<int64_t>(low, 0, source);
+    return {first, std::clamp(high, first, source)};
+  }
+};
+
+// ---- columns in blocks of as many vectors as a tile is wide
+
+template <typename T>
+struct Blocks {
+  const TileKernels<T>& kernels;
+  int lanes;
+  int64_t columns, vectors, count;
+
+  explicit Blocks(int64_t columns)
+      : kernels(tile_kernels<T>()),
+        lanes(kernels.lanes),
+        columns(columns),
+        vectors((columns + lanes - 1) / lanes),
+        // two vectors each; a last odd one joins the block before it where registers allow
+        count(std::max<int64_t>(1, (vectors + 3 - kernels.max_vectors) / 2)) {}
+
+  int64_t start(int64_t block) const { return block * 2 * lanes; }
+  int vectors_of(int64_t block) const {
+    return static_cast<int>(block + 1 < count ? 2 : vectors - 2 * block);
+  }
+  int max_rows(int64_t block) const { return kernels.max_rows[vectors_of(block)]; }
+  int64_t width(int64_t block) const { return vectors_of(block) * lanes; }
+  int64_t columns_of(int64_t block) const { return std::min(width(block), columns - start(block)); }
+  int64_t padded() const { return vectors * lanes; }
+};
+
+// Values from one staged pixel to the next: whole vectors, and not a multiple of what would send
+// all pixels to one set of the cache.
+template <typename T>
+int64_t pixel_stride(int64_t channels) {
+  const Blocks<T> blocks(channels);
+  return (blocks.vectors % 16 == 0 ? blocks.vectors + 1 : blocks.vectors) * blocks.lanes;
+}
+
+// ---- weights: [block of columns][tap][reduced channel][column], columns padded with zeros
+
+template <typename T>
+int64_t packed_values(int64_t reduced, const Blocks<T>& blocks) {
+  return 9 * reduced * blocks.padded();
+}
+
+// weight[tap, reduced, column] by their strides
+template <typename S, typename T>
+void pack_block(const S* weight, const int64_t (&tap_stride)[2], int64_t reduced_stride,
+                int64_t column_stride, int64_t reduced, const Blocks<T>& blocks, int64_t block,
+                T* packed) {
+  const int64_t width = blocks.width(block), columns = blocks.columns_of(block);
+  const S* source = weight + blocks.start(block) * column_stride;
+  T* target = packed + 9 * reduced * blocks.start(block);
+  for (int64_t r = 0; r < reduced; ++r) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      T* row = target + (tap * reduced + r) * width;
+      const S* from =
+          source + r * reduced_stride + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1];
+      for (int64_t j = 0; j < width; ++j)
+        row[j] = j < columns ? load(from[j * column_stride]) : T{0};
+    }
+  }
+}
+
+// ---- loops over values: reading, storing, answering
+
+template <typename T>
+inline T relu(T value) {
+  return value < 0 ? T{0} : value;  // NaN stays
+}
+
+// z of `pixels` pixels of a line, to [pixel][stride]; the channels that pad a vector become 0.
+template <typename S, typename T>
+MEMDENSE_SIMD void stage_line(const S* x, Strides strides, int64_t pixels, int64_t channels,
+                              Reading<T> read, T* z, int64_t stride) {
+  if (strides.c != 1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const T scale = read.scale ? read.scale[c] : T{1}, shift = read.scale ? read.shift[c] : T{0};
+      for (int64_t p = 0; p < pixels; ++p) {
+        const T value = load(x[c * strides.c + p * strides.w]);
+        z[p * stride + c] = read.scale ? relu(value * scale + shift) : value;
+      }
+    }
+    for (int64_t p = 0; p < pixels; ++p)
+      std::fill(z + p * stride + channels, z + (p + 1) * stride, T{0});
+    return;
+  }
+  for (int64_t p = 0; p < pixels; ++p, x += strides.w, z += stride) {
+    if (read.scale) {
+      for (int64_t c = 0; c < channels; ++c) {
+        z[c] = relu(load(x[c]) * read.scale[c] + read.shift[c]);
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) z[c] = load(x[c]);
+    }
+    for (int64_t c = channels; c < stride; ++c) z[c] = T{0};
+  }
+}
+
+// A tile of results on its way out: rows of pixels, columns of channels.
+template <typename T>
+struct Result {
+  const T* values;
+  int64_t row;  // values from one row to the next
+  int64_t rows, columns;
+};
+
+// out = (values + bias) * (mask ? factor : 0); bias and mask may be missing.
+template <typename S, typename T>
+MEMDENSE_SIMD void store_tile(Result<T> tile, const S* bias, const uint8_t* mask,
+                              Strides mask_strides, T factor, S* out, Strides strides) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const T* from = tile.values + i * tile.row;
+    S* to = out + i * strides.w;
+    if (strides.c == 1 && !bias && !mask) {
+      for (int64_t j = 0; j < tile.columns; ++j) store(to[j], from[j]);
+      continue;
+    }
+    for (int64_t j = 0; j < tile.columns; ++j) {
+      T value = from[j];
+      if (bias) value += load(bias[j]);
+      if (mask) value *= mask[i * mask_strides.w + j * mask_strides.c] ? factor : T{0};
+      store(to[j * strides.c], value);
+    }
+  }
+}
+
+// dz = values * [scale * x + shift > 0], x_hat = (x - mean) * rstd: dbeta += dz, dgamma += dz *
+// x_hat, and out = dz, or out += scale * dz. Pointers begin at the tile's first pixel and channel.
+template <typename S, typename T>
+MEMDENSE_SIMD void answer_tile(Result<T> tile, const S* x, int64_t x_row, const T* scale,
+                               const T* shift, const T* mean, const T* rstd, double* dbeta,
+                               double* dgamma, S* out, int64_t out_row, bool accumulate) {
+  constexpr int64_t kColumns = 32;
+  T sum[kColumns], product[kColumns];
+  for (int64_t start = 0; start < tile.columns; start += kColumns) {
+    const int64_t columns = std::min(kColumns, tile.columns - start);
+    std::fill_n(sum, columns, T{0});
+    std::fill_n(product, columns, T{0});
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      const T* from = tile.values + i * tile.row + start;
+      const S* __restrict__ pixel = x + i * x_row + start;
+      S* __restrict__ to = out + i * out_row + start;
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t c = start + j;
+        const T value = load(pixel[j]);
+        // not "z > 0": where z is NaN, PyTorch lets the gradient pass
+        const T dz = value * scale[c] + shift[c] <= 0 ? T{0} : from[j];
+        sum[j] += dz;
+        product[j] += dz * ((value - mean[c]) * rstd[c]);
+        store(to[j], accumulate ? load(to[j]) + scale[c] * dz : dz);
+      }
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+      dbeta[start + j] += sum[j];
+      dgamma[start + j] += product[j];
+    }
+  }
+}
+
+// ---- the walk
+
+// A band of destination lines of one image.
+struct Band {
+  int64_t n, begin, end;
+};
+
+// Images cut into bands of `lines` lines.
+struct Bands {
+  int64_t images, height, lines;
+  int64_t per_image() const { return (height + lines - 1) / lines; }
+  int64_t count() const { return images * per_image(); }
+  Band operator[](int64_t i) const {
+    const int64_t begin = i % per_image() * lines;
+    return {i / per_image(), begin, std::min(begin + lines, height)};
+  }
+};
+
+// As many lines as keep what a band stages within kBandBytes, and enough bands for all tasks.
+inline Bands make_bands(int64_t images, const Axis& vertical, int64_t line_bytes, int64_t tasks) {
+  int64_t lines = vertical.destination;
+  for (int64_t pieces = 1; lines > 1; ++pieces) {
+    lines = (vertical.destination + pieces - 1) / pieces;
+    const auto [low, high] = vertical.reach(0, lines);
+    const bool fits = std::min(high - low, vertical.source) * line_bytes <= kBandBytes;
+    const int64_t count = images * ((vertical.destination + lines - 1) / lines);
+    if (fits && (count % tasks == 0 || count >= 4 * tasks)) break;
+  }
+  return {images, vertical.destination, lines};
+}
+
+// Walks bands of destinations over `channels` source channels and `blocks` of packed weights.
+template <typename T>
+struct Walk {
+  Axis vertical, horizontal;
+  int64_t channels, stride;  // stride: of staged pixels
+  Blocks<T> blocks;
+  int64_t left, width;  // zero columns before a staged line; its pixels, zero columns included
+
+  Walk(Axis v, Axis h, int64_t channels, int64_t columns)
+      : vertical(v),
+        horizontal(h),
+        channels(channels),
+        stride(pixel_stride<T>(channels)),
+        blocks(columns) {
+    const auto [low, high] = h.reach(0, h.destination);
+    left = std::max<int64_t>(0, -low);
+    width = left + std::max(high, h.source);
+  }
+
+  int64_t line_values() const { return width * stride; }
+
+  Bands bands(int64_t images, int64_t tasks) const {
+    return make_bands(images, vertical, line_values() * sizeof(T), tasks);
+  }
+
+  int64_t scratch_values(const Bands& bands) const {
+    int64_t lines = 0;
+    for (int64_t begin = 0; begin < bands.height; begin += bands.lines) {
+      const auto [low, high] =
+          vertical.reach_inside(begin, std::min(begin + bands.lines, bands.height));
+      lines = std::max(lines, high - low);
+    }
+    return lines * line_values();
+  }
+
+  // emit(y, x, x_step, block, result) takes each tile; x is its first pixel.
+  template <typename S, typename Emit>
+  void run(const Band& band, Images<const S> source, Reading<T> read, const T* packed, T* scratch,
+           const Emit& emit) const {
+    const auto [low, high] = vertical.reach_inside(band.begin, band.end);
+    for (int64_t y = low; y < high; ++y) {
+      T* line = scratch + (y - low) * line_values();
+      T* inside = line + left * stride;
+      std::fill(line, inside, T{0});
+      stage_line<S, T>(source.line(band.n, y), source.strides, horizontal.source, channels, read,
+                       inside, stride);
+      std::fill(inside + horizontal.source * stride, line + line_values(), T{0});
+    }
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const T* weights = packed + 9 * channels * blocks.start(block);
+      for (int64_t y = band.begin; y < band.end; ++y) {
+        const Phase& rows = vertical.phases[y % vertical.destination_step];
+        const int64_t j = y / vertical.destination_step * vertical.source_step;
+        for (const Phase& columns : horizontal.phases) {
+          Segment<T> taps[9];
+          int64_t column[9];  // the horizontal tap of each
+          int64_t count = 0;
+          for (int ty = 0; ty < rows.taps; ++ty) {
+            const int64_t line = j + rows.tap[ty].shift;
+            if (line < 0 || line >= vertical.source) continue;  // zeros above and below
+            for (int tx = 0; tx < columns.taps; ++tx) {
+              const int64_t tap = rows.tap[ty].index * 3 + columns.tap[tx].index;
+              column[count] = tx;
+              taps[count++] = {
+                  scratch + (line - low) * line_values() + (left + columns.tap[tx].shift) * stride,
+                  weights + tap * channels * blocks.width(block)};
+            }
+          }
+          run_line(taps, column, count, columns, block, [&](int64_t x, const Result<T>& result) {
+            emit(y, columns.first + x * horizontal.destination_step, horizontal.destination_step,
+                 block, result);
+          });
+        }
+      }
+    }
+  }
+
+ private:
+  // One line's pixels of one phase, in tiles of about the same size.
+  template <typename Emit>
+  void run_line(const Segment<T> (&taps)[9], const int64_t (&columns)[9], int64_t count,
+                const Phase& phase, int64_t block, const Emit& emit) const {
+    const int64_t step = horizontal.source_step * stride, width = blocks.width(block);
+    alignas(64) T values[kMaxTileValues];
+    Segment<T> shifted[9];
+    for (int64_t begin = 0, end; begin < phase.count; begin = end) {
+      end = piece_end(phase, begin);
+      const int64_t tiles = (end - begin + blocks.max_rows(block) - 1) / blocks.max_rows(block);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t x = begin + t * (end - begin) / tiles;
+        const int64_t x_end = begin + (t + 1) * (end - begin) / tiles;
+        int64_t used = 0;
+        for (int64_t s = 0; s < count; ++s) {
+          const Tap& tap = phase.tap[columns[s]];
+          if (tap.first < x_end && x < tap.last)
+            shifted[used++] = {taps[s].a + x * step, taps[s].b};
+        }
+        const int rows = static_cast<int>(x_end - x);
+        blocks.kernels.run(rows, blocks.vectors_of(block),
+                           {shifted, used, channels, step, 1, width, values, width, false});
+        emit(x, Result<T>{values, width, rows, blocks.columns_of(block)});
+      }
+    }
+  }
+
+  // Where the piece of a line that begins at `begin` ends: at the next pixel where a tap enters or
+  // leaves the image, if that leaves pieces which are worth it.
+  int64_t piece_end(const Phase& phase, int64_t begin) const {
+    int64_t end = phase.count;
+    for (int t = 0; t < phase.taps; ++t) {
+      for (const int64_t cut : {phase.tap[t].first, phase.tap[t].last}) {
+        if (cut >= begin + kMinPiece && cut <= phase.count - kMinPiece) end = std::min(end, cut);
+      }
+    }
+    return end;
+  }
+};
+
+// ---- the weight gradient
+
+// dweight[j, c, ky, kx] += sum over a band's output pixels of dy[pixel, j] * z[pixel + tap, c],
+// kept as partial[block of c][tap][j][c]. All channels c of a block stand in a vector, and the
+// sums over a few lines in registers.
+template <typename T>
+struct WeightWalk {
+  Geometry g;
+  Axis vertical, horizontal;
+  Blocks<T> blocks;
+  int64_t z_stride, dy_stride;
+
+  explicit WeightWalk(const Geometry& g)
+      : g(g),
+        vertical(Axis::forward(g, 0)),
+        horizontal(Axis::forward(g, 1)),
+        blocks(g.c),
+        z_stride(pixel_stride<T>(g.c)),
+        dy_stride(pixel_stride<T>(g.k)) {}
+
+  int64_t partial_values() const { return 9 * g.k * blocks.padded(); }
+  int64_t z_line() const { return g.in[1] * z_stride; }
+  int64_t dy_line() const { return g.out[1] * dy_stride; }
+
+  Bands bands(int64_t tasks) const {
+    return make_bands(g.n, vertical, (z_line() + dy_line()) * sizeof(T), tasks);
+  }
+
+  int64_t scratch_values(const Bands& bands) const {
+    int64_t lines = 0;
+    for (int64_t begin = 0; begin < bands.height; begin += bands.lines) {
+      const auto [low, high] =
+          vertical.reach_inside(begin, std::min(begin + bands.lines, bands.height));
+      lines = std::max(lines, high - low);
+    }
+    return lines * z_line() + bands.lines * dy_line();
+  }
+
+  template <typename S>
+  void run(const Band& band, Images<const S> dy, Images<const S> x, Reading<T> read, T* scratch,
+           T* partial) const {
+    const auto [low, high] = vertical.reach_inside(band.begin, band.end);
+    T* z = scratch;
+    T* d = scratch + (high - low) * z_line();
+    for (int64_t y = low; y < high; ++y) {
+      stage_line<S, T>(x.line(band.n, y), x.strides, g.in[1], g.c, read, z + (y - low) * z_line(),
+                       z_stride);
+    }
+    for (int64_t y = band.begin; y < band.end; ++y) {
+      stage_line<S, T>(dy.line(band.n, y), dy.strides, g.out[1], g.k, {},
+                       d + (y - band.begin) * dy_line(), dy_stride);
+    }
+    const int64_t group = std::clamp<int64_t>(kGroupPixels / g.out[1], 1, kMaxGroup);
+    for (int64_t begin = band.begin; begin < band.end; begin += group) {
+      const int64_t end = std::min(begin + group, band.end);
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          T* out = partial + 9 * g.k * blocks.start(block) + tap * g.k * blocks.width(block);
+          run_tap(band, begin, end, low, block, tap, z, d, out);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kMaxGroup = 64;
+
+  void run_tap(const Band& band, int64_t begin, int64_t end, int64_t low, int64_t block,
+               int64_t tap, const T* z, const T* d, T* out) const {
+    const auto [index, shift, first, last] = horizontal.phases[0].tap[tap % 3];
+    const int64_t stride = g.stride[1];
+    Segment<T> lines[kMaxGroup];
+    int64_t count = 0;
+    for (int64_t y = begin; y < end && first < last; ++y) {
+      const int64_t line = y * g.stride[0] + tap / 3 * g.dilation[0] - g.padding[0];
+      if (line < 0 || line >= g.in[0]) continue;
+      lines[count++] = {
+          d + (y - band.begin) * dy_line() + first * dy_stride,
+          z + (line - low) * z_line() + (first * stride + shift) * z_stride + blocks.start(block)};
+    }
+    if (count == 0) return;
+    const int64_t tiles = (g.k + blocks.max_rows(block) - 1) / blocks.max_rows(block);
+    const int64_t width = blocks.width(block);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t j = t * g.k / tiles, j_end = (t + 1) * g.k / tiles;
+      Segment<T> shifted[kMaxGroup];
+      for (int64_t s = 0; s < count; ++s) shifted[s] = {lines[s].a + j, lines[s].b};
+      blocks.kernels.run(static_cast<int>(j_end - j), blocks.vectors_of(block),
+                         {shifted, count, last - first, 1, dy_stride, stride * z_stride,
+                          out + j * width, width, true});
+    }
+  }
+};
+
+// dweight[j, c, ky, kx] of one j: the tasks' partial sums, added in their order
+template <typename T>
+void reduce_weight(const WeightWalk<T>& walk, const T* partials, int64_t tasks, int64_t j,
+                   T* dweight) {
+  const Blocks<T>& blocks = walk.blocks;
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    const int64_t width = blocks.width(block);
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const T* from = partials + 9 * walk.g.k * blocks.start(block) + (tap * walk.g.k + j) * width;
+      for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
+        T sum = from[c];
+        for (int64_t t = 1; t < tasks; ++t) sum += from[t * walk.partial_values() + c];
+        dweight[(j * walk.g.c + blocks.start(block) + c) * 9 + tap] = sum;
+      }
+    }
+  }
+}
+
+}  // namespace conv3x3
+}  // namespace memdense

@@ -1,0 +1,101 @@
+// From tensors to what kernels take, with the checks between; and how work is shared out.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+
+#include "answer.h"
+
+namespace memdense {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+constexpr ScalarType kScalarType =
+    std::is_same_v<std::remove_const_t<T>, double> ? ScalarType::Double : ScalarType::Float;
+
+template <typename T>
+Tensor make(torch::headeronly::IntHeaderOnlyArrayRef size) {
+  return torch::stable::empty(size, kScalarType<T>);
+}
+
+// The data of a (rows, columns) matrix with unit column stride and any row stride.
+template <typename T>
+T* matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "memdense: expected ",
+                  name, " of shape [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(t.scalar_type() == kScalarType<T> && (columns <= 1 || t.stride(1) == 1),
+                  "memdense: expected ", name, " of x's dtype with unit column stride");
+  return static_cast<T*>(t.data_ptr());
+}
+
+// The data of a vector; null where there is none.
+template <typename T>
+const T* vector(const std::optional<Tensor>& t, int64_t size, const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size && (size <= 1 || t->stride(0) == 1) &&
+                      t->scalar_type() == kScalarType<T>,
+                  "memdense: expected ", name, " of x's dtype and shape [", size, "]");
+  return static_cast<const T*>(t->data_ptr());
+}
+
+template <typename T>
+Reader<T> reader(const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& mean,
+                 const std::optional<Tensor>& rstd, int64_t channels) {
+  return {vector<T>(scale, channels, "scale"), vector<T>(shift, channels, "shift"),
+          vector<T>(mean, channels, "mean"), vector<T>(rstd, channels, "rstd")};
+}
+
+// Calls f with a float or a double, as x is of.
+template <typename F>
+auto with_dtype(const Tensor& x, const F& f) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0,
+                  "memdense: expected a matrix x with at least one row and column");
+  if (x.scalar_type() == ScalarType::Double) return f(double{});
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "memdense: expected float32 or float64");
+  return f(float{});
+}
+
+// A fixed share of `units` for each of at most as many workers as threads: the same number of
+// threads gives the same shares, and with partial results taken in order the same bits.
+struct Workers {
+  int64_t units, count;
+
+  explicit Workers(int64_t all)
+      : units(all), count(std::clamp<int64_t>(torch::stable::get_num_threads(), 1, all)) {}
+
+  int64_t first(int64_t worker) const { return units * worker / count; }
+
+  // f(worker, first unit, last unit)
+  template <typename F>
+  void run(const F& f) const {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) f(w, first(w), first(w + 1));
+    });
+  }
+};
+
+// dbeta and dgamma from what `count` workers summed, in their order: sums [worker][2][channels].
+template <typename T>
+void total_sums(const double* sums, int64_t count, int64_t channels, const T* rstd, T* dbeta,
+                T* dgamma) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double total[2] = {0, 0};
+    for (int64_t w = 0; w < count; ++w) {
+      total[0] += sums[(2 * w) * channels + c];
+      total[1] += sums[(2 * w + 1) * channels + c];
+    }
+    dbeta[c] = static_cast<T>(total[0]);
+    dgamma[c] = static_cast<T>(total[1] * rstd[c]);
+  }
+}
+
+}  // namespace memdense

@@ -1,0 +1,99 @@
+// Vectors of any width, and one source compiled per instruction set with run-time dispatch.
+//
+// A kernel is a struct with `template <int kBytes> static void run(...)`, kBytes the width of a
+// register. dispatch<Kernel>(...) runs it compiled for the machine's best instruction set. For
+// that, run() and all it calls must be inlined: mark them MEMDENSE_INLINE, lambdas too.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__GNUC__) && !defined(__clang__)
+// Vectors wider than the baseline's only pass through functions that are inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+#define MEMDENSE_INLINE inline __attribute__((always_inline))
+// A lambda's attribute stands behind its parameters.
+#define MEMDENSE_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace memdense {
+
+template <typename T, int kBytes>
+struct Simd {
+  // alignment of a single value: slices of wider buffers begin anywhere
+  typedef T Vec __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+  static constexpr int64_t kLanes = kBytes / sizeof(T);
+  // The columns of a panel, in vectors: with 6 rows, 24 of AVX-512's 32 registers or 12 of 16.
+  static constexpr int kVectors = kBytes == 64 ? 4 : 2;
+  static constexpr int64_t kPanel = kVectors * kLanes;
+};
+
+template <typename Vec, typename T>
+MEMDENSE_INLINE Vec load(const T* p) {
+  return *reinterpret_cast<const Vec*>(p);
+}
+
+template <typename Vec, typename T>
+MEMDENSE_INLINE void store(T* p, const Vec& v) {
+  *reinterpret_cast<Vec*>(p) = v;
+}
+
+// f.operator()<Vec, kCount>(column) for all columns: first kCount whole vectors at a time, then
+// single ones, then ever shorter ones down to one value.
+template <typename T, int kBytes, int kCount, typename F>
+MEMDENSE_INLINE void for_columns(int64_t column, int64_t last, const F& f) {
+  using V = Simd<T, kBytes>;
+  for (; column + kCount * V::kLanes <= last; column += kCount * V::kLanes) {
+    f.template operator()<typename V::Vec, kCount>(column);
+  }
+  if constexpr (kCount > 1) {
+    for_columns<T, kBytes, 1>(column, last, f);
+  } else if constexpr (V::kLanes > 1) {
+    if (column < last) for_columns<T, kBytes / 2, 1>(column, last, f);
+  }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MEMDENSE_X86 1
+#else
+#define MEMDENSE_X86 0
+#endif
+
+// Register width to use. ATEN_CPU_CAPABILITY lowers it as it does PyTorch's: default, avx2.
+inline int register_bytes() {
+  static const int bytes = [] {
+#if MEMDENSE_X86
+    const char* name = std::getenv("ATEN_CPU_CAPABILITY");
+    const bool baseline = name && !std::strcmp(name, "default");
+    const bool avx2 = name && !std::strcmp(name, "avx2");
+    if (__builtin_cpu_supports("x86-64-v4") && !baseline && !avx2) return 64;
+    if (__builtin_cpu_supports("x86-64-v3") && !baseline) return 32;
+#endif
+    return 16;
+  }();
+  return bytes;
+}
+
+#if MEMDENSE_X86
+template <typename Kernel, typename... Args>
+__attribute__((target("arch=x86-64-v4"))) void run_v4(Args... args) {
+  Kernel::template run<64>(args...);
+}
+template <typename Kernel, typename... Args>
+__attribute__((target("arch=x86-64-v3"))) void run_v3(Args... args) {
+  Kernel::template run<32>(args...);
+}
+#endif
+
+template <typename Kernel, typename... Args>
+void dispatch(Args... args) {
+#if MEMDENSE_X86
+  if (register_bytes() == 64) return run_v4<Kernel, Args...>(args...);
+  if (register_bytes() == 32) return run_v3<Kernel, Args...>(args...);
+#endif
+  Kernel::template run<16>(args...);
+}
+
+}  // namespace memdense

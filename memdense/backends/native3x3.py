@@ -1,0 +1,80 @@
+"""The dense layer's 3x3 convolution, forward and backward, on the extension's CPU kernels."""
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from ..buffers import Geometry, Reader, Sums
+from .reference import Moments
+
+# Below C*k of this, vectors are mostly padding and PyTorch's operations are as fast.
+MIN_PRODUCTS = 64
+
+
+class NativeConv3x3:
+    """Two primitives of :class:`memdense.backends.Reference`, to stand before it among the bases.
+
+    float32 and float64 on the CPU, with the extension built; everything else falls through.
+    """
+
+    @staticmethod
+    def _native3x3(x: Tensor, weight: Tensor) -> bool:
+        return (
+            _extension.available()
+            and x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)
+            and weight.shape[0] * weight.shape[1] >= MIN_PRODUCTS
+        )
+
+    def bn_relu_conv3x3(
+        self,
+        x: Tensor,
+        read: Reader,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        geometry: Geometry,
+        out: Tensor,
+        keep: tuple[Tensor, float] | None,
+        statistics: bool,
+    ) -> Moments | None:
+        if not self._native3x3(x, weight):
+            return super().bn_relu_conv3x3(
+                x, read, weight, dilation, geometry, out, keep, statistics
+            )
+        mask, factor = (None, 1.0) if keep is None else (geometry.images(keep[0]), keep[1])
+        moments = torch.ops.memdense.conv3x3(
+            geometry.images(x), read.scale, read.shift, weight, None, (1, 1), dilation, dilation,
+            mask, factor, geometry.images(out), statistics,
+        )  # fmt: skip
+        return moments if statistics else None
+
+    def bn_relu_conv3x3_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        x: Tensor,
+        read: Reader,
+        geometry: Geometry,
+        g: Tensor | None,
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Sums, Tensor | None]:
+        if not self._native3x3(x, weight):
+            return super().bn_relu_conv3x3_backward(
+                dy, weight, dilation, x, read, geometry, g, need_weight
+            )
+        dz = None
+        if g is None:
+            dz = torch.empty_like(x, memory_format=torch.contiguous_format)
+        images, gradient = geometry.images(x), geometry.images(dy)
+        dbeta, dgamma = torch.ops.memdense.conv3x3_input_gradient(
+            gradient, weight, (1, 1), dilation, dilation, images,
+            read.scale, read.shift, read.mean, read.rstd,
+            geometry.images(dz if g is None else g), g is not None,
+        )  # fmt: skip
+        dweight = None
+        if need_weight:
+            dweight = torch.ops.memdense.conv3x3_weight_gradient(
+                gradient, images, read.scale, read.shift, (1, 1), dilation, dilation
+            )
+        return dz, Sums(dbeta, dgamma), dweight

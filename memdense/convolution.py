@@ -1,0 +1,191 @@
+"""The dilated 3x3 convolution as a PyTorch operation: on the extension, or else by F.conv2d."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.nn import functional as F
+
+from . import _extension
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def _native(x: Tensor) -> bool:
+    return _extension.available() and x.device.type == "cpu" and x.dtype in _DTYPES
+
+
+def dilated_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    """``F.conv2d`` with a 3x3 kernel and one group; differentiable, twice too.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels last; the output has the same memory format.
+        weight, bias: (k, C, 3, 3) and (k,), in x's dtype (cast under autocast, as F.conv2d does).
+        stride, padding, dilation: one number per axis.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit together, or an image smaller than the
+            dilated kernel.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return torch.ops.memdense.dilated_conv3x3(x, weight, bias, stride, padding, dilation)
+
+
+def _output(x: Tensor, weight: Tensor, *geometry: Sequence[int]) -> Tensor:
+    """The output, uninitialised; RuntimeError where there is none."""
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise RuntimeError(
+            "dilated_conv3x3: expected images (N, C, H, W) and weight (k, C, 3, 3), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if x.shape[1] != weight.shape[1]:
+        raise RuntimeError(
+            f"dilated_conv3x3: expected images with {weight.shape[1]} channels, got {x.shape[1]}"
+        )
+    size = []
+    for length, stride, padding, dilation in zip(x.shape[2:], *geometry, strict=True):
+        room = length + 2 * padding - 2 * dilation - 1
+        if room < 0:
+            raise RuntimeError(
+                f"dilated_conv3x3: an image {length} long with padding {padding} is smaller than "
+                f"the kernel with dilation {dilation}, which is {2 * dilation + 1} long"
+            )
+        size.append(room // stride + 1)
+    return _empty_like(x, (x.shape[0], weight.shape[0], *size))
+
+
+def _empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """In x's dtype and memory format."""
+    return torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
+    )
+
+
+@torch.library.custom_op(
+    "memdense::dilated_conv3x3",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation)"
+    " -> Tensor",
+)
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    out = _output(x, weight, stride, padding, dilation)
+    if not _native(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return out.copy_(F.conv2d(x, weight, bias, stride, padding, dilation))
+    torch.ops.memdense.conv3x3(
+        x, None, None, weight, bias, stride, padding, dilation, None, 1.0, out, False
+    )
+    return out
+
+
+@_forward.register_fake
+def _(x, weight, bias, stride, padding, dilation):
+    return _output(x, weight, stride, padding, dilation)
+
+
+@torch.library.custom_op(
+    "memdense::dilated_conv3x3_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool[3] need) -> Tensor[]",
+)
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of x, weight and bias that ``need`` asks for, in order."""
+    geometry = stride, padding, dilation
+    if not _native(x):
+        with torch.autocast(x.device.type, enabled=False):
+            found = _plain_gradients(dy, x, weight, geometry, need)
+        found = [g for g, n in zip(found, need, strict=True) if n]
+        like = _empty_gradients(dy, x, weight, need)
+        return [to.copy_(g) for to, g in zip(like, found, strict=True)]
+    result = []
+    if need[0]:
+        dx = _empty_like(x, x.shape)
+        torch.ops.memdense.conv3x3_input_gradient(
+            dy, weight, *geometry, None, None, None, None, None, dx, False
+        )
+        result.append(dx)
+    if need[1]:
+        dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, None, None, *geometry)
+        result.append(dweight.to(weight.dtype))
+    if need[2]:
+        result.append(dy.sum((0, 2, 3)))
+    return result
+
+
+def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor]:
+    empty = []
+    if need[0]:
+        empty.append(_empty_like(x, x.shape))
+    if need[1]:
+        empty.append(weight.new_empty(weight.shape))
+    if need[2]:
+        empty.append(dy.new_empty(dy.shape[1]))
+    return empty
+
+
+@_gradients.register_fake
+def _(dy, x, weight, stride, padding, dilation, need):
+    return _empty_gradients(dy, x, weight, need)
+
+
+def _plain_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """By PyTorch's own operation, which can be differentiated again."""
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, [weight.shape[0]], *geometry, False, (0, 0), 1, need
+    )
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, _, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple:
+    x, weight = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:3])
+    if torch.is_grad_enabled():
+        found = iter(
+            g for g in _plain_gradients(dy, x, weight, ctx.geometry, need) if g is not None
+        )
+    else:
+        found = iter(
+            torch.ops.memdense.dilated_conv3x3_backward(dy, x, weight, *ctx.geometry, need)
+        )
+    return *(next(found) if n else None for n in need), None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,482 @@
+"""The dilated 3x3 convolution: as an operation, as a module, and under the engine."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+from torch.nn import functional as F
+
+import memdense
+from memdense import DilatedConv2d, _extension, ops
+from memdense.backends import Reference
+from memdense.backends.native3x3 import NativeConv3x3
+from memdense.buffers import Geometry, Reader
+from memdense.convolution import dilated_conv3x3
+
+built = pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
+
+
+class Native(NativeConv3x3, Reference):
+    pass
+
+
+# ---- a sampled grid: each value of each axis comes up, in many combinations
+
+CHANNELS = (1, 3, 16, 48, 128, 192, 256)
+OUTPUTS = (1, 7, 12, 24, 32, 48)
+SIZES = (1, 2, 5, 7, 14, 16, 23, 31)
+
+
+def sample(seed: int) -> dict:
+    """Shapes of one convolution that has an output."""
+    r = random.Random(seed)
+    while True:
+        c, k = CHANNELS[seed % len(CHANNELS)], OUTPUTS[seed % len(OUTPUTS)]
+        dilation = r.choice([(1, 1), (2, 2), (4, 4), (r.randint(1, 8), r.randint(1, 8))])
+        padding = r.choice([dilation, (0, 0), (r.randint(0, 9), r.randint(0, 9))])
+        case = {
+            "x": (r.choice([1, 1, 2, 3]), c, r.choice(SIZES), r.choice(SIZES)),
+            "weight": (k, c, 3, 3),
+            "stride": r.choice([(1, 1), (2, 2), (1, 2), (3, 1)]),
+            "padding": padding,
+            "dilation": dilation,
+        }
+        ends = zip(case["x"][2:], padding, dilation, strict=True)
+        if all(size + 2 * p > 2 * d for size, p, d in ends):
+            return case
+
+
+CASES = [pytest.param(sample(seed), id=str(seed)) for seed in range(84)]
+
+
+def layout(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """The same values: contiguous, channels last, or a slice of a wider buffer of NaN."""
+    if kind == "contiguous":
+        return x.contiguous()
+    if kind == "channels last":
+        return x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    wide = x.new_full((n, h, w, c + 11), torch.nan)
+    wide[..., 5 : 5 + c] = x.permute(0, 2, 3, 1)
+    return wide[..., 5 : 5 + c].permute(0, 3, 1, 2)
+
+
+def everything(convolve, x, weight, bias, dy) -> list[torch.Tensor]:
+    """Output and gradients of x, weight and bias."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    out = convolve(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dy)]
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    difference = (found.double() - exact.double()).abs()
+    return (difference.max() / exact.double().abs().max().clamp_min(1e-30)).item()
+
+
+def rms_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return (found.double() - exact.double()).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64(case):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(case[name], dtype=torch.float64) for name in ("x", "weight"))
+    bias = torch.randn(len(weight), dtype=torch.float64)
+    geometry = case["stride"], case["padding"], case["dilation"]
+    dy = torch.randn_like(F.conv2d(x, weight, bias, *geometry))
+    expected = everything(lambda *a: F.conv2d(*a, *geometry), x, weight, bias, dy)
+    for kind in ("contiguous", "channels last", "slice"):
+        found = everything(
+            lambda *a: dilated_conv3x3(*a, *geometry),
+            layout(x, kind),
+            weight,
+            bias,
+            layout(dy, kind),
+        )
+        for name, a, b in zip(("out", "dx", "dweight", "dbias"), found, expected, strict=True):
+            assert a.shape == b.shape
+            assert error(a, b) <= 1e-12, (kind, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES[::3])
+def test_error_of_narrow_types(case, dtype):
+    """At most 1.5 times the error of PyTorch's own convolution, in the worse of its layouts."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(case[name]).to(dtype) for name in ("x", "weight"))
+    bias = torch.randn(len(weight)).to(dtype)
+    geometry = case["stride"], case["padding"], case["dilation"]
+    dy = torch.randn_like(F.conv2d(x, weight, bias, *geometry))
+    exact = everything(
+        lambda *a: F.conv2d(*a, *geometry), *(t.double() for t in (x, weight, bias, dy))
+    )
+    theirs = [
+        everything(
+            lambda *a: F.conv2d(*a, *geometry), layout(x, kind), weight, bias, layout(dy, kind)
+        )
+        for kind in ("contiguous", "channels last")
+    ]
+    ours = everything(lambda *a: dilated_conv3x3(*a, *geometry), x, weight, bias, dy)
+    for i, name in enumerate(("out", "dx", "dweight", "dbias")):
+        # PyTorch may be lucky where sums are few and short: one rounding of the values
+        floor = torch.finfo(dtype).eps * exact[i].square().mean().sqrt().item()
+        allowed = 1.5 * max(floor, *(rms_error(t[i], exact[i]) for t in theirs))
+        assert rms_error(ours[i], exact[i]) <= allowed, name
+
+
+@built
+@pytest.mark.parametrize("kind", ["contiguous", "channels last", "slice"])
+def test_writes_everything_and_nothing_else(kind):
+    """Poisoned outputs: each value is written, none beside the slice."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 19, 9, 11), torch.randn(13, 19, 3, 3)
+    geometry = (1, 1), (2, 2), (2, 2)
+    expected = F.conv2d(x, weight, None, *geometry)
+    out = layout(torch.full_like(expected, torch.nan), kind)
+    torch.ops.memdense.conv3x3(x, None, None, weight, None, *geometry, None, 1.0, out, False)
+    torch.testing.assert_close(out, expected)
+    dx = layout(torch.full_like(x, torch.nan), kind)
+    vectors = (None,) * 5
+    torch.ops.memdense.conv3x3_input_gradient(expected, weight, *geometry, *vectors, dx, False)
+    assert dx.isfinite().all()
+    if kind == "slice":
+        for view in (out, dx):
+            assert view._base.isnan().sum() == view._base.numel() - view.numel()
+
+
+@built
+def test_bitwise_repeatable():
+    torch.manual_seed(0)
+    layer = random_layer(4, 28, 28, 48, 12, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs = [run_layer(Native(), layer, (2, 2), None) for _ in range(3)]
+            for run in runs[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_registration(memory_format):
+    """Schema, shapes and strides for tracing, autograd, once under each need."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64).to(memory_format=memory_format)
+    weight, bias = torch.randn(4, 5, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    geometry = (1, 2), (1, 0), (2, 1)
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        tensors = [
+            t.clone().requires_grad_(need) for t, need in zip((x, weight, bias), needs, strict=True)
+        ]
+        opcheck(torch.ops.memdense.dilated_conv3x3.default, (*tensors, *geometry))
+    out = dilated_conv3x3(x, weight, bias, *geometry)
+    assert out.is_contiguous(memory_format=memory_format)
+    opcheck(
+        torch.ops.memdense.dilated_conv3x3_backward.default,
+        (torch.randn_like(out), x, weight, *geometry, [True, True, True]),
+    )
+
+
+@built
+def test_registration_of_the_kernels():
+    x, weight = torch.randn(1, 5, 7, 6), torch.randn(4, 5, 3, 3)
+    scale, shift, mean, rstd = torch.rand(4, 5)
+    geometry = (1, 1), (1, 1), (1, 1)
+    x, dy, out = (layout(t, "slice") for t in (x, torch.randn(1, 4, 7, 6), torch.zeros(1, 4, 7, 6)))
+    mask = torch.rand(1, 4, 7, 6) < 0.5
+    op = torch.ops.memdense
+    opcheck(op.conv3x3.default, (x, scale, shift, weight, None, *geometry, mask, 2.0, out, True))
+    opcheck(
+        op.conv3x3_input_gradient.default,
+        (dy, weight, *geometry, x, scale, shift, mean, rstd, torch.zeros_like(x), True),
+    )
+    opcheck(op.conv3x3_weight_gradient.default, (dy, x, scale, shift, *geometry))
+
+
+@pytest.mark.parametrize("geometry", [((1, 1), (1, 1), (1, 1)), ((2, 1), (0, 3), (1, 2))], ids=str)
+def test_gradcheck(geometry):
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 5, 4), (2, 3, 3, 3), (2,))
+    )
+    assert torch.autograd.gradcheck(lambda *a: dilated_conv3x3(*a, *geometry), (x, weight, bias))
+    assert torch.autograd.gradgradcheck(
+        lambda *a: dilated_conv3x3(*a, *geometry), (x, weight, bias)
+    )
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_extension, "available", lambda: False)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 4, 6, 6), torch.randn(3, 4, 3, 3), torch.randn(3)
+    geometry = (1, 1), (2, 2), (2, 2)
+    dy = torch.randn(2, 3, 6, 6)
+    expected = everything(lambda *a: F.conv2d(*a, *geometry), x, weight, bias, dy)
+    for kind in ("contiguous", "channels last"):
+        found = everything(
+            lambda *a: dilated_conv3x3(*a, *geometry), layout(x, kind), weight, bias, dy
+        )
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "geometry", "message"),
+    [
+        ((2, 3, 8, 8), (4, 5, 3, 3), (1, 1, 1), "expected images with 5 channels, got 3"),
+        ((2, 3, 8, 8), (4, 3, 5, 5), (1, 1, 1), r"expected images \(N, C, H, W\) and weight"),
+        ((3, 8, 8), (4, 3, 3, 3), (1, 1, 1), r"expected images \(N, C, H, W\) and weight"),
+        ((2, 3, 8, 4), (4, 3, 3, 3), (1, 0, 2), "an image 4 long with padding 0 is smaller"),
+    ],
+)
+def test_bad_input(x, weight, geometry, message):
+    stride, padding, dilation = ((value, value) for value in geometry)
+    with pytest.raises(RuntimeError, match=message):
+        dilated_conv3x3(torch.randn(x), torch.randn(weight), None, stride, padding, dilation)
+
+
+def test_mixed_types_are_refused():
+    with pytest.raises(RuntimeError, match="expected weight in"):
+        dilated_conv3x3(torch.randn(1, 2, 5, 5), torch.randn(1, 2, 3, 3).double())
+
+
+def test_empty_batch():
+    x = torch.randn(0, 3, 8, 8, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    out = dilated_conv3x3(x, weight, None, (1, 1), (1, 1), (1, 1))
+    assert out.shape == (0, 4, 8, 8)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert (weight.grad == 0).all()
+
+
+@built
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa):
+    """A few cases by what older machines run; MEMDENSE_ISA is read once, so in a process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "layer_in_float64 or repeatable"],
+        env=os.environ | {"MEMDENSE_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# ---- the module
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"padding": 2, "dilation": 2},
+        {"padding": "same", "dilation": (3, 1), "bias": False},
+        {"padding": "valid"},
+        {"stride": 2, "padding": (1, 4), "dilation": (1, 4)},
+    ],
+    ids=str,
+)
+def test_module_is_conv2d(arguments):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 5, kernel_size=3, **arguments)
+    ours = DilatedConv2d(6, 5, **arguments)
+    ours.load_state_dict(plain.state_dict())
+    plain.load_state_dict(ours.state_dict())
+    for x in (torch.randn(2, 6, 9, 10), torch.randn(6, 9, 10)):
+        torch.testing.assert_close(ours(x), plain(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(torch.randn(1, 6, 9, 10)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel_size": 5}, "expected kernel_size 3, got 5"),
+        ({"kernel_size": (3, 1)}, r"expected kernel_size 3, got \(3, 1\)"),
+        ({"groups": 2}, "expected groups 1, got 2"),
+        ({"dilation": 0}, "expected dilation >= 1, got 0"),
+        ({"dilation": (1, 0)}, r"expected dilation >= 1, got \(1, 0\)"),
+        ({"stride": 0}, "expected stride >= 1, got 0"),
+        ({"padding_mode": "reflect"}, "expected padding_mode 'zeros', got 'reflect'"),
+        ({"padding": "same", "stride": 2}, "padding='same' is not supported for strided"),
+    ],
+)
+def test_module_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DilatedConv2d(4, 4, **arguments)
+
+
+# ---- the fused form
+
+
+class Layer:
+    """Inputs of a dense layer's second half: matrices that are slices of wider, poisoned ones."""
+
+    def __init__(self, geometry: Geometry, channels: int, growth: int, dtype: torch.dtype):
+        self.geometry, self.growth, rows = geometry, growth, geometry.rows
+        self.x = self.matrix(torch.randn(rows, channels, dtype=dtype))
+        mean, rstd = self.x.mean(0), (self.x.var(0, correction=0) + 0.1).rsqrt()
+        scale = rstd * torch.randn(channels, dtype=dtype)
+        # positive shifts: what is padded is 0, not relu(shift)
+        self.read = Reader(scale, 1 + torch.rand(channels, dtype=dtype), mean, rstd, True)
+        self.weight = torch.randn(growth, channels, 3, 3, dtype=dtype)
+        self.dy = torch.randn(rows, growth, dtype=dtype)
+        self.g = torch.randn(rows, channels, dtype=dtype)
+        self.keep = self.matrix(torch.rand(rows, growth) < 0.7), 1 / 0.7
+
+    @staticmethod
+    def matrix(values: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((len(values), values.shape[1] + 9), torch.nan).to(values.dtype)
+        wide[:, 4:-5] = values
+        return wide[:, 4:-5]
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        copy = object.__new__(Layer)
+        copy.geometry, copy.growth, copy.keep = self.geometry, self.growth, self.keep
+        for name in ("weight", "dy", "g"):
+            setattr(copy, name, getattr(self, name).to(dtype))
+        copy.x = self.matrix(self.x.to(dtype))
+        copy.read = Reader(*(v.to(dtype) for v in self.read[:4]), True)
+        return copy
+
+
+def random_layer(n: int, h: int, w: int, channels: int, growth: int, dtype: torch.dtype) -> Layer:
+    return Layer(Geometry(n, h, w), channels, growth, dtype)
+
+
+def run_layer(backend, layer: Layer, dilation, keep) -> list[torch.Tensor]:
+    """All that the two primitives produce, with G and without."""
+    out = Layer.matrix(torch.full((layer.geometry.rows, layer.growth), torch.nan).to(layer.x.dtype))
+    moments = backend.bn_relu_conv3x3(
+        layer.x, layer.read, layer.weight, dilation, layer.geometry, out, keep, True
+    )
+    arguments = layer.dy, layer.weight, dilation, layer.x, layer.read, layer.geometry
+    dz, sums, dweight = backend.bn_relu_conv3x3_backward(*arguments, None, True)
+    g = Layer.matrix(layer.g)
+    none, sums2, _ = backend.bn_relu_conv3x3_backward(*arguments, g, False)
+    assert none is None
+    return [out, *moments, dz, sums.dbeta, sums.dgamma, dweight, g, sums2.dbeta, sums2.dgamma]
+
+
+LAYERS = [
+    (2, 14, 14, 48, 12, (1, 1)),
+    (3, 7, 7, 128, 32, (1, 1)),
+    (1, 28, 19, 16, 24, (2, 2)),
+    (1, 56, 56, 16, 8, (4, 4)),
+    (2, 5, 33, 192, 48, (3, 8)),
+    (5, 1, 1, 20, 7, (1, 1)),
+    (1, 3, 2, 33, 65, (4, 4)),
+    (2, 9, 70, 100, 12, (1, 2)),
+]
+
+
+@built
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_layer_in_float64(shape, dropout):
+    torch.manual_seed(0)
+    *sizes, dilation = shape
+    layer = random_layer(*sizes, torch.float64)
+    keep = layer.keep if dropout else None
+    found = run_layer(Native(), layer, dilation, keep)
+    expected = run_layer(Reference(), layer, dilation, keep)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        # one value a channel: its variance is 0, and so are its x_hat
+        assert error(a, b) <= 1e-12 or (a - b).abs().max() <= 1e-12, i
+
+
+@built
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_layer_in_float32(shape):
+    torch.manual_seed(0)
+    *sizes, dilation = shape
+    layer = random_layer(*sizes, torch.float32)
+    # away from the kink of the relu, where rounding decides
+    near = (layer.x * layer.read.scale + layer.read.shift).abs() < 1e-3
+    layer.x[near] += 0.01 / layer.read.scale.expand_as(layer.x)[near]
+    exact = run_layer(Reference(), layer.to(torch.float64), dilation, layer.keep)
+    theirs = run_layer(Reference(), layer, dilation, layer.keep)
+    ours = run_layer(Native(), layer, dilation, layer.keep)
+    for i, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
+        floor = torch.finfo(torch.float32).eps * c.square().mean().sqrt().item()
+        assert rms_error(a, c) <= 1.5 * max(rms_error(b, c), floor), i
+
+
+@built
+def test_nan_passes_like_relu():
+    torch.manual_seed(0)
+    layer = random_layer(1, 6, 6, 20, 16, torch.float64)
+    layer.x[14, 3] = torch.nan
+    found, expected = (run_layer(b, layer, (1, 1), None) for b in (Native(), Reference()))
+    for i in (0, 3):
+        assert torch.equal(found[i].isnan(), expected[i].isnan())
+    assert 0 < found[0].isnan().sum() < found[0].numel()
+
+
+@built
+@pytest.mark.parametrize("bn_size", [4, None])
+def test_network(bn_size, monkeypatch):
+    """The engine on these primitives gives the plain modules' numbers, gradients included."""
+    torch.manual_seed(0)
+    model = memdense.DenseNet(
+        12, (3, 2), 24, bn_size=bn_size, drop_rate=0.2, num_classes=5, small_inputs=True
+    ).double()
+    x = torch.randn(3, 3, 13, 11, dtype=torch.float64)
+
+    def run(backend) -> list[torch.Tensor]:
+        monkeypatch.setattr(ops, "backend_for", lambda device: backend())
+        torch.manual_seed(1)
+        model.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    for a, b in zip(run(Native), run(Reference), strict=True):
+        assert error(a, b) <= 1e-10
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": torch.zeros(1, 4, 6, 6)}, "expected an output 7 long, got 6"),
+        ({"scale": None}, "expected scale and shift, or neither"),
+        ({"scale": torch.zeros(4)}, "expected scale to be a contiguous vector of 5"),
+        ({"shift": torch.zeros(5).double()}, "expected shift in Float, got Double"),
+        ({"mask": torch.zeros(1, 4, 7, 7)}, "expected mask in Bool, got Float"),
+        ({"statistics": True}, "statistics need an output whose channels are its fastest axis"),
+        ({"padding": (0, 0), "dilation": (4, 4)}, "is smaller than the kernel with dilation 4"),
+        ({"x": torch.zeros(1, 5, 7, 7).half()}, "expected weight in Half, got Float"),
+    ],
+)
+def test_kernels_refuse(change, message):
+    arguments = {
+        "x": torch.zeros(1, 5, 7, 7),
+        "scale": torch.zeros(5),
+        "shift": torch.zeros(5),
+        "weight": torch.zeros(4, 5, 3, 3),
+        "bias": None,
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+        "mask": None,
+        "factor": 1.0,
+        "out": torch.zeros(1, 4, 7, 7),
+        "statistics": False,
+    }
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.memdense.conv3x3(*(arguments | change).values())
