@@ -41,7 +41,6 @@ STABLE_TORCH_LIBRARY(memdense, m) {
       "bn_relu_maxpool_backward(Tensor dout, Tensor winner, Tensor x, Tensor scale, Tensor shift,"
       " Tensor mean, Tensor rstd, int n, int h, int w)"
       " -> (Tensor dz, Tensor dbeta, Tensor dgamma)");
-<<<<<<< HEAD
 
   // Images x, dy, out, mask are [N, C, H, W] with any strides, weight is [k, C, 3, 3], vectors [C].
   m.def(
@@ -55,6 +54,4 @@ STABLE_TORCH_LIBRARY(memdense, m) {
   m.def(
       "conv3x3_weight_gradient(Tensor dy, Tensor x, Tensor? scale, Tensor? shift, int[2] stride, "
       "int[2] padding, int[2] dilation) -> Tensor");
-=======
->>>>>>> native-1x1
 }

@@ -94,11 +94,7 @@ struct Forward {
       }
       if (!m2) continue;
       for (int64_t c = 0; c < a.outputs; c += kTileColumns) {
-<<<<<<< HEAD
         const Rows tile{rows, std::min(kTileColumns, a.outputs - c), a.outputs};
-=======
-        const Tile tile{rows, std::min(kTileColumns, a.outputs - c), a.outputs};
->>>>>>> native-1x1
         merge_tile<T, T>(y + c, tile, top - first, mean + c, m2 + c);
       }
     }

@@ -40,17 +40,12 @@ struct Source {
 
 // Merges a tile into mean[c] and m2[c] of the `count` rows before it; copies it.
 template <typename T, typename Acc>
-<<<<<<< HEAD
 MEMDENSE_SIMD void take_tile(const T* x, Rows tile, T* copy, int64_t copy_stride, int64_t count,
-=======
-MEMDENSE_SIMD void take_tile(const T* x, Tile tile, T* copy, int64_t copy_stride, int64_t count,
->>>>>>> native-1x1
                              double* mean, double* m2) {
   merge_tile<T, Acc>(x, tile, count, mean, m2);
   if (!copy) return;
   for (int64_t r = 0; r < tile.rows; ++r) {
     std::memcpy(copy + r * copy_stride, x + r * tile.row_stride, tile.columns * sizeof(T));
-<<<<<<< HEAD
   }
 }
 
@@ -66,8 +61,6 @@ void take_rows(const T* x, Rows g, T* copy, int64_t copy_stride, int64_t count, 
                         copy ? copy + row * copy_stride + column : nullptr, copy_stride,
                         count + row, mean + column, m2 + column);
     }
-=======
->>>>>>> native-1x1
   }
 }
 
@@ -86,21 +79,9 @@ void channel_statistics_kernel(const Source<T>& g, Result* mean, Result* var) {
       double* chunk_mean = &scratch[2 * chunk * g.columns];
       double* chunk_m2 = chunk_mean + g.columns;
       const int64_t first = first_row(chunk), last = first_row(chunk + 1);
-<<<<<<< HEAD
       take_rows<T, Result>(g.x + first * g.row_stride, {last - first, g.columns, g.row_stride},
                            g.copy ? g.copy + first * g.copy_stride : nullptr, g.copy_stride, 0,
                            chunk_mean, chunk_m2);
-=======
-      for (int64_t row = first; row < last; row += kTileRows) {
-        for (int64_t column = 0; column < g.columns; column += kTileColumns) {
-          const Tile tile{std::min(kTileRows, last - row),
-                          std::min(kTileColumns, g.columns - column), g.row_stride};
-          take_tile<T, Result>(g.x + row * g.row_stride + column, tile,
-                               g.copy ? g.copy + row * g.copy_stride + column : nullptr,
-                               g.copy_stride, row - first, chunk_mean + column, chunk_m2 + column);
-        }
-      }
->>>>>>> native-1x1
     }
   });
 
@@ -171,7 +152,6 @@ std::tuple<Tensor, Tensor> pack(const Tensor& x, Tensor out) {
 }
 
 }  // namespace
-<<<<<<< HEAD
 template <typename T, typename Acc>
 void merge_rows(const T* x, Rows rows, int64_t count, double* mean, double* m2) {
   take_rows<T, Acc>(x, rows, nullptr, 0, count, mean, m2);
@@ -181,8 +161,6 @@ template void merge_rows<float, float>(const float*, Rows, int64_t, double*, dou
 template void merge_rows<double, double>(const double*, Rows, int64_t, double*, double*);
 template void merge_rows<BFloat16, float>(const BFloat16*, Rows, int64_t, double*, double*);
 
-=======
->>>>>>> native-1x1
 }  // namespace memdense
 
 STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {

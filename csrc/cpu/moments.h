@@ -4,55 +4,18 @@
 
 #include <algorithm>
 #include <cstdint>
-<<<<<<< HEAD
 
 #include "statistics.h"
-=======
-#include <cstring>
-
->>>>>>> native-1x1
 #include "vector.h"
 
 namespace memdense {
 
 constexpr int64_t kTileColumns = 64;
 
-<<<<<<< HEAD
 // sum[c] = sum (x - pivot[c]) and squares[c] = sum (x - pivot[c])^2 over the tile's rows.
 // Four rows at a time: the accumulators are loaded and stored a quarter as often.
 template <bool kSquares, typename T, typename Acc>
 MEMDENSE_INLINE void accumulate(const T* x, Rows tile, const Acc* __restrict__ pivot,
-=======
-struct Tile {
-  int64_t rows, columns, row_stride;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-MEMDENSE_INLINE float value(float v) { return v; }
-MEMDENSE_INLINE double value(double v) { return v; }
-MEMDENSE_INLINE float value(BFloat16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-// Mean and m2 = sum (x - mean)^2 of `count` values take in those of `n` more.
-MEMDENSE_INLINE void merge(double count, double& mean, double& m2, double n, double n_mean,
-                           double n_m2) {
-  const double delta = n_mean - mean;
-  mean += delta * (n / (count + n));
-  m2 += n_m2 + delta * delta * (count * n / (count + n));
-}
-
-// sum[c] = sum (x - pivot[c]) and squares[c] = sum (x - pivot[c])^2 over the tile's rows.
-// Four rows at a time: the accumulators are loaded and stored a quarter as often.
-template <bool kSquares, typename T, typename Acc>
-MEMDENSE_INLINE void accumulate(const T* x, Tile tile, const Acc* __restrict__ pivot,
->>>>>>> native-1x1
                                 Acc* __restrict__ sum, Acc* __restrict__ squares) {
   std::fill_n(sum, tile.columns, Acc{0});
   if (kSquares) std::fill_n(squares, tile.columns, Acc{0});
@@ -60,28 +23,17 @@ MEMDENSE_INLINE void accumulate(const T* x, Tile tile, const Acc* __restrict__ p
   int64_t r = 0;
   for (; r + 4 <= tile.rows; r += 4, x += 4 * stride) {
     for (int64_t c = 0; c < tile.columns; ++c) {
-<<<<<<< HEAD
       const Acc d0 = load(x[c]) - pivot[c];
       const Acc d1 = load(x[c + stride]) - pivot[c];
       const Acc d2 = load(x[c + 2 * stride]) - pivot[c];
       const Acc d3 = load(x[c + 3 * stride]) - pivot[c];
-=======
-      const Acc d0 = value(x[c]) - pivot[c];
-      const Acc d1 = value(x[c + stride]) - pivot[c];
-      const Acc d2 = value(x[c + 2 * stride]) - pivot[c];
-      const Acc d3 = value(x[c + 3 * stride]) - pivot[c];
->>>>>>> native-1x1
       sum[c] += (d0 + d1) + (d2 + d3);
       if (kSquares) squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
     }
   }
   for (; r < tile.rows; ++r, x += stride) {
     for (int64_t c = 0; c < tile.columns; ++c) {
-<<<<<<< HEAD
       const Acc d = load(x[c]) - pivot[c];
-=======
-      const Acc d = value(x[c]) - pivot[c];
->>>>>>> native-1x1
       sum[c] += d;
       if (kSquares) squares[c] += d * d;
     }
@@ -90,15 +42,9 @@ MEMDENSE_INLINE void accumulate(const T* x, Tile tile, const Acc* __restrict__ p
 
 // Merges a tile into mean[c] and m2[c] of the `count` rows before it.
 template <typename T, typename Acc>
-<<<<<<< HEAD
 MEMDENSE_INLINE void merge_tile(const T* x, Rows tile, int64_t count, double* mean, double* m2) {
   Acc pivot[kTileColumns], sum[kTileColumns], squares[kTileColumns];
   for (int64_t c = 0; c < tile.columns; ++c) pivot[c] = load(x[c]);
-=======
-MEMDENSE_INLINE void merge_tile(const T* x, Tile tile, int64_t count, double* mean, double* m2) {
-  Acc pivot[kTileColumns], sum[kTileColumns], squares[kTileColumns];
-  for (int64_t c = 0; c < tile.columns; ++c) pivot[c] = value(x[c]);
->>>>>>> native-1x1
   accumulate<false>(x, tile, pivot, sum, squares);
   const double n = static_cast<double>(tile.rows);
   for (int64_t c = 0; c < tile.columns; ++c) pivot[c] += sum[c] / static_cast<Acc>(n);
