@@ -2,7 +2,8 @@
 PYTHON ?= python3
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
-DEMO_FLAGS ?= --compare --plot demo.png
+# One thread: for 8x8 images a second gains little, and costs much where other work runs.
+DEMO_FLAGS ?= --compare --plot demo.png --threads 1
 
 # Modules are run with -m: console scripts break where the path has a space or is long.
 PY := .venv/bin/python
