@@ -63,8 +63,15 @@ SOURCES = {
 IMAGENET_ARCHS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
 # What a run must share with the one that it continues.
 SETTINGS = (
-    *("data", "image_size", "batch_size", "arch"),
-    *("epochs", "lr", "weight_decay", "seed", "amp"),
+    "data",
+    "image_size",
+    "batch_size",
+    "arch",
+    "epochs",
+    "lr",
+    "weight_decay",
+    "seed",
+    "amp",
 )
 STATEFUL = ("model", "optimizer", "schedule")
 
@@ -120,6 +127,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--seed and --workers must not be negative")
     if options.resume and not options.resume.is_file():
         parser.error(f"there is no file {options.resume} to resume from")
+    if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot draws .png, .svg or .pdf, not {options.plot.name}")
     for file in filter(None, (options.checkpoint, options.plot)):
         if not file.absolute().parent.is_dir():
             parser.error(f"there is no folder {file.parent} for {file.name}")
@@ -431,7 +440,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     if rank == 0 and options.plot:
         report.draw(runs, measured, options.plot)
         print(f"plot: {options.plot.absolute()}")
-    if world > 1:
+    if is_distributed():
         distributed.destroy_process_group()
     return runs
 

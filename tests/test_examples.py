@@ -149,6 +149,7 @@ def test_missing_files_are_named(tmp_path, data, expected):
         ("--epochs 0", "expected a positive whole number, but got '0'"),
         ("--compare --resume run.pt", "--compare goes with neither"),
         ("--resume absent.pt", "there is no file absent.pt"),
+        ("--plot run.jpeg2", "--plot draws .png, .svg or .pdf, not run.jpeg2"),
         ("--plot absent/run.png", "there is no folder absent"),
         ("--batch-size 2000", "expected a --batch-size"),
         ("--epochs 1 --lr 1e30", "the loss is nan at step"),
