@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from variants import ARCHS, build, check_same_loss, describe, images, step
+from variants import ARCHS, backend, build, check_same_loss, describe, images, step
 
 from memdense import memory
 
@@ -26,7 +26,8 @@ def measure(arch: str, batch: int, size: int, rounds: int, device: torch.device)
 
     def timed(name: str) -> float:
         start = time.perf_counter()
-        step(models[name], *inputs[name])
+        with backend(name):
+            step(models[name], *inputs[name])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
@@ -42,7 +43,8 @@ def measure(arch: str, batch: int, size: int, rounds: int, device: torch.device)
     rows = []
     for name, model in models.items():
         seconds = statistics.median(times[name])
-        taken = memory.training_step_memory(model, *inputs[name])
+        with backend(name):
+            taken = memory.training_step_memory(model, *inputs[name])
         ratios = [a / b for a, b in zip(times[name], times[first], strict=True)]
         rows.append(
             {

@@ -5,7 +5,7 @@ For ratios measured side by side, run benchmarks/step.py.
 
 import pytest
 import torch
-from variants import VARIANTS, build, check_same_loss, describe, images, step
+from variants import VARIANTS, backend, build, check_same_loss, describe, images, step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SIZE = (64, 224) if DEVICE.type == "cuda" else (2, 128)
@@ -24,7 +24,8 @@ def test_training_step(benchmark, models: dict, name: str) -> None:
     model, (x, target) = models[name], images(name, BATCH, SIZE, DEVICE)
 
     def run() -> None:
-        step(model, x, target)
+        with backend(name):
+            step(model, x, target)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -35,8 +36,11 @@ VARIANTS: dict[str, Callable[[str], nn.Module]] = {
     "torchvision, channels last": lambda arch: channels_last(torchvision_model(arch)),
     "torchvision, memory_efficient": lambda arch: torchvision_model(arch, memory_efficient=True),
     "memdense": lambda arch: memdense.DenseNet(*ARCHS[arch]),
-    "memdense, recompute_stem": lambda arch: memdense.DenseNet(*ARCHS[arch], recompute_stem=True),
-    "memdense, keep_bottlenecks": lambda arch: memdense.DenseNet(
+    "memdense without extension": lambda arch: memdense.DenseNet(*ARCHS[arch]),
+    "memdense, recompute_stem=False": lambda arch: memdense.DenseNet(
+        *ARCHS[arch], recompute_stem=False
+    ),
+    "memdense, keep_bottlenecks=True": lambda arch: memdense.DenseNet(
         *ARCHS[arch], keep_bottlenecks=True
     ),
 }
@@ -63,6 +67,11 @@ def step(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     loss = F.cross_entropy(model(x), target)
     loss.backward()
     return loss
+
+
+def backend(name: str) -> AbstractContextManager[None]:
+    """What a variant runs on: whatever memdense chooses, or PyTorch's operations."""
+    return memdense.use_backend("reference") if "without extension" in name else nullcontext()
 
 
 def check_same_loss(models: dict[str, nn.Module], size: int, device: torch.device) -> None:

@@ -24,7 +24,7 @@ def convert(
     check: bool = True,
     verbose: bool = True,
     keep_bottlenecks: bool = False,
-    recompute_stem: bool = False,
+    recompute_stem: bool = True,
     double_backward: bool = False,
 ) -> Model:
     """Let every DenseNet inside ``model`` run efficiently, in place.
@@ -140,7 +140,7 @@ def obstacles(features: Features) -> dict[Step, str]:
 def become_features(
     stack: nn.Sequential,
     keep_bottlenecks: bool = False,
-    recompute_stem: bool = False,
+    recompute_stem: bool = True,
     double_backward: bool = False,
 ) -> None:
     """Turn ``stack`` into a ``Features``: its class changes, the object does not. Classes of which

@@ -58,7 +58,7 @@ class DenseNet(nn.Module):
             them dilate instead, for segmentation. Needs four blocks.
         keep_bottlenecks: keep the bottlenecks for backward instead of recomputing them: faster,
             about three times the memory.
-        recompute_stem: recompute the first convolution in backward instead of keeping its output.
+        recompute_stem: recompute the first convolution in backward; ``False`` keeps its output.
         double_backward: keep each stage's input too, so that gradients can be differentiated again.
 
     Shape: images ``(N, in_channels, H, W)``, floating point, to logits ``(N, num_classes)``.
@@ -83,7 +83,7 @@ class DenseNet(nn.Module):
         small_inputs: bool = False,
         output_stride: int = 32,
         keep_bottlenecks: bool = False,
-        recompute_stem: bool = False,
+        recompute_stem: bool = True,
         double_backward: bool = False,
     ) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ class Features(nn.Sequential):
         *args: Any,
         efficient: bool = True,
         keep_bottlenecks: bool = False,
-        recompute_stem: bool = False,
+        recompute_stem: bool = True,
         double_backward: bool = False,
     ) -> None:
         super().__init__(*args)

@@ -60,7 +60,7 @@ def answered(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, x: Tensor, step: Step, input_gradient: bool = True) -> dict[str, Tensor]:
-    """Everything a step leaves: output, input gradient, parameters' gradients and buffers, by name."""
+    """All a step leaves: output, input gradient, parameters' gradients and buffers, by name."""
     model.zero_grad()
     x = x.clone().requires_grad_(input_gradient)
     state = torch.get_rng_state()

@@ -132,7 +132,16 @@ def test_table():
     backend = ops.backend_for(torch.device("cpu")).name
     lines = str(memdense.explain(model)).splitlines()
     assert repr(memdense.explain(model)).splitlines() == lines
-    assert lines[1].split() == ["conv0", "..", "pool0", "-", "efficient", backend, "-", "-"]
+    assert lines[1].split() == [
+        "conv0",
+        "..",
+        "pool0",
+        "-",
+        "efficient",
+        backend,
+        "recompute_stem",
+        "-",
+    ]
     assert lines[3].endswith("denseblock2 carries a forward hook")
     columns = {
         line.find(word) for line, word in zip(lines[1:4], ["eff", "eff", "plain"], strict=True)
