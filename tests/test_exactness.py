@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,6 +15,15 @@ from torch import Tensor, nn
 from torchvision.models import DenseNet as Torchvision
 
 import memdense
+from memdense import _extension
+
+BACKENDS = ["reference", "native"] if _extension.available() else ["reference"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with memdense.use_backend(request.param):
+        yield request.param
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class Case:
     width: int
     mode: str
     uses: str
+    backend: str
     keep_bottlenecks: bool
     recompute_stem: bool
     input_gradient: bool
@@ -51,6 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
         width=draw(st.integers(least, least + 9)),
         mode=draw(st.sampled_from(["train", "eval", "mixed", "mixed", "unusual"])),
         uses=draw(st.sampled_from(["once", "once", "twice before backward", "backward twice"])),
+        backend=draw(st.sampled_from(BACKENDS)),
         keep_bottlenecks=draw(st.booleans()),
         recompute_stem=draw(st.booleans()),
         input_gradient=draw(st.booleans()),
@@ -115,7 +127,8 @@ def test_any_network_in_any_mode_agrees_with_torchvision(case: Case) -> None:
     )
     if case.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    assert_same_step(found, expected, x, lambda m, x: use(case, m, x), case.input_gradient)
+    with memdense.use_backend(case.backend):
+        assert_same_step(found, expected, x, lambda m, x: use(case, m, x), case.input_gradient)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -131,7 +144,7 @@ def test_any_network_in_any_mode_agrees_with_torchvision(case: Case) -> None:
     ids=str,
 )
 def test_variants_agree_with_their_plain_modules(
-    kwargs: dict, bn_size: int | None, training: bool
+    kwargs: dict, bn_size: int | None, training: bool, backend: str
 ) -> None:
     kwargs = dict(growth_rate=7, block_config=(2, 1, 2, 2), num_classes=3, bn_size=bn_size) | kwargs
     expected = memdense.DenseNet(**kwargs, efficient=False).double().train(training)
@@ -142,7 +155,7 @@ def test_variants_agree_with_their_plain_modules(
     assert_same_step(found, expected, x)
 
 
-def test_densenet121_agrees_with_torchvision() -> None:
+def test_densenet121_agrees_with_torchvision(backend: str) -> None:
     from torchvision.models import densenet121
 
     expected = densenet121(num_classes=5).double()
@@ -174,11 +187,12 @@ def test_bands_of_lines_and_of_images_give_the_same(monkeypatch: pytest.MonkeyPa
     x = torch.randn(3, 3, 37, 45, dtype=torch.float64)
     for band in (1, 2_000, 20_000, 1 << 30):
         monkeypatch.setattr(Reference, "CPU_BAND_BYTES", band)
-        assert_same_step(found, expected, x)
-        assert_same_step(without, plain, x)
+        with memdense.use_backend("reference"):
+            assert_same_step(found, expected, x)
+            assert_same_step(without, plain, x)
 
 
-def test_large_means_keep_their_digits() -> None:
+def test_large_means_keep_their_digits(backend: str) -> None:
     """|mean| / sigma up to 1e3 stays within the bound."""
     block = memdense.DenseBlock(3, 6, 2, 4).double()
     tail = memdense.Transition(18, 9).double()
@@ -191,7 +205,7 @@ def test_large_means_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+def test_two_runs_give_the_same_bits(dtype: torch.dtype, backend: str) -> None:
     model = memdense.DenseNet(8, (2, 2), 6, 2, 0, 3).to(dtype)
     x = torch.randn(2, 3, 40, 48, dtype=dtype)
     runs = []

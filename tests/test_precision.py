@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memdense
-from memdense import engine
+from memdense import _extension, engine
 from memdense.backends import Reference
 from memdense.buffers import Geometry, Reader, norm_backward, reader
 from memdense.spec import Norm, NormSpec, unflatten
@@ -20,6 +20,7 @@ from memdense.structure import OWN_TYPES, read_stage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
+BACKENDS = ["reference", "native"] if _extension.available() else ["reference"]
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -222,7 +223,8 @@ def gradient_errors(model: nn.Module, x: Tensor, exact: list[Tensor]) -> float:
     return sum(r * r for r in ratios) / len(ratios)
 
 
-def test_whole_networks_in_float32() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_networks_in_float32(backend: str) -> None:
     """RMS error over parameters, batch permutations and networks, against the worse of plain NCHW
     and plain channels-last. Several networks, since a single flipped mask decides a single one's
     figure.
@@ -244,7 +246,8 @@ def test_whole_networks_in_float32() -> None:
             out = wide(images.double())
             (out * torch.linspace(-1, 1, out.numel()).double().view_as(out)).sum().backward()
             exact = [p.grad for p in wide.parameters()]
-            totals["ours"] += gradient_errors(ours, images, exact)
+            with memdense.use_backend(backend):
+                totals["ours"] += gradient_errors(ours, images, exact)
             totals["nchw"] += gradient_errors(plain, images, exact)
             images = images.contiguous(memory_format=torch.channels_last)
             totals["last"] += gradient_errors(last, images, exact)
