@@ -26,6 +26,27 @@ _HOW = (
 )
 
 
+# what csrc/ops.cpp defines
+OPERATIONS = (
+    "channel_statistics",
+    "pack",
+    "bn_relu_conv1x1",
+    "bn_relu_conv1x1_backward",
+    "bn_relu_pool_conv1x1",
+    "bn_relu_pool_conv1x1_backward",
+    "combine",
+    "bn_relu",
+    "bn_relu_backward",
+    "bn_relu_mean",
+    "bn_relu_mean_backward",
+    "bn_relu_maxpool",
+    "bn_relu_maxpool_backward",
+    "conv3x3",
+    "conv3x3_input_gradient",
+    "conv3x3_weight_gradient",
+)
+
+
 def _load() -> str:
     """Load the library; returns why that could not be done, or nothing."""
     path = Path(__file__).with_name("_C.abi3.so")
@@ -35,6 +56,9 @@ def _load() -> str:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"failed to load {path.name}: {error}; {_HOW}"
+    missing = [name for name in OPERATIONS if not hasattr(torch.ops.memdense, name)]
+    if missing:
+        return f"{path.name} was built from older sources and lacks {', '.join(missing)}; {_HOW}"
     return ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -265,3 +266,15 @@ def test_build_can_be_skipped(source, tmp_path):
     done = run_python(source, "setup.py", "build_ext", MEMDENSE_BUILD="0", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout
     assert "extension" not in done.stdout
+
+
+def test_operations_are_those_of_the_schema_file():
+    schemas = (ROOT / "csrc" / "ops.cpp").read_text()
+    defined = re.findall(r'm\.def\(\s*"(\w+)\(', schemas)
+    assert sorted(defined) == sorted(_extension.OPERATIONS)
+
+
+@built
+def test_a_library_of_older_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(_extension, "OPERATIONS", (*_extension.OPERATIONS, "of_tomorrow"))
+    assert "built from older sources and lacks of_tomorrow" in _extension._load()
