@@ -1,4 +1,4 @@
-"""Training step side by side: time, interleaved, and memory, in a pass of its own.
+"""Training step, or inference, side by side: time, interleaved, and memory, in a pass of its own.
 
 python benchmarks/step.py --arch densenet121 --batch 4 --size 224 --json step.json --plot step.png
 """
@@ -13,21 +13,35 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm
 from variants import ARCHS, backend, build, check_same_loss, describe, images, step
 
 from memdense import memory
 
 
-def measure(arch: str, batch: int, size: int, rounds: int, device: torch.device) -> list[dict]:
+def measure(
+    arch: str, batch: int, size: int, rounds: int, device: torch.device, inference: bool
+) -> list[dict]:
     models = build(arch, device)
     check_same_loss(models, size, device)
     inputs = {name: images(name, batch, size, device) for name in models}
 
+    def forward(name: str) -> Tensor:
+        with torch.no_grad():
+            return models[name](inputs[name][0])
+
+    if inference:
+        for model in models.values():
+            model.eval()
+
     def timed(name: str) -> float:
         start = time.perf_counter()
         with backend(name):
-            step(models[name], *inputs[name])
+            if inference:
+                forward(name)
+            else:
+                step(models[name], *inputs[name])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
@@ -44,7 +58,12 @@ def measure(arch: str, batch: int, size: int, rounds: int, device: torch.device)
     for name, model in models.items():
         seconds = statistics.median(times[name])
         with backend(name):
-            taken = memory.training_step_memory(model, *inputs[name])
+            if inference:
+                taken = memory.peak_memory(forward, name, device=device)
+                kept = taken.retained
+            else:
+                taken = memory.training_step_memory(model, *inputs[name])
+                kept = taken.live
         ratios = [a / b for a, b in zip(times[name], times[first], strict=True)]
         rows.append(
             {
@@ -53,7 +72,7 @@ def measure(arch: str, batch: int, size: int, rounds: int, device: torch.device)
                 "time ratio": statistics.median(ratios),
                 "all seconds": times[name],
                 "peak bytes per image": taken.peak / batch,
-                "kept bytes per image": taken.live / batch,
+                "kept bytes per image": kept / batch,
             }
         )
     return rows
@@ -116,6 +135,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each model")
+    parser.add_argument("--inference", action="store_true", help="eval and no_grad, no backward")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a picture here")
@@ -123,8 +143,9 @@ def main() -> None:
 
     device = torch.device(args.device)
     about = describe(device)
-    rows = measure(args.arch, args.batch, args.size, args.rounds, device)
-    title = f"{args.arch}, {args.size} x {args.size}, float32, batch {args.batch}"
+    rows = measure(args.arch, args.batch, args.size, args.rounds, device, args.inference)
+    what = "inference" if args.inference else "training step"
+    title = f"{args.arch} {what}, {args.size} x {args.size}, float32, batch {args.batch}"
     place = ", ".join(f"{k} {v}" for k, v in about.items())
     Console(width=110).print(table(rows, title), place)
     if args.json:

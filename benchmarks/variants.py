@@ -19,11 +19,22 @@ ARCHS = {
     "densenet169": (32, (6, 12, 32, 32), 64),
     "densenet201": (32, (6, 12, 48, 32), 64),
     "densenet264": (32, (6, 12, 64, 48), 64),
+    "bc100-12": (12, (16, 16, 16), 24),
 }
+SMALL_INPUTS = {"bc100-12"}
 
 
 def torchvision_model(arch: str, **kwargs: object) -> nn.Module:
-    return torchvision.models.DenseNet(*ARCHS[arch], **kwargs)
+    model = torchvision.models.DenseNet(*ARCHS[arch], **kwargs)
+    if arch in SMALL_INPUTS:
+        # torchvision has no stem for small images: a 3x3 convolution and nothing else
+        del model.features.norm0, model.features.relu0, model.features.pool0
+        model.features.conv0 = nn.Conv2d(3, ARCHS[arch][2], 3, padding=1, bias=False)
+    return model
+
+
+def memdense_model(arch: str, **kwargs: object) -> nn.Module:
+    return memdense.DenseNet(*ARCHS[arch], small_inputs=arch in SMALL_INPUTS, **kwargs)
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -35,14 +46,10 @@ VARIANTS: dict[str, Callable[[str], nn.Module]] = {
     "torchvision": torchvision_model,
     "torchvision, channels last": lambda arch: channels_last(torchvision_model(arch)),
     "torchvision, memory_efficient": lambda arch: torchvision_model(arch, memory_efficient=True),
-    "memdense": lambda arch: memdense.DenseNet(*ARCHS[arch]),
-    "memdense without extension": lambda arch: memdense.DenseNet(*ARCHS[arch]),
-    "memdense, recompute_stem=False": lambda arch: memdense.DenseNet(
-        *ARCHS[arch], recompute_stem=False
-    ),
-    "memdense, keep_bottlenecks=True": lambda arch: memdense.DenseNet(
-        *ARCHS[arch], keep_bottlenecks=True
-    ),
+    "memdense": memdense_model,
+    "memdense without extension": memdense_model,
+    "memdense, recompute_stem=False": lambda arch: memdense_model(arch, recompute_stem=False),
+    "memdense, keep_bottlenecks=True": lambda arch: memdense_model(arch, keep_bottlenecks=True),
 }
 
 

@@ -157,7 +157,7 @@ class Features(nn.Sequential):
             tail_name,
             step.tail or "",
             self._types,
-            self.keep_bottlenecks,
+            self.keep_bottlenecks and torch.is_grad_enabled(),
         )
 
     def _warn(self, what: str, reason: str) -> None:

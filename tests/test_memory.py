@@ -119,7 +119,10 @@ def test_inference_keeps_nothing() -> None:
     x = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
         measured = memory.peak_memory(model, x)
+        model.features.keep_bottlenecks = True
+        again = memory.peak_memory(model, x)
     assert measured.retained == measured.result.nbytes
+    assert again.peak == measured.peak
 
 
 def test_less_than_torchvision_by_far() -> None:
