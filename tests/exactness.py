@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from memdense import _extension
+
+BACKENDS = ["reference", "native"] if _extension.available() else ["reference"]
 BOUND = 1e-10
 FLOOR = 1e-3
 

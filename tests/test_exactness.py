@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from exactness import assert_same_step, randomise, twins
+from exactness import BACKENDS, assert_same_step, randomise, twins
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import DenseNet as Torchvision
 
 import memdense
-from memdense import _extension
-
-BACKENDS = ["reference", "native"] if _extension.available() else ["reference"]
 
 
 @pytest.fixture(params=BACKENDS)

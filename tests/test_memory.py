@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
+from exactness import BACKENDS
 from torch import nn
 
 import memdense
-from memdense import _extension, memory
+from memdense import memory
 
 MB = 1e6
-BACKENDS = ["reference", "native"] if _extension.available() else ["reference"]
 
 
 def per_image(model: nn.Module, size: int, batch: int) -> memory.StepMemory:

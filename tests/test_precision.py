@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from exactness import randomise
+from exactness import BACKENDS, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memdense
-from memdense import _extension, engine
+from memdense import engine
 from memdense.backends import Reference
 from memdense.buffers import Geometry, Reader, norm_backward, reader
 from memdense.spec import Norm, NormSpec, unflatten
@@ -20,7 +20,6 @@ from memdense.structure import OWN_TYPES, read_stage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
-BACKENDS = ["reference", "native"] if _extension.available() else ["reference"]
 
 
 def error(found: Tensor, exact: Tensor) -> float:
