@@ -6,6 +6,8 @@ are made here and nowhere else.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -34,55 +36,137 @@ class Geometry(NamedTuple):
         return self.pixels(matrix).permute(0, 3, 1, 2)
 
 
+# a GPU reads 16 bytes at a time: rows of X and G start at multiples of 16 channels there
+ROW_UNIT = 16
+
+
+def row_stride(channels: int, device: torch.device) -> int:
+    """Of X and G, in values."""
+    return -(-channels // ROW_UNIT) * ROW_UNIT if device.type == "cuda" else channels
+
+
+def matrix_like(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (M, channels) for x (M, C), with the row stride of X and G."""
+    wide = x.new_empty((len(x), row_stride(channels, x.device)), dtype=dtype or x.dtype)
+    return wide[:, :channels]
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, vectors and sums beside values of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Reader(NamedTuple):
-    """A BatchNorm as kernels see it: z = relu(scale * x + shift), with x_hat = (x - mean) * rstd.
-    Vectors of (C,).
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A BatchNorm as kernels see it: z = relu(s*x + t) and x_hat = (x - mean) * r, with
+    r = 1 / sqrt(var + eps), s = weight * r and t = bias - mean * s.
+
+    Vectors of (C,). A kernel makes s and t itself or takes them ready made: the same numbers.
     """
 
-    scale: Tensor
-    shift: Tensor
     mean: Tensor
-    rstd: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
     batch: bool
+
+    @cached_property
+    def rstd(self) -> Tensor:
+        return (self.var + self.eps).rsqrt()
+
+    @cached_property
+    def scale(self) -> Tensor:
+        return self.rstd if self.weight is None else self.weight.to(self.rstd.dtype) * self.rstd
+
+    @cached_property
+    def shift(self) -> Tensor:
+        s = self.mean * self.scale
+        return -s if self.bias is None else self.bias.to(s.dtype) - s
+
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.scale, self.shift, self.mean, self.rstd
 
 
 def reader(norm: Norm, mean: Tensor, var: Tensor) -> Reader:
-    """s = gamma * r and t = beta - mu * s, with r = 1 / sqrt(var + eps)."""
-    rstd = (var + norm.spec.eps).rsqrt()
-    scale = rstd if norm.weight is None else norm.weight.to(rstd.dtype) * rstd
-    shift = -mean * scale if norm.bias is None else norm.bias.to(rstd.dtype) - mean * scale
-    return Reader(scale, shift, mean, rstd, norm.spec.batch)
+    """``norm``, reading by these statistics."""
+    return Reader(mean, var, norm.weight, norm.bias, norm.spec.eps, norm.spec.batch)
 
 
 class Sums(NamedTuple):
-    """What a reader's backward leaves per channel: dbeta = sum(dz), dgamma = sum(dz * x_hat), and
-    the same two sums of what a 16-bit G really took in (None where G stores without rounding).
+    """What a reader's backward leaves per channel, each (C,) in memory of its own: dbeta = sum(dz)
+    and dgamma = sum(dz * x_hat).
     """
 
     dbeta: Tensor
     dgamma: Tensor
-    stored: tuple[Tensor, Tensor] | None = None
 
 
-def norm_backward(
-    read: Reader, sums: Sums, rows: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(a, b, c) such that dy = a * dz + b * y + c is the gradient behind a BatchNorm with one
-    reader.
+@dataclass(frozen=True, eq=False)
+class NormGradient:
+    """The gradient behind a BatchNorm with one reader, dy = a*dz + b*y + c, as three vectors."""
 
-    dy = r*(g - mean(g) - y_hat*mean(g*y_hat)) with g = gamma*dz; running statistics do not answer:
-    dy = s*dz.
-    """
-    if not read.batch:
-        return read.scale, None, None
-    b = -read.scale * read.rstd * sums.dgamma / rows
-    c = -read.scale * sums.dbeta / rows - b * read.mean
-    return read.scale, b, c
+    read: Reader
+    sums: Sums
+    rows: int
+
+    @cached_property
+    def vectors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(a, b, c) of dy = r*(g - mean(g) - y_hat*mean(g*y_hat)) with g = gamma*dz; running
+        statistics do not answer: dy = s*dz, and b and c are None.
+        """
+        read, sums = self.read, self.sums
+        if not read.batch:
+            return read.scale, None, None
+        b = -read.scale * read.rstd * sums.dgamma / self.rows
+        return read.scale, b, -read.scale * sums.dbeta / self.rows - b * read.mean
+
+
+class Into(NamedTuple):
+    """Where a reader's answer goes: the prefix of G that it adds s*dz to, and S1 and S2 beside it."""
+
+    g: Tensor  # (M, C)
+    sums: Tensor | None  # (2, C): S1 and S2; None where the reader uses running statistics
+    seeded: bool  # False: G holds nothing yet, and is written to instead of added to
+
+    @property
+    def rounds(self) -> bool:
+        """Whether G stores less than it is given; S1 and S2 then count what it stored."""
+        return self.g.dtype != accumulator(self.g.dtype)
+
+    def start(self) -> Tensor:
+        """G, to be added to."""
+        return self.g if self.seeded else self.g.zero_()
+
+    def credit(self, read: Reader, sums: Sums, stored: tuple[Tensor, Tensor] | None = None) -> Sums:
+        """Add the reader's share, s*dbeta and s*r*dgamma, to S1 and S2; where G rounds, that of
+        what it took in: ``stored``, the same two sums with G's steps d in place of s*dz.
+        """
+        if self.sums is not None:
+            if stored is None:
+                s1, s2 = read.scale * sums.dbeta, read.scale * read.rstd * sums.dgamma
+            else:
+                s1, s2 = stored[0], read.rstd * stored[1]
+            self.sums[0] += s1
+            self.sums[1] += s2
+        return sums
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """BatchNorm's share in the gradient of a slice, p*x + q, as two vectors."""
+
+    sums: Tensor  # (2, k): S1 and S2
+    mean: Tensor  # (k,)
+    rows: int
+
+    @cached_property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """p = -S2/M and q = -S1/M - p*mean."""
+        s1, s2 = self.sums
+        p = -s2 / self.rows
+        return p, -s1 / self.rows - p * self.mean
 
 
 def reader_columns(stage: Stage, channels: int) -> tuple[dict[tuple[int, int], slice], int]:
@@ -128,9 +212,9 @@ class StatisticsTable:
             table = like.new_zeros((2, width), dtype=accumulator(like.dtype))
         self.table = table
 
-    def store(self, columns: slice, mean: Tensor, var: Tensor) -> None:
-        self.table[0, columns] = mean
-        self.table[1, columns] = var
+    def of(self, columns: slice) -> Tensor:
+        """(2, columns): where their mean and variance stand."""
+        return self.table[:, columns]
 
     def reader(self, norm: Norm, position: tuple[int, int]) -> Reader:
         """The vectors by which ``norm``, number 1 or 2 of a layer, reads."""
@@ -161,7 +245,7 @@ def needs_statistics(stage: Stage) -> bool:
 
 
 class FeatureBuffer:
-    """X: every channel of a block, written once at its offset, with the statistics of each."""
+    """X: every channel of a block, written once at its offset."""
 
     def __init__(self, matrix: Tensor, geometry: Geometry) -> None:
         self.matrix = matrix
@@ -179,8 +263,7 @@ class GradientBuffer:
     made of.
 
     Each reader l adds s_l * dz_l to G, s_l * dbeta_l to S1 and s_l * r_l * dgamma_l to S2. Once the
-    last reader of a slice has done so, dy = G + p*x + q with p = -S2/M and q = -S1/M - p*mu settles
-    it.
+    last reader of a slice has done so, dy = G + p*x + q settles it.
     """
 
     # few values round alike: there a 16-bit G leaves a mean behind that no later sum repairs
@@ -190,40 +273,28 @@ class GradientBuffer:
         x = features.matrix
         acc = accumulator(x.dtype)
         dtype = acc if wide or len(x) <= self.WIDE_ROWS else x.dtype
-        self.matrix = torch.zeros_like(x, dtype=dtype)
+        self.matrix = matrix_like(x, x.shape[1], dtype)
         if seed is not None:
             features.geometry.images(self.matrix).copy_(seed)
+        self.seeded = seed is not None
         self.sums = x.new_zeros((2, x.shape[1]), dtype=acc)
         self.rows = len(x)
         self.credited = False
 
-    def prefix(self, channels: int) -> Tensor:
-        return self.matrix[:, :channels]
+    def into(self, channels: int, read: Reader) -> Into:
+        """Where a reader of the first ``channels`` answers."""
+        into = Into(
+            self.matrix[:, :channels],
+            self.sums[:, :channels] if read.batch else None,
+            self.seeded,
+        )
+        self.seeded = True
+        self.credited = self.credited or read.batch
+        return into
 
     def slice(self, start: int, stop: int) -> Tensor:
         return self.matrix[:, start:stop]
 
-    def credit(self, read: Reader, sums: Sums) -> None:
-        """Add a batch-statistics reader's share to S1 and S2; of what G stored, where it rounds."""
-        if not read.batch:
-            return
-        channels = len(read.mean)
-        if sums.stored is None:
-            s1, s2 = read.scale * sums.dbeta, read.scale * read.rstd * sums.dgamma
-        else:
-            s1, s2 = sums.stored[0], read.rstd * sums.stored[1]
-        self.sums[0, :channels] += s1
-        self.sums[1, :channels] += s2
-        self.credited = True
-
-    def vectors(
-        self, start: int, stop: int, mean: Tensor
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """p and q of a slice whose batch mean is ``mean``; None where no reader used batch
-        statistics.
-        """
-        if not self.credited:
-            return None, None
-        s1, s2 = self.sums[:, start:stop]
-        p = -s2 / self.rows
-        return p, -s1 / self.rows - p * mean
+    def share(self, columns: slice, mean: Tensor) -> Share | None:
+        """Of a slice whose batch mean is ``mean``; None where no reader used batch statistics."""
+        return Share(self.sums[:, columns], mean, self.rows) if self.credited else None

@@ -15,11 +15,13 @@ from .buffers import (
     FeatureBuffer,
     Geometry,
     GradientBuffer,
+    NormGradient,
     Reader,
     StatisticsTable,
     Sums,
+    accumulator,
+    matrix_like,
     needs_statistics,
-    norm_backward,
     reader,
 )
 from .spec import Layer, Norm, Stage, StemSpec, Tail, flatten, parameter_names
@@ -39,16 +41,17 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     """Run a stage on x (N, C_0, H, W); ``mask`` is dropout's, (M, L*k), True for what is kept."""
     n, channels, h, w = x.shape
     geometry = Geometry(n, h, w)
-    stage = _in_dtype(stage, x.dtype)
+    stage = _in_dtype(stage, x.dtype, backend)
     last = channels + sum(layer.growth for layer in stage.layers)
-    X = FeatureBuffer(x.new_empty(geometry.rows, last), geometry)
+    X = FeatureBuffer(matrix_like(x.new_empty(geometry.rows, 0), last), geometry)
     table = StatisticsTable(stage, channels, like=x)
     shared = needs_statistics(stage)
     kept = []
 
-    moments = backend.pack(x, X.slice(0, channels), geometry, shared)
-    if shared:
-        table.store(slice(0, channels), *moments)
+    def moments(columns: slice, wanted: bool) -> Tensor | None:
+        return table.of(columns) if wanted else None
+
+    backend.pack(x, X.slice(0, channels), geometry, moments(slice(0, channels), shared))
 
     c = channels
     for i, layer in enumerate(stage.layers):
@@ -58,45 +61,45 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
         if layer.norm2 is None:
             y, read, conv = X.prefix(c), read1, layer.conv1
         else:
-            batch = layer.norm2.spec.batch
-            y, moments = backend.bn_relu_conv1x1(X.prefix(c), read1, layer.conv1, batch)
-            if batch:
-                table.store(table.columns[i, 2], *moments)
+            own = moments(table.columns[i, 2], layer.norm2.spec.batch)
+            y = backend.bn_relu_conv1x1(X.prefix(c), read1, layer.conv1, own)
             read, conv = _reader(table, layer.norm2, (i, 2)), layer.conv2
             if stage.keep_bottlenecks:
                 kept.append(y)
-        out = X.slice(new.start, new.stop)
-        moments = backend.bn_relu_conv3x3(
-            y, read, conv, layer.dilation, geometry, out, keep, shared
-        )
-        del y
         # a channel's statistics are computed once, where it is produced
-        if shared:
-            table.store(new, *moments)
+        backend.bn_relu_conv3x3(
+            y, read, conv, layer.dilation, geometry, X.slice(new.start, new.stop), keep,
+            moments(new, shared),
+        )  # fmt: skip
+        del y
         c = new.stop
 
     out = _tail_forward(X, stage, table, backend)
     return Forward(out, geometry.images(X.matrix), table.table, kept)
 
 
-def _in_dtype(stage: Stage, dtype: torch.dtype) -> Stage:
+def _in_dtype(stage: Stage, dtype: torch.dtype, backend: Backend) -> Stage:
     """A stage with its convolutions' weights in ``dtype``, those of 1x1 as (B, C) matrices."""
+    tail = stage.tail
+    weights = [w for s in stage.layers for w in (s.conv1, s.conv2) if w is not None]
+    if tail is not None and tail.conv is not None:
+        weights.append(tail.conv)
+    cast = iter(
+        backend.cast([w.flatten(1) if w.shape[2:] == (1, 1) else w for w in weights], dtype)
+    )
 
     def layer(s: Layer) -> Layer:
-        if s.conv2 is None:
-            return s._replace(conv1=s.conv1.to(dtype))
-        return s._replace(conv1=s.conv1.flatten(1).to(dtype), conv2=s.conv2.to(dtype))
+        return s._replace(conv1=next(cast), conv2=None if s.conv2 is None else next(cast))
 
-    tail = stage.tail
-    if tail is not None and tail.conv is not None:
-        tail = tail._replace(conv=tail.conv.flatten(1).to(dtype))
-    return stage._replace(layers=[layer(s) for s in stage.layers], tail=tail)
+    layers = [layer(s) for s in stage.layers]
+    return stage._replace(layers=layers, tail=tail and tail._replace(conv=next(cast, None)))
 
 
 def _reader(table: StatisticsTable, norm: Norm, position: tuple[int, int]) -> Reader:
     """A norm's vectors; running statistics are copied: the module's may move before backward."""
     if not norm.spec.batch:
-        table.store(table.columns[position], norm.mean, norm.var)
+        copy = table.of(table.columns[position])
+        copy[0], copy[1] = norm.mean, norm.var
     return table.reader(norm, position)
 
 
@@ -125,7 +128,7 @@ def _tail_forward(
     if tail.spec.pool == 2:
         small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
         return small.images(backend.bn_relu_pool_conv1x1(x, read, tail.conv, geometry))
-    return geometry.images(backend.bn_relu_conv1x1(x, read, tail.conv, False)[0])
+    return geometry.images(backend.bn_relu_conv1x1(x, read, tail.conv, None))
 
 
 class Backward(NamedTuple):
@@ -158,7 +161,7 @@ def backward(
     names = parameter_names(stage)
     needed = dict(zip(names, need, strict=True))
     found: dict[tuple[int, str], Tensor | None] = {}
-    stage = _in_dtype(stage, features.dtype)
+    stage = _in_dtype(stage, features.dtype, backend)
 
     X = FeatureBuffer(_as_rows(features), geometry)
     channels = last - sum(layer.growth for layer in stage.layers)
@@ -168,9 +171,9 @@ def backward(
 
     def settle(part: slice, keep: tuple[Tensor, float] | None) -> Tensor:
         """dy = G + p*x + q of a slice whose readers have all answered."""
-        p, q = G.vectors(part.start, part.stop, table.table[0, part])
+        share = G.share(part, table.table[0, part])
         return backend.settle(
-            G.slice(part.start, part.stop), X.slice(part.start, part.stop), p, q, keep
+            G.slice(part.start, part.stop), X.slice(part.start, part.stop), share, keep
         )
 
     def answered(i: int, number: int, sums: Sums) -> None:
@@ -182,7 +185,6 @@ def backward(
         read = table.reader(stage.tail.norm, (i, 1))
         need_conv = needed.get((i, "conv1"), False)
         sums, found[i, "conv1"] = _tail_backward(dout, X, G, stage.tail, read, need_conv, backend)
-        G.credit(read, sums)
         answered(i, 1, sums)
 
     c = last
@@ -190,32 +192,32 @@ def backward(
         layer = stage.layers[i]
         new, c = slice(c - layer.growth, c), c - layer.growth
         keep = _dropped(stage, mask, c - channels, layer.growth)
-        x, g, read1 = X.prefix(c), G.prefix(c), table.reader(layer.norm1, (i, 1))
+        x, read1 = X.prefix(c), table.reader(layer.norm1, (i, 1))
         dy = settle(new, keep)
+        # norm1's share waits in S1 and S2 until the layers that produced its channels settle
+        into = G.into(c, read1)
         if layer.norm2 is None:
             _, sums1, found[i, "conv1"] = backend.bn_relu_conv3x3_backward(
-                dy, layer.conv1, layer.dilation, x, read1, geometry, g, needed[i, "conv1"]
+                dy, layer.conv1, layer.dilation, x, read1, geometry, into, needed[i, "conv1"]
             )
         else:
             read2 = table.reader(layer.norm2, (i, 2))
             if stage.keep_bottlenecks:
                 y = bottlenecks[i]
             else:
-                y, _ = backend.bn_relu_conv1x1(x, read1, layer.conv1, False)
+                y = backend.bn_relu_conv1x1(x, read1, layer.conv1, None)
             dz, sums2, found[i, "conv2"] = backend.bn_relu_conv3x3_backward(
                 dy, layer.conv2, layer.dilation, y, read2, geometry, None, needed[i, "conv2"]
             )
             del dy
             answered(i, 2, sums2)
             # norm2 has one reader, so its share is known at once: dY = a*dz + b*y + c
-            abc = norm_backward(read2, sums2, geometry.rows)
+            behind = NormGradient(read2, sums2, geometry.rows)
             sums1, found[i, "conv1"] = backend.bn_relu_conv1x1_backward(
-                dz, y, abc, layer.conv1, x, read1, g, needed[i, "conv1"]
+                dz, y, behind, layer.conv1, x, read1, into, needed[i, "conv1"]
             )
             del y, dz
         answered(i, 1, sums1)
-        # norm1's share waits in S1 and S2 until the layers that produced its channels settle
-        G.credit(read1, sums1)
 
     dx = geometry.images(settle(slice(0, channels), None)) if need_x else None
     gradients = [
@@ -226,9 +228,8 @@ def backward(
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient in its parameter's dtype and shape; vectors are copied out of their sums."""
-    gradient = gradient.to(parameter.dtype, copy=parameter.dim() == 1)
-    return gradient.reshape(parameter.shape)
+    """A gradient in its parameter's dtype and shape."""
+    return gradient.to(parameter.dtype).reshape(parameter.shape)
 
 
 def _tail_backward(
@@ -242,19 +243,18 @@ def _tail_backward(
 ) -> tuple[Sums, Tensor | None]:
     """Into G; returns the sums of the tail's norm and its convolution's weight gradient."""
     x, geometry = X.matrix, X.geometry
+    into = G.into(x.shape[1], read)
     dout = dout.to(x.dtype)
     if tail.spec.kind == "pool":
-        return backend.bn_relu_mean_backward(dout, x, read, geometry, G.matrix), None
+        return backend.bn_relu_mean_backward(dout, x, read, geometry, into), None
     rows = _as_rows(dout)
     if tail.spec.kind == "norm":
-        return backend.bn_relu_backward(rows, x, read, tail.spec.relu, G.matrix), None
+        return backend.bn_relu_backward(rows, x, read, tail.spec.relu, into), None
     if tail.spec.pool == 2:
         return backend.bn_relu_pool_conv1x1_backward(
-            rows, tail.conv, x, read, geometry, G.matrix, need_conv
+            rows, tail.conv, x, read, geometry, into, need_conv
         )
-    return backend.bn_relu_conv1x1_backward(
-        rows, None, None, tail.conv, x, read, G.matrix, need_conv
-    )
+    return backend.bn_relu_conv1x1_backward(rows, None, None, tail.conv, x, read, into, need_conv)
 
 
 def _as_rows(images: Tensor) -> Tensor:
@@ -295,8 +295,11 @@ def stem_forward(
     convolved = _convolve(x, weight, spec)
     n, _, h, w = convolved.shape
     rows = _as_rows(convolved)
-    mean, var = backend.statistics(rows) if norm.spec.batch else (norm.mean, norm.var)
-    statistics = torch.stack((mean, var)).to(torch.promote_types(mean.dtype, torch.float32))
+    statistics = x.new_empty((2, rows.shape[1]), dtype=accumulator(x.dtype))
+    if norm.spec.batch:
+        backend.statistics(rows, statistics)
+    else:
+        statistics[0], statistics[1] = norm.mean, norm.var
     out, winner = backend.bn_relu_maxpool(rows, reader(norm, *statistics), Geometry(n, h, w))
     images = Geometry(n, (h + 1) // 2, (w + 1) // 2).images(out)
     return StemForward(images, x.new_empty(0) if spec.recompute else convolved, winner, statistics)
@@ -325,12 +328,12 @@ def stem_backward(
     )
     dx = dweight = None
     if need[0] or need[1]:
-        dconvolved = backend.normalised_(dz, rows, norm_backward(read, sums, len(rows)))
+        dconvolved = backend.normalised_(dz, rows, NormGradient(read, sums, len(rows)))
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             Geometry(n, h, w).images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
             spec.stride, spec.padding, spec.dilation, False, (0, 0), 1, (need[0], need[1], False),
         )  # fmt: skip
         dx = _channels_last(dx) if need[0] else None
         dweight = dweight.contiguous() if need[1] else None
-    gradients = (dx, dweight, sums.dgamma.clone(), sums.dbeta.clone())
+    gradients = (dx, dweight, sums.dgamma, sums.dbeta)
     return [g if wanted else None for g, wanted in zip(gradients, need, strict=True)]

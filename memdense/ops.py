@@ -4,7 +4,8 @@ Each is functional (it returns what backward needs) and runs with autocast off: 
 backend is chosen in :mod:`memdense.backends` and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import engine, plain
 from .backends import backend_for
-from .buffers import StatisticsTable, accumulator
+from .buffers import StatisticsTable, accumulator, row_stride
 from .spec import Norm, Stage, StageSpec, StemSpec, unflatten
 
 _DOUBLE_BACKWARD = (
@@ -21,12 +22,16 @@ _DOUBLE_BACKWARD = (
 )
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def _no_autocast(x: Tensor) -> Iterator[None]:
+    """Autocast off, and x's device the current one."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
 
 
-def _images(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
-    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+def _images(x: Tensor, n: int, c: int, h: int, w: int, stride: int | None = None) -> Tensor:
+    """An empty (N, C, H, W), channels last, its pixels ``stride`` values apart."""
+    return x.new_empty(n, h, w, stride or c)[..., :c].permute(0, 3, 1, 2)
 
 
 # ---- stage: a dense block and its tail
@@ -70,7 +75,8 @@ def _(x, tensors, running, mask, spec, double_backward):
         else []
     )
     statistics = StatisticsTable(s, c, like=x).table
-    return _fake_out(x, s, last), _images(x, n, last, h, w), statistics, kept
+    features = _images(x, n, last, h, w, row_stride(last, x.device))
+    return _fake_out(x, s, last), features, statistics, kept
 
 
 def _fake_out(x: Tensor, s: Stage, channels: int) -> Tensor:

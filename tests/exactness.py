@@ -9,10 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from memdense import _extension
+from memdense.buffers import Into, Reader
 
 BACKENDS = ["reference", "native"] if _extension.available() else ["reference"]
 BOUND = 1e-10
 FLOOR = 1e-3
+
+
+def reader_of(scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Reader:
+    """The BatchNorm that has these vectors."""
+    eps = 1e-5
+    return Reader(mean, rstd**-2 - eps, scale / rstd, shift + mean * scale, eps, True)
+
+
+def into_of(g: Tensor, seeded: bool = True) -> Into:
+    """G with fresh S1 and S2 beside it."""
+    acc = torch.promote_types(g.dtype, torch.float32)
+    return Into(g, torch.zeros((2, g.shape[1]), dtype=acc, device=g.device), seeded)
 
 
 def kind(name: str) -> str:

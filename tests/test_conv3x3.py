@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from exactness import into_of, reader_of
 from torch import nn
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -331,7 +332,7 @@ class Layer:
         mean, rstd = self.x.mean(0), (self.x.var(0, correction=0) + 0.1).rsqrt()
         scale = rstd * torch.randn(channels, dtype=dtype)
         # positive shifts: what is padded is 0, not relu(shift)
-        self.read = Reader(scale, 1 + torch.rand(channels, dtype=dtype), mean, rstd, True)
+        self.read = reader_of(scale, 1 + torch.rand(channels, dtype=dtype), mean, rstd)
         self.weight = torch.randn(growth, channels, 3, 3, dtype=dtype)
         self.dy = torch.randn(rows, growth, dtype=dtype)
         self.g = torch.randn(rows, channels, dtype=dtype)
@@ -349,7 +350,9 @@ class Layer:
         for name in ("weight", "dy", "g"):
             setattr(copy, name, getattr(self, name).to(dtype))
         copy.x = self.matrix(self.x.to(dtype))
-        copy.read = Reader(*(v.to(dtype) for v in self.read[:4]), True)
+        read = self.read
+        tensors = (v.to(dtype) for v in (read.mean, read.var, read.weight, read.bias))
+        copy.read = Reader(*tensors, read.eps, read.batch)
         return copy
 
 
@@ -360,15 +363,17 @@ def random_layer(n: int, h: int, w: int, channels: int, growth: int, dtype: torc
 def run_layer(backend, layer: Layer, dilation, keep) -> list[torch.Tensor]:
     """All that the two primitives produce, with G and without."""
     out = Layer.matrix(torch.full((layer.geometry.rows, layer.growth), torch.nan).to(layer.x.dtype))
-    moments = backend.bn_relu_conv3x3(
-        layer.x, layer.read, layer.weight, dilation, layer.geometry, out, keep, True
+    moments = torch.empty(2, layer.growth, dtype=layer.read.mean.dtype)
+    backend.bn_relu_conv3x3(
+        layer.x, layer.read, layer.weight, dilation, layer.geometry, out, keep, moments
     )
     arguments = layer.dy, layer.weight, dilation, layer.x, layer.read, layer.geometry
     dz, sums, dweight = backend.bn_relu_conv3x3_backward(*arguments, None, True)
     g = Layer.matrix(layer.g)
-    none, sums2, _ = backend.bn_relu_conv3x3_backward(*arguments, g, False)
+    into = into_of(g)
+    none, sums2, _ = backend.bn_relu_conv3x3_backward(*arguments, into, False)
     assert none is None
-    return [out, *moments, dz, sums.dbeta, sums.dgamma, dweight, g, sums2.dbeta, sums2.dgamma]
+    return [out, *moments, dz, *sums, dweight, g, *sums2, *into.sums]
 
 
 LAYERS = [

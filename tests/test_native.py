@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from exactness import assert_same_step, randomise, twins
+from exactness import assert_same_step, into_of, randomise, reader_of, twins
 from torch import Tensor
 
 import memdense
 from memdense import _extension
 from memdense.backends import Native, Reference, backend_for
-from memdense.buffers import Geometry, Reader
+from memdense.buffers import Geometry, NormGradient, Reader, Share, Sums
 from memdense.memory import peak_memory
 
 tv = pytest.importorskip("torchvision")
@@ -59,8 +59,10 @@ class Inputs:
         x = torch.where((scale * x + shift).abs() < 0.01, x + 0.3, x)
         x = torch.where((scale * x + shift).abs() < 0.01, x + 0.3 / scale, x)
         self.vectors = [scale, shift, torch.randn(c), torch.rand(c) + 0.5]
-        self.abc = [torch.randn(b) for _ in range(3)]
-        self.pq = [torch.randn(c), torch.randn(c)]
+        # of the norm behind the 1x1, and what its backward left
+        self.behind = [torch.randn(b), torch.rand(b) + 0.5, torch.randn(b), torch.randn(b)]
+        self.sums = [m * torch.randn(b), m * torch.randn(b)]
+        self.credited = m * torch.randn(2, c)
         self.weight, self.x, self.g = torch.randn(b, c), x, torch.randn(m, c)
         self.dz, self.y, self.dx = torch.randn(m, b), torch.randn(m, b), torch.randn(m, c)
         self.small, self.pooled = torch.randn(small, b), torch.randn(pooled, c)
@@ -71,17 +73,25 @@ class Inputs:
         """All that all primitives return or write, by name."""
         geometry, found = self.geometry, {}
         g_before = self.g.to(dtype)
-        vectors, abc, (p, q) = (
-            [t.to(dtype) for t in ts] for ts in (self.vectors, self.abc, self.pq)
-        )
-        read, weight = Reader(*vectors, True), self.weight.to(dtype)
+
+        def reads(vectors: list[Tensor], batch: bool = True) -> Reader:
+            read = reader_of(*vectors)
+            tensors = (t.to(dtype) for t in (read.mean, read.var, read.weight, read.bias))
+            return Reader(*tensors, read.eps, batch)
+
+        def behind(read: Reader, *sums: Tensor) -> NormGradient:
+            return NormGradient(read, Sums(*(t.to(dtype) for t in sums)), geometry.rows)
+
+        read, weight = reads(self.vectors), self.weight.to(dtype)
+        share = Share(self.credited.to(dtype), read.mean, geometry.rows)
         x, dz, y, dx = (wrap(t.to(dtype)) for t in (self.x, self.dz, self.y, self.dx))
         small, pooled, per_image = (t.to(dtype) for t in (self.small, self.pooled, self.per_image))
 
-        def into_g(name: str, method: str, *args: object) -> None:
-            g = wrap(g_before.clone())
-            give(name, getattr(backend, method)(*(g if a is Ellipsis else a for a in args)))
-            found[name + " G"] = g
+        def into_g(name: str, method: str, *args: object, seeded: bool = True) -> None:
+            g = wrap(g_before.clone() if seeded else torch.full_like(g_before, torch.nan))
+            into = into_of(g, seeded)
+            give(name, getattr(backend, method)(*(into if a is Ellipsis else a for a in args)))
+            found[name + " G"], found[name + " S"] = g, into.sums
             if g._base is not None:
                 around = g._base.clone()
                 around[1:-1, 5:-6] = torch.nan
@@ -94,33 +104,44 @@ class Inputs:
                 for i, v in enumerate(value):
                     give(f"{name} {i}", v)
 
-        give("conv", backend.bn_relu_conv1x1(x, read, weight, True))
-        give("conv alone", backend.bn_relu_conv1x1(x, read, weight, False))
+        def moments(name: str, columns: int) -> Tensor:
+            found[name] = torch.full((2, columns), torch.nan, dtype=read.mean.dtype)
+            return found[name]
+
+        b = len(weight)
+        give("conv", backend.bn_relu_conv1x1(x, read, weight, moments("conv moments", b)))
+        give("conv alone", backend.bn_relu_conv1x1(x, read, weight, None))
         back = "bn_relu_conv1x1_backward"
-        into_g("conv back", back, dz, y, tuple(abc), weight, x, read, ..., True)
-        into_g("conv back frozen", back, dz, y, (abc[0], None, None), weight, x, read, ..., True)
+        for name, batch in (("conv back", True), ("conv back frozen", False)):
+            dy = behind(reads(self.behind, batch), *self.sums)
+            into_g(name, back, dz.clone(), y, dy, weight, x, read, ..., True)
         into_g("conv back plain", back, dz, None, None, weight, x, read, ..., False)
+        into_g("conv back first", back, dz, None, None, weight, x, read, ..., True, seeded=False)
         give("pool conv", backend.bn_relu_pool_conv1x1(x, read, weight, geometry))
         back = "bn_relu_pool_conv1x1_backward"
-        into_g("pool conv back", back, small, weight, x, read, geometry, ..., True)
-        give("settle", backend.settle(wrap(g_before), x, p, q, None))
-        give("settle unread", backend.settle(wrap(g_before), x, None, None, None))
-        give("settle dropped", backend.settle(wrap(g_before), x, p, q, (self.keep, 1.25)))
+        for name, seeded in (("pool conv back", True), ("pool conv back first", False)):
+            into_g(name, back, small, weight, x, read, geometry, ..., True, seeded=seeded)
+        give("settle", backend.settle(wrap(g_before), x, share, None))
+        give("settle unread", backend.settle(wrap(g_before), x, None, None))
+        give("settle dropped", backend.settle(wrap(g_before), x, share, (self.keep, 1.25)))
         for relu in (True, False):
             give(f"norm {relu}", backend.bn_relu(x, read, relu))
-            into_g(f"norm back {relu}", "bn_relu_backward", dx, x, read, relu, ...)
+            back = "bn_relu_backward"
+            into_g(f"norm back {relu}", back, dx, x, read, relu, ..., seeded=relu)
         give("mean", backend.bn_relu_mean(x, read, geometry))
-        into_g("mean back", "bn_relu_mean_backward", per_image, x, read, geometry, ...)
-        give("statistics", backend.statistics(x))
+        back = "bn_relu_mean_backward"
+        for name, seeded in (("mean back", True), ("mean back first", False)):
+            into_g(name, back, per_image, x, read, geometry, ..., seeded=seeded)
+        backend.statistics(x, moments("statistics", x.shape[1]))
         for layout in (torch.contiguous_format, torch.channels_last):
             images = geometry.images(x).contiguous(memory_format=layout)
             out = wrap(torch.zeros_like(g_before))
-            give(f"pack {layout}", backend.pack(images, out, geometry, True))
+            backend.pack(images, out, geometry, moments(f"pack {layout}", x.shape[1]))
             give(f"packed {layout}", out)
         give("maxpool", backend.bn_relu_maxpool(x, read, geometry))
         winner = found["maxpool 1"]
         give("maxpool back", backend.bn_relu_maxpool_backward(pooled, winner, x, read, geometry))
-        give("normalised", backend.normalised_(dx.clone(), x, (vectors[0], p, q)))
+        give("normalised", backend.normalised_(dx.clone(), x, behind(read, *self.credited)))
         return found
 
 
@@ -173,7 +194,7 @@ def test_float32_errs_no_more_than_the_reference(shape):
     for name, value in vars(inputs).items():  # the same numbers in both precisions
         if isinstance(value, Tensor) and value.is_floating_point():
             setattr(inputs, name, value.float().double())
-    for name in ("vectors", "abc", "pq"):
+    for name in ("vectors", "behind", "sums"):
         setattr(inputs, name, [v.float().double() for v in getattr(inputs, name)])
     exact = inputs.run(Reference(), torch.float64)
     reference = inputs.run(Reference(), torch.float32)
@@ -231,7 +252,7 @@ def test_nan_goes_where_the_reference_sends_it():
 def test_last_nan_wins_the_maxpool():
     x = torch.zeros(9, 1)
     x[[1, 5]] = torch.nan
-    read = Reader(*(torch.ones(1) for _ in range(4)), True)
+    read = reader_of(*(torch.ones(1) for _ in range(4)))
     out, winner = Native().bn_relu_maxpool(x, read, Geometry(1, 3, 3))
     expected = Reference().bn_relu_maxpool(x, read, Geometry(1, 3, 3))
     assert torch.equal(out.isnan(), expected[0].isnan()) and torch.equal(winner, expected[1])
@@ -241,9 +262,13 @@ def test_last_nan_wins_the_maxpool():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_other_dtypes_take_the_reference(dtype):
     x, weight = torch.randn(30, 8).to(dtype), torch.randn(5, 8).to(dtype)
-    read = Reader(*(torch.randn(8).float() for _ in range(4)), True)
-    found, expected = (b.bn_relu_conv1x1(x, read, weight, True) for b in (Native(), Reference()))
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1][1], expected[1][1])
+    read = reader_of(*(torch.randn(8).float() for _ in range(4)))
+    results = []
+    for backend in (Native(), Reference()):
+        moments = torch.empty(2, 5, dtype=torch.float32)
+        results.append((backend.bn_relu_conv1x1(x, read, weight, moments), moments))
+    (found, mine), (expected, theirs) = results
+    assert torch.equal(found, expected) and torch.equal(mine, theirs)
 
 
 @built
@@ -253,7 +278,7 @@ def test_scratch_does_not_grow_with_rows():
     peaks = []
     for m in (2000, 16000):
         x, g, dz = torch.randn(m, c), torch.zeros(m, c), torch.randn(m, b)
-        args = dz, None, None, weight, x, Reader(*vectors, True), g, True
+        args = dz, None, None, weight, x, reader_of(*vectors), into_of(g), True
         peaks.append(peak_memory(lambda a=args: Native().bn_relu_conv1x1_backward(*a)).peak)
     assert peaks[0] == peaks[1]
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from exactness import BACKENDS, randomise
+from exactness import BACKENDS, into_of, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memdense
 from memdense import engine
 from memdense.backends import Reference
-from memdense.buffers import Geometry, Reader, norm_backward, reader
+from memdense.buffers import Geometry, NormGradient, Reader, reader
 from memdense.spec import Norm, NormSpec, unflatten
 from memdense.structure import OWN_TYPES, read_stage
 
@@ -101,9 +101,9 @@ def test_bn_relu_conv1x1(dtype: torch.dtype, channels: int) -> None:
     p = Problem(dtype, channels, Geometry(3, 9, 11))
     w, dy = p.draw(48, channels).to(dtype), p.draw(p.geometry.rows, 48).to(dtype)
     backend, read = Reference(), p.reader()
-    out, _ = backend.bn_relu_conv1x1(p.x, read, w, False)
+    out = backend.bn_relu_conv1x1(p.x, read, w, None)
     g = torch.zeros_like(p.x)
-    sums, dw = backend.bn_relu_conv1x1_backward(dy, None, None, w, p.x, read, g, True)
+    sums, dw = backend.bn_relu_conv1x1_backward(dy, None, None, w, p.x, read, into_of(g), True)
     ours = [out, g, sums.dgamma, sums.dbeta, dw.to(dtype)]
     compare(NAMES, ours, p.separate(lambda z, w: z @ w.t(), dy, w), dtype)
 
@@ -115,15 +115,15 @@ def test_bn_relu_conv3x3(dtype: torch.dtype, dilation: tuple[int, int]) -> None:
     w, dy = p.draw(12, 24, 3, 3).to(dtype), p.draw(p.geometry.rows, 12).to(dtype)
     backend, read = Reference(), p.reader()
     out = torch.empty(p.geometry.rows, 12, dtype=dtype)
-    backend.bn_relu_conv3x3(p.x, read, w, dilation, p.geometry, out, None, False)
+    backend.bn_relu_conv3x3(p.x, read, w, dilation, p.geometry, out, None, None)
     g = torch.zeros_like(p.x)
-    into, sums, dw = backend.bn_relu_conv3x3_backward(
-        dy, w, dilation, p.x, read, p.geometry, g, True
+    none, sums, dw = backend.bn_relu_conv3x3_backward(
+        dy, w, dilation, p.x, read, p.geometry, into_of(g), True
     )
     dz, again, _ = backend.bn_relu_conv3x3_backward(
         dy, w, dilation, p.x, read, p.geometry, None, False
     )
-    assert into is None and torch.equal(sums.dgamma, again.dgamma)
+    assert none is None and torch.equal(sums.dgamma, again.dgamma)
     assert torch.equal((dz * read.scale).to(dtype), g)
 
     def separate(z: Tensor, w: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def test_tails(dtype: torch.dtype) -> None:
     w, dy = p.draw(10, 20).to(dtype), p.draw(n * 4 * 3, 10).to(dtype)
     g = torch.zeros_like(p.x)
     out = backend.bn_relu_pool_conv1x1(p.x, read, w, p.geometry)
-    sums, dw = backend.bn_relu_pool_conv1x1_backward(dy, w, p.x, read, p.geometry, g, True)
+    sums, dw = backend.bn_relu_pool_conv1x1_backward(dy, w, p.x, read, p.geometry, into_of(g), True)
 
     def pooled(z: Tensor, w: Tensor) -> Tensor:
         y = F.avg_pool2d(F.conv2d(p.images(z), w[:, :, None, None]), 2)
@@ -154,7 +154,7 @@ def test_tails(dtype: torch.dtype) -> None:
     dy = p.draw(n, 20).to(dtype)
     g = torch.zeros_like(p.x)
     out = backend.bn_relu_mean(p.x, read, p.geometry)
-    sums = backend.bn_relu_mean_backward(dy, p.x, read, p.geometry, g)
+    sums = backend.bn_relu_mean_backward(dy, p.x, read, p.geometry, into_of(g))
     compare(
         NAMES[:4],
         [out, g, sums.dgamma, sums.dbeta],
@@ -165,7 +165,7 @@ def test_tails(dtype: torch.dtype) -> None:
     dy = p.draw(p.geometry.rows, 20).to(dtype)
     g = torch.zeros_like(p.x)
     out = backend.bn_relu(p.x, read, True)
-    sums = backend.bn_relu_backward(dy, p.x, read, True, g)
+    sums = backend.bn_relu_backward(dy, p.x, read, True, into_of(g))
     compare(NAMES[:4], [out, g, sums.dgamma, sums.dbeta], p.separate(lambda z: z * 1, dy), dtype)
 
 
@@ -177,7 +177,7 @@ def test_bn_relu_maxpool(dtype: torch.dtype) -> None:
     out, winner = backend.bn_relu_maxpool(p.x, read, p.geometry)
     assert winner.dtype == torch.uint8 and winner.max() <= 8
     dz, sums = backend.bn_relu_maxpool_backward(dy, winner, p.x, read, p.geometry)
-    dx = backend.normalised_(dz, p.x, norm_backward(read, sums, p.geometry.rows))
+    dx = backend.normalised_(dz, p.x, NormGradient(read, sums, p.geometry.rows))
 
     def separate(z: Tensor) -> Tensor:
         return F.max_pool2d(p.images(z), 3, 2, 1).permute(0, 2, 3, 1).reshape(-1, 20)
@@ -193,11 +193,13 @@ def test_statistics_and_their_backward(dtype: torch.dtype) -> None:
     dz = torch.randn(3000, 24).to(dtype)
     gamma, beta = torch.randn(24), torch.randn(24)
     backend = Reference()
-    mean, var = backend.statistics(y)
+    moments = torch.empty(2, 24, dtype=torch.promote_types(dtype, torch.float32))
+    backend.statistics(y, moments)
+    mean, var = moments
     read = reader(Norm(NormSpec(EPS, True, True), gamma, beta, None, None), mean, var)
     x_hat = (y.to(mean.dtype) - read.mean) * read.rstd
     sums = engine.Sums(dz.to(mean.dtype).sum(0), (dz * x_hat).sum(0))
-    dy = backend.normalised_(dz.clone(), y, norm_backward(read, sums, 3000))
+    dy = backend.normalised_(dz.clone(), y, NormGradient(read, sums, 3000))
 
     def separate(dtype: torch.dtype) -> list[Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
@@ -276,7 +278,7 @@ def per_reader_backward(
         wide = dz.to(read.scale.dtype)
         x_hat = (part.to(wide.dtype) - read.mean) * read.rstd
         sums = engine.Sums(wide.sum(0), (wide * x_hat).sum(0))
-        a, b, c = norm_backward(read, sums, rows)
+        a, b, c = NormGradient(read, sums, rows).vectors
         dx = (a * wide + b * part + c).to(dtype)
         g[:, : part.shape[1]] += dx
         return sums
@@ -310,7 +312,7 @@ def per_reader_backward(
         dz, sums2, dw2 = backend.bn_relu_conv3x3_backward(
             dy, layer.conv2.to(dtype), layer.dilation, y, read2, geometry, None, True
         )
-        dy1 = backend.normalised_(dz, y, norm_backward(read2, sums2, rows))
+        dy1 = backend.normalised_(dz, y, NormGradient(read2, sums2, rows))
         z = torch.relu(read1.scale * x[:, :c] + read1.shift)
         dw1 = dy1.to(z.dtype).t() @ z.to(dtype).to(z.dtype)
         sums1 = answer(read1, x[:, :c], (dy1 @ layer.conv1.flatten(1).to(dtype)) * (z > 0))

@@ -4,13 +4,11 @@ import torch
 from torch import Tensor
 
 from .. import _extension  # noqa: F401  (loads the operations)
-from ..buffers import Geometry, Reader, Sums
-from .native3x3 import NativeConv3x3
-from .reference import Moments, Reference
+from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums
+from .native3x3 import NativeConv3x3, store
+from .reference import Reference
 
 _ops = torch.ops.memdense
-
-Vectors = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _fits(x: Tensor, *others: Tensor | None) -> bool:
@@ -30,22 +28,25 @@ class Native(NativeConv3x3, Reference):
 
     # ---- producing channels
 
-    def pack(self, x: Tensor, out: Tensor, geometry: Geometry, statistics: bool) -> Moments | None:
+    def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
         rows = _rows(x)
-        if not statistics or rows is None or not _fits(rows, out):
-            return super().pack(x, out, geometry, statistics)
-        return _ops.pack(rows, out)
+        if moments is None or rows is None or not _fits(rows, out):
+            return super().pack(x, out, geometry, moments)
+        store(moments, *_ops.pack(rows, out))
 
-    def statistics(self, x: Tensor) -> Moments:
-        return _ops.channel_statistics(x) if _fits(x) else super().statistics(x)
+    def statistics(self, x: Tensor, moments: Tensor) -> None:
+        if not _fits(x):
+            return super().statistics(x, moments)
+        store(moments, *_ops.channel_statistics(x))
 
     def bn_relu_conv1x1(
-        self, x: Tensor, read: Reader, weight: Tensor, statistics: bool
-    ) -> tuple[Tensor, Moments | None]:
+        self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
+    ) -> Tensor:
         if not _fits(x, read.scale, weight):
-            return super().bn_relu_conv1x1(x, read, weight, statistics)
-        y, *moments = _ops.bn_relu_conv1x1(x, read.scale, read.shift, weight, statistics)
-        return y, tuple(moments) if statistics else None
+            return super().bn_relu_conv1x1(x, read, weight, moments)
+        y, mean, var = _ops.bn_relu_conv1x1(x, read.scale, read.shift, weight, moments is not None)
+        store(moments, mean, var)
+        return y
 
     # ---- answering
 
@@ -53,12 +54,12 @@ class Native(NativeConv3x3, Reference):
         self,
         g: Tensor,
         x: Tensor,
-        p: Tensor | None,
-        q: Tensor | None,
+        share: Share | None,
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
+        p, q = (None, None) if share is None else share.vectors
         if not _fits(x, g, p, q):
-            return super().settle(g, x, p, q, keep)
+            return super().settle(g, x, share, keep)
         dy = torch.empty_like(x, memory_format=torch.contiguous_format)
         _ops.combine(g, None, x, p, q, *(keep or (None, 1.0)), dy)
         return dy
@@ -67,20 +68,22 @@ class Native(NativeConv3x3, Reference):
         self,
         dz: Tensor,
         y: Tensor | None,
-        abc: Vectors | None,
+        behind: NormGradient | None,
         weight: Tensor,
         x: Tensor,
         read: Reader,
-        g: Tensor,
+        into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        a, b, c = abc or (None, None, None)
-        if not _fits(x, dz, y, a, b, c, weight, *read[:4], g):
-            return super().bn_relu_conv1x1_backward(dz, y, abc, weight, x, read, g, need_weight)
+        a, b, c = (None, None, None) if behind is None else behind.vectors
+        if not _fits(x, dz, y, a, b, c, weight, *read.vectors, into.g):
+            return super().bn_relu_conv1x1_backward(
+                dz, y, behind, weight, x, read, into, need_weight
+            )
         *sums, dweight = _ops.bn_relu_conv1x1_backward(
-            dz, y, a, b, c, weight, x, *read[:4], g, need_weight
+            dz, y, a, b, c, weight, x, *read.vectors, into.start(), need_weight
         )
-        return Sums(*sums), dweight if need_weight else None
+        return into.credit(read, Sums(*sums)), dweight if need_weight else None
 
     # ---- tails
 
@@ -98,63 +101,65 @@ class Native(NativeConv3x3, Reference):
         x: Tensor,
         read: Reader,
         geometry: Geometry,
-        g: Tensor,
+        into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        if not _fits(x, dout, weight, *read[:4], g):
+        if not _fits(x, dout, weight, *read.vectors, into.g):
             return super().bn_relu_pool_conv1x1_backward(
-                dout, weight, x, read, geometry, g, need_weight
+                dout, weight, x, read, geometry, into, need_weight
             )
         *sums, dweight = _ops.bn_relu_pool_conv1x1_backward(
-            dout, weight, x, *read[:4], g, *geometry, need_weight
+            dout, weight, x, *read.vectors, into.start(), *geometry, need_weight
         )
-        return Sums(*sums), dweight if need_weight else None
+        return into.credit(read, Sums(*sums)), dweight if need_weight else None
 
     def bn_relu(self, x: Tensor, read: Reader, relu: bool) -> Tensor:
         return (
-            _ops.bn_relu(x, *read[:2], relu)
+            _ops.bn_relu(x, read.scale, read.shift, relu)
             if _fits(x, read.scale)
             else super().bn_relu(x, read, relu)
         )
 
     def bn_relu_backward(
-        self, dout: Tensor, x: Tensor, read: Reader, relu: bool, g: Tensor
+        self, dout: Tensor, x: Tensor, read: Reader, relu: bool, into: Into
     ) -> Sums:
-        if not _fits(x, dout, *read[:4], g):
-            return super().bn_relu_backward(dout, x, read, relu, g)
-        return Sums(*_ops.bn_relu_backward(dout, x, *read[:4], relu, g))
+        if not _fits(x, dout, *read.vectors, into.g):
+            return super().bn_relu_backward(dout, x, read, relu, into)
+        sums = _ops.bn_relu_backward(dout, x, *read.vectors, relu, into.start())
+        return into.credit(read, Sums(*sums))
 
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
         if not _fits(x, read.scale):
             return super().bn_relu_mean(x, read, geometry)
-        return _ops.bn_relu_mean(x, *read[:2], geometry.n)
+        return _ops.bn_relu_mean(x, read.scale, read.shift, geometry.n)
 
     def bn_relu_mean_backward(
-        self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor
+        self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
     ) -> Sums:
-        if not _fits(x, dout, *read[:4], g):
-            return super().bn_relu_mean_backward(dout, x, read, geometry, g)
-        return Sums(*_ops.bn_relu_mean_backward(dout, x, *read[:4], g))
+        if not _fits(x, dout, *read.vectors, into.g):
+            return super().bn_relu_mean_backward(dout, x, read, geometry, into)
+        sums = _ops.bn_relu_mean_backward(dout, x, *read.vectors, into.start())
+        return into.credit(read, Sums(*sums))
 
     # ---- the stem
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
         if not _fits(x, read.scale):
             return super().bn_relu_maxpool(x, read, geometry)
-        return _ops.bn_relu_maxpool(x, *read[:2], *geometry)
+        return _ops.bn_relu_maxpool(x, read.scale, read.shift, *geometry)
 
     def bn_relu_maxpool_backward(
         self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
     ) -> tuple[Tensor, Sums]:
-        if not _fits(x, dout, *read[:4]):
+        if not _fits(x, dout, *read.vectors):
             return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
-        dz, *sums = _ops.bn_relu_maxpool_backward(dout, winner, x, *read[:4], *geometry)
+        dz, *sums = _ops.bn_relu_maxpool_backward(dout, winner, x, *read.vectors, *geometry)
         return dz, Sums(*sums)
 
-    def normalised_(self, dz: Tensor, x: Tensor, abc: Vectors) -> Tensor:
-        a, b, c = abc
+    def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
+        a, b, c = behind.vectors
         if not _fits(x, dz, a, b, c):
-            return super().normalised_(dz, x, abc)
+            return super().normalised_(dz, x, behind)
         _ops.combine(dz, a, x, b, c, None, 1.0, dz)
         return dz
 

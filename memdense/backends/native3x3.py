@@ -4,11 +4,16 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from ..buffers import Geometry, Reader, Sums
-from .reference import Moments
+from ..buffers import Geometry, Into, Reader, Sums
 
 # Below C*k of this, vectors are mostly padding and PyTorch's operations are as fast.
 MIN_PRODUCTS = 64
+
+
+def store(moments: Tensor | None, mean: Tensor, var: Tensor) -> None:
+    """Mean and variance where ``moments`` (2, C) wants them."""
+    if moments is not None:
+        moments[0], moments[1] = mean, var
 
 
 class NativeConv3x3:
@@ -35,18 +40,16 @@ class NativeConv3x3:
         geometry: Geometry,
         out: Tensor,
         keep: tuple[Tensor, float] | None,
-        statistics: bool,
-    ) -> Moments | None:
+        moments: Tensor | None,
+    ) -> None:
         if not self._native3x3(x, weight):
-            return super().bn_relu_conv3x3(
-                x, read, weight, dilation, geometry, out, keep, statistics
-            )
+            return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
         mask, factor = (None, 1.0) if keep is None else (geometry.images(keep[0]), keep[1])
-        moments = torch.ops.memdense.conv3x3(
+        mean, var = torch.ops.memdense.conv3x3(
             geometry.images(x), read.scale, read.shift, weight, None, (1, 1), dilation, dilation,
-            mask, factor, geometry.images(out), statistics,
+            mask, factor, geometry.images(out), moments is not None,
         )  # fmt: skip
-        return moments if statistics else None
+        store(moments, mean, var)
 
     def bn_relu_conv3x3_backward(
         self,
@@ -56,25 +59,26 @@ class NativeConv3x3:
         x: Tensor,
         read: Reader,
         geometry: Geometry,
-        g: Tensor | None,
+        into: Into | None,
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
         if not self._native3x3(x, weight):
             return super().bn_relu_conv3x3_backward(
-                dy, weight, dilation, x, read, geometry, g, need_weight
+                dy, weight, dilation, x, read, geometry, into, need_weight
             )
-        dz = None
-        if g is None:
-            dz = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dz = None if into else torch.empty_like(x, memory_format=torch.contiguous_format)
+        target = into.start() if into else dz
         images, gradient = geometry.images(x), geometry.images(dy)
         dbeta, dgamma = torch.ops.memdense.conv3x3_input_gradient(
-            gradient, weight, (1, 1), dilation, dilation, images,
-            read.scale, read.shift, read.mean, read.rstd,
-            geometry.images(dz if g is None else g), g is not None,
+            gradient, weight, (1, 1), dilation, dilation, images, *read.vectors,
+            geometry.images(target), into is not None,
         )  # fmt: skip
+        sums = Sums(dbeta.clone(), dgamma.clone())
+        if into is not None:
+            into.credit(read, sums)
         dweight = None
         if need_weight:
             dweight = torch.ops.memdense.conv3x3_weight_gradient(
                 gradient, images, read.scale, read.shift, (1, 1), dilation, dilation
             )
-        return dz, Sums(dbeta, dgamma), dweight
+        return dz, sums, dweight

@@ -12,11 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..buffers import Geometry, Reader, Sums, accumulator
+from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums, accumulator
 
 aten = torch.ops.aten
-
-Moments = tuple[Tensor, Tensor]
 
 
 class Scratch:
@@ -64,24 +62,29 @@ class MomentSums:
         self.counts.append(rows)
         self.parts.append(torch.stack((mean, var)))
 
-    def merge(self) -> Moments:
+    def merge(self, out: Tensor) -> None:
+        """Mean and variance into out (2, C)."""
         if len(self.parts) == 1:
-            return self.parts[0].unbind()
+            out.copy_(self.parts[0])
+            return
         parts = torch.stack(self.parts, 1).double()  # (2, bands, C)
         share = torch.tensor(self.counts, dtype=torch.float64, device=parts.device)[:, None] / sum(
             self.counts
         )
         mean = (share * parts[0]).sum(0)
-        var = (share * (parts[1] + (parts[0] - mean).square_())).sum(0)
-        return mean.to(self.parts[0].dtype), var.to(self.parts[0].dtype)
+        out[0] = mean
+        out[1] = (share * (parts[1] + (parts[0] - mean).square_())).sum(0)
 
 
 class GradientSums:
     """The running sums of a reader's backward, in float64 across bands."""
 
-    def __init__(self, read: Reader, rounds: bool) -> None:
+    def __init__(self, read: Reader, into: Into | None) -> None:
         self.read = read
-        self.sums = read.mean.new_zeros((4 if rounds else 2, len(read.mean)), dtype=torch.float64)
+        self.into = into
+        self.rounds = into is not None and into.rounds
+        rows = 4 if self.rounds else 2
+        self.sums = read.mean.new_zeros((rows, len(read.mean)), dtype=torch.float64)
 
     def add(self, row: int, gradient: Tensor, x_hat: Tensor) -> None:
         """Take in sum(gradient) and sum(gradient * x_hat) over all but the last axis; x_hat is
@@ -92,8 +95,12 @@ class GradientSums:
         self.sums[row + 1] += x_hat.mul_(gradient).sum(axes)
 
     def total(self) -> Sums:
-        parts = self.sums.to(self.read.mean.dtype).unbind()
-        return Sums(parts[0], parts[1], (parts[2], parts[3]) if len(parts) == 4 else None)
+        """The sums, with the reader's share credited."""
+        parts = [row.to(self.read.mean.dtype, copy=True) for row in self.sums]
+        sums = Sums(*parts[:2])
+        if self.into is not None:
+            self.into.credit(self.read, sums, (parts[2], parts[3]) if self.rounds else None)
+        return sums
 
 
 class Reference:
@@ -172,9 +179,6 @@ class Reference:
         taken = torch.sub(g, before, out=before)
         sums.add(2, taken, self._x_hat(x, read))
 
-    def _sums(self, read: Reader, g: Tensor | None) -> GradientSums:
-        return GradientSums(read, rounds=g is not None and g.dtype != read.scale.dtype)
-
     @staticmethod
     def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         """total += a @ b without rounding the product to a 16-bit dtype."""
@@ -185,29 +189,37 @@ class Reference:
         else:
             total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
-    # ---- producing channels
+    # ---- producing channels; ``moments``, where given, is a (2, channels) that takes the mean and
+    # biased variance of each, of the values as stored
 
-    def pack(self, x: Tensor, out: Tensor, geometry: Geometry, statistics: bool) -> Moments | None:
-        """Copy images x (N, C, H, W) into out (M, C), and their statistics on the way."""
+    def cast(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Convolutions' weights in ``dtype``."""
+        return [w.to(dtype) for w in weights]
+
+    def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
+        """Copy images x (N, C, H, W) into out (M, C)."""
         source, target = x.permute(0, 2, 3, 1), geometry.pixels(out)
-        moments = MomentSums(self.scratch)
+        sums = MomentSums(self.scratch)
         for n, h in self.image_bands(out, geometry):
             target[n, h].copy_(source[n, h])
-            if statistics:
-                moments.add(target[n, h])
-        return moments.merge() if statistics else None
+            if moments is not None:
+                sums.add(target[n, h])
+        if moments is not None:
+            sums.merge(moments)
 
     def bn_relu_conv1x1(
-        self, x: Tensor, read: Reader, weight: Tensor, statistics: bool
-    ) -> tuple[Tensor, Moments | None]:
-        """y = relu(s*x + t) @ W^T for x (M, C) and W (B, C): y (M, B) and its statistics."""
+        self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
+    ) -> Tensor:
+        """y = relu(s*x + t) @ W^T for x (M, C) and W (B, C): y (M, B)."""
         y = x.new_empty(len(x), weight.shape[0])
-        moments = MomentSums(self.scratch)
+        sums = MomentSums(self.scratch)
         for rows in self.row_bands(x):
             torch.mm(self._read(x[rows], read), weight.t(), out=y[rows])
-            if statistics:
-                moments.add(y[rows])
-        return y, moments.merge() if statistics else None
+            if moments is not None:
+                sums.add(y[rows])
+        if moments is not None:
+            sums.merge(moments)
+        return y
 
     def bn_relu_conv3x3(
         self,
@@ -218,16 +230,15 @@ class Reference:
         geometry: Geometry,
         out: Tensor,
         keep: tuple[Tensor, float] | None,
-        statistics: bool,
-    ) -> Moments | None:
+        moments: Tensor | None,
+    ) -> None:
         """out = conv3x3(relu(s*x + t), W) for x (M, C), W (k, C, 3, 3), out (M, k), zero-padded
         after the relu.
 
-        ``keep`` is dropout's (mask (M, k), factor): out *= mask * factor. Returns the statistics of
-        out as stored.
+        ``keep`` is dropout's (mask (M, k), factor): out *= mask * factor.
         """
         source, target = geometry.pixels(x), geometry.pixels(out)
-        moments = MomentSums(self.scratch)
+        sums = MomentSums(self.scratch)
         for n, h, halo, inner in self._halo_bands(x, geometry, dilation):
             z = self._read(source[n, halo], read).permute(0, 3, 1, 2)
             new = aten.convolution(z, weight, None, (1, 1), dilation, dilation, False, (0, 0), 1)
@@ -235,9 +246,10 @@ class Reference:
             if keep is not None:
                 new = new * geometry.pixels(keep[0])[n, h] * keep[1]
             target[n, h].copy_(new)
-            if statistics:
-                moments.add(target[n, h])
-        return moments.merge() if statistics else None
+            if moments is not None:
+                sums.add(target[n, h])
+        if moments is not None:
+            sums.merge(moments)
 
     def _halo_bands(
         self, x: Tensor, geometry: Geometry, dilation: tuple[int, int]
@@ -254,13 +266,13 @@ class Reference:
         self,
         g: Tensor,
         x: Tensor,
-        p: Tensor | None,
-        q: Tensor | None,
+        share: Share | None,
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
         """dy = G + p*x + q for slices g and x (M, k), through dropout's mask where there is one.
         Packed.
         """
+        p, q = (None, None) if share is None else share.vectors
         dy = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rows in self.row_bands(x):
             d = g[rows] if p is None else torch.addcmul(q, x[rows], p).add_(g[rows])
@@ -271,20 +283,21 @@ class Reference:
         self,
         dz: Tensor,
         y: Tensor | None,
-        abc: tuple[Tensor, Tensor | None, Tensor | None] | None,
+        behind: NormGradient | None,
         weight: Tensor,
         x: Tensor,
         read: Reader,
-        g: Tensor,
+        into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        """With dy = a*dz + b*y + c (abc None: dy = dz), da = dy @ W and z = relu(s*x + t)
-        recomputed: G += s*da*[z > 0]; returns that reader's sums and dW = dy^T @ z.
+        """With dy = a*dz + b*y + c (behind None: dy = dz), da = dy @ W and z = relu(s*x + t)
+        recomputed: G += s*da*[z > 0]; returns that reader's sums and dW = dy^T @ z. With ``behind``
+        a backend may leave dy in dz's place.
         """
         dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
-        sums = self._sums(read, g)
+        g, sums = into.start(), GradientSums(read, into)
         for rows in self.row_bands(x):
-            dy = dz[rows] if abc is None else self._normalised(dz[rows], y[rows], abc)
+            dy = dz[rows] if behind is None else self._normalised(dz[rows], y[rows], behind)
             z = self._read(x[rows], read)
             if need_weight:
                 self._add_product(dweight, dy.t(), z)
@@ -294,11 +307,9 @@ class Reference:
             self._add_into(g[rows], da, x[rows], read, sums)
         return sums.total(), dweight
 
-    def _normalised(
-        self, dz: Tensor, y: Tensor, abc: tuple[Tensor, Tensor | None, Tensor | None]
-    ) -> Tensor:
+    def _normalised(self, dz: Tensor, y: Tensor, behind: NormGradient) -> Tensor:
         """dy = a*dz + b*y + c, as y's dtype stores it."""
-        a, b, c = abc
+        a, b, c = behind.vectors
         dy = self.scratch.take("dy", dz.shape, a.dtype, dz.device)
         torch.mul(dz, a, out=dy)
         if b is not None:
@@ -313,7 +324,7 @@ class Reference:
         x: Tensor,
         read: Reader,
         geometry: Geometry,
-        g: Tensor | None,
+        into: Into | None,
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
         """With da = conv3x3's input gradient of dy (M, k) and z = relu(s*x + t) recomputed: dz =
@@ -322,8 +333,9 @@ class Reference:
         Into G, where given (G += s*dz); else returned, (M, C) packed. Returns (dz, its sums, dW).
         """
         dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
-        dz = None if g is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        sums = self._sums(read, g)
+        dz = None if into else torch.empty_like(x, memory_format=torch.contiguous_format)
+        g = into.start() if into else None
+        sums = GradientSums(read, into)
         source, gradient = geometry.pixels(x), geometry.pixels(dy)
         for n, h, halo, inner in self._halo_bands(x, geometry, dilation):
             z = self._read(source[n, halo], read)
@@ -391,13 +403,13 @@ class Reference:
         x: Tensor,
         read: Reader,
         geometry: Geometry,
-        g: Tensor,
+        into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
         """Of :meth:`bn_relu_pool_conv1x1`, into G; returns the reader's sums and dW."""
         small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
         dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
-        sums = self._sums(read, g)
+        g, sums = into.start(), GradientSums(read, into)
         source, gradient, target = geometry.pixels(x), small.pixels(dout), geometry.pixels(g)
         for n, h in self.image_bands(x, geometry, unit=2):
             z = self._read(source[n, h], read)
@@ -430,10 +442,10 @@ class Reference:
         return out
 
     def bn_relu_backward(
-        self, dout: Tensor, x: Tensor, read: Reader, relu: bool, g: Tensor
+        self, dout: Tensor, x: Tensor, read: Reader, relu: bool, into: Into
     ) -> Sums:
         """Of :meth:`bn_relu`, into G."""
-        sums = self._sums(read, g)
+        g, sums = into.start(), GradientSums(read, into)
         for rows in self.row_bands(x):
             z = self._read(x[rows], read) if relu else None
             da = self.scratch.take("da", x[rows].shape, x.dtype, x.device).copy_(dout[rows])
@@ -450,10 +462,10 @@ class Reference:
         return (total / (geometry.h * geometry.w)).to(x.dtype)
 
     def bn_relu_mean_backward(
-        self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, g: Tensor
+        self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
     ) -> Sums:
         """Of :meth:`bn_relu_mean`, into G."""
-        sums = self._sums(read, g)
+        g, sums = into.start(), GradientSums(read, into)
         source, target = geometry.pixels(x), geometry.pixels(g)
         share = (dout.to(read.scale.dtype) / (geometry.h * geometry.w)).to(x.dtype)[:, None, None]
         for n, h in self.image_bands(x, geometry):
@@ -467,12 +479,12 @@ class Reference:
 
     # ---- the stem
 
-    def statistics(self, x: Tensor) -> Moments:
+    def statistics(self, x: Tensor, moments: Tensor) -> None:
         """Mean and biased variance of the columns of x (M, C)."""
-        moments = MomentSums(self.scratch)
+        sums = MomentSums(self.scratch)
         for rows in self.row_bands(x):
-            moments.add(x[rows])
-        return moments.merge()
+            sums.add(x[rows])
+        sums.merge(moments)
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """max_pool3x3(relu(s*x + t)), stride 2, padding 1, for x (M, C): values (M', C) and uint8
@@ -512,17 +524,15 @@ class Reference:
                 xs, dst_x = _strided(0, small.w, dx, geometry.w)
                 mine = w[:, ys, xs] == offset
                 target[n, dst_y, dst_x] += d[:, ys, xs] * mine
-        sums = self._sums(read, None)
+        sums = GradientSums(read, None)
         for rows in self.row_bands(x):
             self._answer(dz[rows], self._read(x[rows], read), x[rows], read, sums)
         return dz, sums.total()
 
-    def normalised_(
-        self, dz: Tensor, x: Tensor, abc: tuple[Tensor, Tensor | None, Tensor | None]
-    ) -> Tensor:
+    def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
         """a*dz + b*x + c, in dz's place."""
         for rows in self.row_bands(x):
-            dz[rows] = self._normalised(dz[rows], x[rows], abc)
+            dz[rows] = self._normalised(dz[rows], x[rows], behind)
         return dz
 
 
