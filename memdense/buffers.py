@@ -124,7 +124,7 @@ class NormGradient:
 
 
 class Into(NamedTuple):
-    """Where a reader's answer goes: the prefix of G that it adds s*dz to, and S1 and S2 beside it."""
+    """Where a reader's answer goes: the prefix of G that it adds s*dz to, and S1 and S2."""
 
     g: Tensor  # (M, C)
     sums: Tensor | None  # (2, C): S1 and S2; None where the reader uses running statistics

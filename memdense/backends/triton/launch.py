@@ -1,0 +1,130 @@
+"""Launching Triton kernels from plans: all that a launch needs but its tensors is decided once.
+
+A primitive asks a cached function for the plan of its shapes and dtypes and calls it with tensors.
+The first call on a device compiles through Triton's JIT; later ones hand the compiled kernel its
+pointers, a few microseconds each, after a look at their alignment, which the code depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes that Triton's widest loads want
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Launch(NamedTuple):
+    """A launch as :func:`recorded` saw it."""
+
+    plan: Plan
+    tensors: tuple[Tensor | None, ...]
+
+
+_record: list[Launch] | None = None
+_dry = False
+
+
+@contextmanager
+def recorded(dry: bool = False) -> Iterator[list[Launch]]:
+    """Every launch made inside, in order; ``dry``: without running them, on any tensors."""
+    global _record, _dry
+    before = _record, _dry
+    _record, _dry = [], dry
+    try:
+        yield _record
+    finally:
+        _record, _dry = before
+
+
+class Plan:
+    """A kernel with its grid, sizes and constants; calling it launches it on tensors.
+
+    Args:
+        kernel: a ``triton.jit`` function that takes tensors (or None), then ``sizes``, then
+            ``constants``.
+        grid: how many programs, per axis.
+        sizes: numbers known at run time.
+        constants: the values of the kernel's ``tl.constexpr`` arguments, in order.
+        warps, stages: Triton's ``num_warps`` and ``num_stages``.
+    """
+
+    __slots__ = ("arguments", "compiled", "constants", "grid", "kernel", "options", "sizes")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        sizes: tuple[int | float, ...],
+        constants: tuple[Any, ...] = (),
+        warps: int = 4,
+        stages: int = 2,
+    ) -> None:
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.sizes = sizes
+        self.constants = constants
+        self.arguments = (*sizes, *constants)
+        self.options = {"num_warps": warps, "num_stages": stages}
+        self.compiled: dict[tuple, tuple] = {}
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if _record is not None:
+            _record.append(Launch(self, tensors))
+            if _dry:
+                return
+        if INTERPRETED:
+            self.kernel[self.grid](*tensors, *self.arguments)
+            return
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        dtypes = [None if t is None else t.dtype for t in tensors]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer or 0
+        aligned = not bits % ALIGNMENT or tuple([not (p or 0) % ALIGNMENT for p in pointers])
+        key = tensors[0].get_device(), aligned, *dtypes
+        found = self.compiled.get(key)
+        if found is None:
+            compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
+            self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+            return
+        run, function, metadata = found
+        stream = torch._C._cuda_getCurrentRawStream(key[0])
+        run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.arguments)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n: the size of a tile that holds n."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def readable(channels: int, stride: int) -> int:
+    """How many columns of a (M, channels) matrix may be read: up to the next multiple of 16, where
+    its rows reach that far. What lies behind ``channels`` may be anything, so kernels select on it.
+    """
+    wide = cdiv(channels, 16) * 16
+    return wide if wide <= stride else channels
+
+
+def tf32() -> bool:
+    """Whether PyTorch lets convolutions round float32 operands to TF32."""
+    return torch.backends.cudnn.allow_tf32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s ``input_precision``."""
+    return "tf32" if dtype != torch.float32 or tf32() else "ieee"

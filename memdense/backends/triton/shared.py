@@ -1,0 +1,83 @@
+"""The two halves that every kernel shares: reading through BatchNorm and ReLU, and answering.
+
+Notation in these files: X [M, C] features, M pixels, C channels, G [M, C] their gradient; a vector
+holds one value per channel. Padded rows and columns are never stored, and columns in [C, readable)
+may hold anything, so they are selected away after reading.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_vectors(mean, var, weight, bias, eps, c, inside):
+    """s = weight*r, t = bias - mean*s, mean and r = 1/sqrt(var + eps) of channels c."""
+    mu = tl.load(mean + c, inside, 0.0)
+    r = tl.rsqrt(tl.load(var + c, inside, 0.0) + eps)
+    s = r
+    if weight is not None:
+        s = r * tl.load(weight + c, inside, 0.0).to(tl.float32)
+    t = -mu * s
+    if bias is not None:
+        t += tl.load(bias + c, inside, 0.0).to(tl.float32)
+    return s, t, mu, r
+
+
+@triton.jit
+def relu(z):
+    """max(z, 0), NaN kept, as PyTorch does."""
+    return tl.where(z <= 0.0, 0.0, z)
+
+
+@triton.jit
+def answer(da, x, s, t, mu, r, g, mask, inside, RELU: tl.constexpr, SEEDED: tl.constexpr):
+    """dz = da*[s*x + t > 0] and G += s*dz, for tiles da, x [rows, columns] and pointers g.
+
+    Returns, per column, the sums of dz and dz*x_hat, and of d and d*x_hat, where d is what G took
+    in: new - old, both as stored. ``inside`` marks the values; ``mask``, what of G may be touched:
+    beyond the values it keeps what it holds.
+    """
+    x = x.to(tl.float32)
+    dz = da
+    if RELU:
+        dz = tl.where(x * s + t <= 0.0, 0.0, da)
+    dz = tl.where(inside, dz, 0.0)
+    x_hat = tl.where(inside, (x - mu) * r, 0.0)
+    old = tl.zeros_like(dz)
+    if SEEDED:
+        old = tl.load(g, mask, 0.0).to(tl.float32)
+    new = (old + s * dz).to(g.dtype.element_ty)
+    tl.store(g, new, mask)
+    d = tl.where(inside, new.to(tl.float32) - old, 0.0)
+    return (
+        tl.sum(dz, 0),
+        tl.sum(dz * x_hat, 0),
+        tl.sum(d, 0),
+        tl.sum(d * x_hat, 0),
+    )
+
+
+@triton.jit
+def store_sums(
+    partial, plane, dbeta, dgamma, stored_beta, stored_gamma, c, inside, tile, tiles,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """A tile's four sums (two, unless G rounds) at partial [4, C, tiles]; plane = C*tiles."""
+    at = partial + c.to(tl.int64) * tiles + tile
+    tl.store(at, dbeta, inside)
+    tl.store(at + plane, dgamma, inside)
+    if ROUNDS:
+        tl.store(at + 2 * plane, stored_beta, inside)
+        tl.store(at + 3 * plane, stored_gamma, inside)
+
+
+@triton.jit
+def store_moments(partial, plane, values, valid, count, c, inside, tile, tiles):
+    """A tile's mean and M2 = sum((v - mean)^2) of values [rows, columns] at partial [2, C, tiles];
+    plane = C*tiles. ``valid`` [rows, 1] marks ``count`` rows.
+    """
+    mean = tl.sum(tl.where(valid, values, 0.0), 0) / count
+    d = tl.where(valid, values - mean[None, :], 0.0)
+    at = partial + c.to(tl.int64) * tiles + tile
+    tl.store(at, mean, inside)
+    tl.store(at + plane, tl.sum(d * d, 0), inside)
