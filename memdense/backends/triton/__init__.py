@@ -11,7 +11,6 @@ from torch import Tensor
 from ...buffers import Into, NormGradient, Reader, Sums
 from ..reference import Reference
 from . import conv1x1
-from .launch import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
