@@ -199,16 +199,23 @@ def weight_gradient_1x1(
     tl.store(at, acc, (b < B)[:, None] & (c < C)[None, :])
 
 
-def blocks(columns: int) -> tuple[int, int]:
-    """(width, count) of the accumulators that hold ``columns``; a count over MAX_BLOCKS is none."""
+def blocks(columns: int, precise: str) -> tuple[int, int]:
+    """(width, count) of the accumulators that hold ``columns``."""
     if columns <= 128:
         return power(columns), 1
-    return (64, 3) if columns <= 192 else (128, cdiv(columns, 128))
+    # without tensor cores a wider product does not fit the registers
+    width = 64 if columns <= 192 or precise == "ieee" else 128
+    return width, cdiv(columns, width)
+
+
+def takes(dtype: torch.dtype, columns: int) -> bool:
+    """Whether these kernels hold B = ``columns``."""
+    return blocks(columns, precision(dtype))[1] <= MAX_BLOCKS
 
 
 def forward_configs(dtype: torch.dtype, m: int, b: int) -> tuple[Config, ...]:
     """Of :func:`forward_1x1`, the default first: rows, accumulator width, inner columns."""
-    width, count = blocks(b)
+    width, count = blocks(b, precision(dtype))
     if precision(dtype) == "ieee":
         return (Config(64 if count == 1 else 16, width, 32, 8, 2),)
     if dtype == torch.float32:
@@ -225,7 +232,7 @@ def forward_configs(dtype: torch.dtype, m: int, b: int) -> tuple[Config, ...]:
 
 def input_configs(dtype: torch.dtype, m: int, b: int) -> tuple[Config, ...]:
     """Of :func:`input_gradient_1x1`: rows, columns of X at a time, width of dY's parts."""
-    width, count = blocks(b)
+    width, count = blocks(b, precision(dtype))
     if precision(dtype) == "ieee":
         return (Config(64, 32, width, 8, 2) if count == 1 else Config(16, 32, width, 8, 1),)
     if dtype == torch.float32:
@@ -254,7 +261,7 @@ def _forward_plan(
         forward_1x1,
         (tiles,),
         (m, c, readable(c, ldx), readable(c, ldw), b, ldx, ldw, eps, tiles, b * tiles),
-        (k.rows, k.columns, k.inner, blocks(b)[1], precise),
+        (k.rows, k.columns, k.inner, blocks(b, precise)[1], precise),
         k.warps,
         k.stages,
     )
@@ -280,7 +287,7 @@ def _input_plan(
     k: Config, precise: str, m: int, c: int, b: int, strides: tuple[int, ...],
     eps: tuple[float, float], behind: bool, batch: bool, store: bool, seeded: bool, rounds: bool,
 ) -> Plan:  # fmt: skip
-    tiles, count = cdiv(m, k.rows), blocks(b)[1]
+    tiles, count = cdiv(m, k.rows), blocks(b, precise)[1]
     _, _, ldw, ldx, ldg = strides
     writable = readable(c, ldg) if seeded else c
     return Plan(
