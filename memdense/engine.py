@@ -163,7 +163,7 @@ def backward(
     found: dict[tuple[int, str], Tensor | None] = {}
     stage = _in_dtype(stage, features.dtype, backend)
 
-    X = FeatureBuffer(_as_rows(features), geometry)
+    X = FeatureBuffer(as_rows(features), geometry)
     channels = last - sum(layer.growth for layer in stage.layers)
     table = StatisticsTable(stage, channels, table=statistics)
     wide = stage.tail is None or stage.tail.spec.kind != "transition"
@@ -247,7 +247,7 @@ def _tail_backward(
     dout = dout.to(x.dtype)
     if tail.spec.kind == "pool":
         return backend.bn_relu_mean_backward(dout, x, read, geometry, into), None
-    rows = _as_rows(dout)
+    rows = as_rows(dout)
     if tail.spec.kind == "norm":
         return backend.bn_relu_backward(rows, x, read, tail.spec.relu, into), None
     if tail.spec.pool == 2:
@@ -257,7 +257,7 @@ def _tail_backward(
     return backend.bn_relu_conv1x1_backward(rows, None, None, tail.conv, x, read, into, need_conv)
 
 
-def _as_rows(images: Tensor) -> Tensor:
+def as_rows(images: Tensor) -> Tensor:
     """(N, C, H, W) as a packed (M, C)."""
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
@@ -294,7 +294,7 @@ def stem_forward(
     """conv0, norm0, relu0 and pool0 on images x (N, C_in, H, W)."""
     convolved = _convolve(x, weight, spec)
     n, _, h, w = convolved.shape
-    rows = _as_rows(convolved)
+    rows = as_rows(convolved)
     statistics = x.new_empty((2, rows.shape[1]), dtype=accumulator(x.dtype))
     if norm.spec.batch:
         backend.statistics(rows, statistics)
@@ -321,10 +321,10 @@ def stem_backward(
     if spec.recompute:
         convolved = _convolve(x, weight, spec)
     n, _, h, w = convolved.shape
-    rows = _as_rows(convolved)
+    rows = as_rows(convolved)
     read = reader(norm, *statistics)
     dz, sums = backend.bn_relu_maxpool_backward(
-        _as_rows(dout.to(rows.dtype)), winner, rows, read, Geometry(n, h, w)
+        as_rows(dout.to(rows.dtype)), winner, rows, read, Geometry(n, h, w)
     )
     dx = dweight = None
     if need[0] or need[1]:
