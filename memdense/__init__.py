@@ -1,12 +1,12 @@
 """memdense: the same DenseNet, a fraction of the memory."""
 
 from . import functional
-from .backends import use_backend
+from .backends import MemdenseWarning, use_backend
 from .convert import convert
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .explain import Explanation, explain
 from .modules import BNReLUConv1x1, DenseBlock, DenseLayer, DilatedConv2d, Transition
-from .stage import Features, MemdenseWarning
+from .stage import Features
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@ one runs; the choice is made here.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,11 +16,22 @@ from .. import _extension
 from .native import Native
 from .reference import Reference
 
-__all__ = ["Native", "Reference", "backend_for", "triton_reason", "use_backend"]
+__all__ = [
+    "MemdenseWarning",
+    "Native",
+    "Reference",
+    "backend_for",
+    "triton_reason",
+    "use_backend",
+]
 
 _CHOICES = ("reference", "native", "triton")
 _CAPABILITY = (8, 0)  # bfloat16 and TF32 on tensor cores
 _chosen: ContextVar[str | None] = ContextVar("memdense_backend", default=None)
+
+
+class MemdenseWarning(UserWarning):
+    """A part of a model runs on a slower path than it could, and why."""
 
 
 @contextmanager
@@ -96,7 +108,15 @@ def backend_for(device: torch.device) -> Reference:
         from .triton import Triton
 
         return Triton()
+    if name == "triton" and device.type == "cuda":
+        _warn(f"memdense runs PyTorch's operations on {device}: {triton_reason(device)}")
     return Reference()
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once."""
+    warnings.warn(message, MemdenseWarning, stacklevel=3)
 
 
 def _chosen_interpreted() -> bool:
