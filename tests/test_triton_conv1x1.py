@@ -202,11 +202,11 @@ def test_splits_of_the_weight_gradient_add_up(monkeypatch):
 def test_every_configuration_gives_the_same_numbers(dtype):
     case = Case.draw(40, 40, 48)
     exact, theirs = (case.run(Reference(), t) for t in (torch.float64, dtype))
-    sizes = (1, 1 << 15, 1 << 20)
+    sizes, precise = (1, 1 << 15, 1 << 20), launch.precision(dtype)
     kernels = {
-        "forward_1x1": [conv1x1.forward_configs(dtype, m, 48) for m in sizes],
-        "input_gradient_1x1": [conv1x1.input_configs(dtype, m, 48) for m in sizes],
-        "weight_gradient_1x1": [conv1x1.weight_configs(dtype)],
+        "forward_1x1": [conv1x1.forward_configs(dtype, precise, m, 48) for m in sizes],
+        "input_gradient_1x1": [conv1x1.input_configs(dtype, precise, m, 48) for m in sizes],
+        "weight_gradient_1x1": [conv1x1.weight_configs(dtype, precise)],
     }
     for kernel, configs in kernels.items():
         for config in set(chain.from_iterable(configs)):

@@ -35,7 +35,7 @@ def forward(c: int, statistics: bool) -> Traffic:
         moments = torch.empty(2, B) if statistics else None
         Triton().bn_relu_conv1x1(normal(m, c), reader(c), normal(B, c), moments)
 
-    with tuning.forced("forward_1x1", conv1x1.forward_configs(HALF, LARGE, B)[0]):
+    with tuning.forced("forward_1x1", conv1x1.forward_configs(HALF, "tf32", LARGE, B)[0]):
         return total(per_row(run, ROWS))
 
 
@@ -48,7 +48,7 @@ def backward(c: int, need_weight: bool) -> Traffic:
             need_weight,
         )  # fmt: skip
 
-    with tuning.forced("input_gradient_1x1", conv1x1.input_configs(HALF, LARGE, B)[0]):
+    with tuning.forced("input_gradient_1x1", conv1x1.input_configs(HALF, "tf32", LARGE, B)[0]):
         return total(per_row(run, ROWS))
 
 
@@ -83,6 +83,6 @@ def test_weight_partials_stay_small():
     for side, channels in ((56, (64, 224)), (28, (128, 480)), (14, (256, 992))):
         for c in channels:
             m = 256 * side * side
-            k = conv1x1.weight_configs(torch.bfloat16)[0]
+            k = conv1x1.weight_configs(torch.bfloat16, "tf32")[0]
             partial = conv1x1.weight_splits(k, m, c, B) * B * c * 4
             assert 2 * partial <= 0.1 * m * (8 * c + 8 * B), (side, c)

@@ -213,10 +213,11 @@ def takes(dtype: torch.dtype, columns: int) -> bool:
     return blocks(columns, precision(dtype))[1] <= MAX_BLOCKS
 
 
-def forward_configs(dtype: torch.dtype, m: int, b: int) -> tuple[Config, ...]:
+@cached
+def forward_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[Config, ...]:
     """Of :func:`forward_1x1`, the default first: rows, accumulator width, inner columns."""
-    width, count = blocks(b, precision(dtype))
-    if precision(dtype) == "ieee":
+    width, count = blocks(b, precise)
+    if precise == "ieee":
         return (Config(64 if count == 1 else 16, width, 32, 8, 2),)
     if dtype == torch.float32:
         low = Config(64, width, 32, 8, 2)
@@ -230,10 +231,11 @@ def forward_configs(dtype: torch.dtype, m: int, b: int) -> tuple[Config, ...]:
     return (low, tall) if m >= 64 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
 
 
-def input_configs(dtype: torch.dtype, m: int, b: int) -> tuple[Config, ...]:
+@cached
+def input_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[Config, ...]:
     """Of :func:`input_gradient_1x1`: rows, columns of X at a time, width of dY's parts."""
-    width, count = blocks(b, precision(dtype))
-    if precision(dtype) == "ieee":
+    width, count = blocks(b, precise)
+    if precise == "ieee":
         return (Config(64, 32, width, 8, 2) if count == 1 else Config(16, 32, width, 8, 1),)
     if dtype == torch.float32:
         return (Config(64, 32, width, 8, 2 if count == 1 else 1),)
@@ -243,9 +245,10 @@ def input_configs(dtype: torch.dtype, m: int, b: int) -> tuple[Config, ...]:
     return Config(128, 64, width, 16, 2), low, Config(128, 32, width, 8, 2)
 
 
-def weight_configs(dtype: torch.dtype) -> tuple[Config, ...]:
+@cached
+def weight_configs(dtype: torch.dtype, precise: str) -> tuple[Config, ...]:
     """Of :func:`weight_gradient_1x1`: rows at a time, columns of X, columns of dY."""
-    if precision(dtype) == "ieee":
+    if precise == "ieee":
         return (Config(32, 64, 64, 8, 2),)
     if dtype == torch.float32:
         return (Config(32, 64, 128, 8, 2),)
@@ -269,12 +272,12 @@ def _forward_plan(
 
 def forward(x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None) -> Tensor:
     """Y of X (M, C) and W (B, C), and its statistics where ``moments`` (2, B) wants them."""
-    (m, c), b = x.shape, len(weight)
-    k = choose("forward_1x1", x.dtype, (m, c, b), forward_configs(x.dtype, m, b))
+    (m, c), b, precise = x.shape, len(weight), precision(x.dtype)
+    k = choose("forward_1x1", x.dtype, (m, c, b), forward_configs(x.dtype, precise, m, b))
     y = x.new_empty((m, b))
     partial = None if moments is None else moments_partial(x, b, cdiv(m, k.rows))
     plan = _forward_plan(
-        k, precision(x.dtype), m, c, b, x.stride(0), weight.stride(0), read.eps
+        k, precise, m, c, b, x.stride(0), weight.stride(0), read.eps
     )  # fmt: skip
     plan(x, weight, read.mean, read.var, read.weight, read.bias, y, partial)
     if moments is not None:
@@ -338,7 +341,7 @@ def backward(
 ) -> tuple[Sums, Tensor | None]:
     """Into G; the reader's sums and dW (B, C) in float32."""
     (m, c), b, g, precise = x.shape, len(weight), into.g, precision(x.dtype)
-    k = choose("input_gradient_1x1", x.dtype, (m, c, b), input_configs(x.dtype, m, b))
+    k = choose("input_gradient_1x1", x.dtype, (m, c, b), input_configs(x.dtype, precise, m, b))
     partial = sums_partial(x, c, cdiv(m, k.rows), into)
     batch, norm2, eps2 = False, (None,) * 5, 0.0
     if behind is not None:
@@ -357,7 +360,7 @@ def backward(
     )  # fmt: skip
     weights = None
     if need_weight:
-        k = choose("weight_gradient_1x1", x.dtype, (m, c, b), weight_configs(x.dtype))
+        k = choose("weight_gradient_1x1", x.dtype, (m, c, b), weight_configs(x.dtype, precise))
         splits = weight_splits(k, m, c, b)
         weights = x.new_empty((splits, b, c), dtype=torch.float32)
         plan = _weight_plan(k, precise, m, c, b, dz.stride(0), x.stride(0), read.eps, splits)

@@ -104,7 +104,7 @@ class Plan:
         run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.arguments)
 
 
-# for functions that return plans; a plan that is lost is only looked up again
+# for what depends on sizes alone, plans above all; one that is lost is made again
 cached = lru_cache(maxsize=1 << 14)
 
 
