@@ -13,9 +13,10 @@ from memdense.backends import Reference
 from memdense.backends.triton import Triton, conv1x1, launch, tuning
 from memdense.buffers import Into, NormGradient, Reader, Sums
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or launch.INTERPRETED),
-    reason="neither a GPU nor the interpreter",
+pytestmark = (
+    pytest.mark.gpu
+    if torch.cuda.is_available()
+    else pytest.mark.skipif(not launch.INTERPRETED, reason="neither a GPU nor the interpreter")
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's tl.dot is wrong in bfloat16
