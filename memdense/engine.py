@@ -45,6 +45,7 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     last = channels + sum(layer.growth for layer in stage.layers)
     X = FeatureBuffer(matrix_like(x.new_empty(geometry.rows, 0), last), geometry)
     table = StatisticsTable(stage, channels, like=x)
+    table.keep_running(stage)
     shared = needs_statistics(stage)
     kept = []
 
@@ -57,13 +58,13 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     for i, layer in enumerate(stage.layers):
         new = slice(c, c + layer.growth)
         keep = _dropped(stage, mask, c - channels, layer.growth)
-        read1 = _reader(table, layer.norm1, (i, 1))
+        read1 = table.reader(layer.norm1, (i, 1))
         if layer.norm2 is None:
             y, read, conv = X.prefix(c), read1, layer.conv1
         else:
             own = moments(table.columns[i, 2], layer.norm2.spec.batch)
             y = backend.bn_relu_conv1x1(X.prefix(c), read1, layer.conv1, own)
-            read, conv = _reader(table, layer.norm2, (i, 2)), layer.conv2
+            read, conv = table.reader(layer.norm2, (i, 2)), layer.conv2
             if stage.keep_bottlenecks:
                 kept.append(y)
         # a channel's statistics are computed once, where it is produced
@@ -95,14 +96,6 @@ def _in_dtype(stage: Stage, dtype: torch.dtype, backend: Backend) -> Stage:
     return stage._replace(layers=layers, tail=tail and tail._replace(conv=next(cast, None)))
 
 
-def _reader(table: StatisticsTable, norm: Norm, position: tuple[int, int]) -> Reader:
-    """A norm's vectors; running statistics are copied: the module's may move before backward."""
-    if not norm.spec.batch:
-        copy = table.of(table.columns[position])
-        copy[0], copy[1] = norm.mean, norm.var
-    return table.reader(norm, position)
-
-
 def _dropped(
     stage: Stage, mask: Tensor | None, start: int, growth: int
 ) -> tuple[Tensor, float] | None:
@@ -120,7 +113,7 @@ def _tail_forward(
     tail, x, geometry = stage.tail, X.matrix, X.geometry
     if tail is None:
         return x.new_empty(0)
-    read = _reader(table, tail.norm, (len(stage.layers), 1))
+    read = table.reader(tail.norm, (len(stage.layers), 1))
     if tail.spec.kind == "pool":
         return backend.bn_relu_mean(x, read, geometry)
     if tail.spec.kind == "norm":
