@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...buffers import Into, NormGradient, Reader, Sums
+from ...buffers import Geometry, Into, NormGradient, Reader, Sums
 from ..reference import Reference
-from . import conv1x1
+from . import conv1x1, conv3x3
 from .launch import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,6 +37,21 @@ class Triton(Reference):
             return super().bn_relu_conv1x1(x, read, weight, moments)
         return conv1x1.forward(x, read, weight, moments)
 
+    def bn_relu_conv3x3(
+        self,
+        x: Tensor,
+        read: Reader,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        geometry: Geometry,
+        out: Tensor,
+        keep: tuple[Tensor, float] | None,
+        moments: Tensor | None,
+    ) -> None:
+        if not _fits(x, out) or weight.dtype != x.dtype:
+            return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
+        conv3x3.forward(x, read, weight, dilation, geometry, out, keep, moments)
+
     # ---- answering
 
     def bn_relu_conv1x1_backward(
@@ -56,3 +71,21 @@ class Triton(Reference):
                 dz, y, behind, weight, x, read, into, need_weight
             )
         return conv1x1.backward(dz, y, behind, weight, x, read, into, need_weight)
+
+    def bn_relu_conv3x3_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        x: Tensor,
+        read: Reader,
+        geometry: Geometry,
+        into: Into | None,
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Sums, Tensor | None]:
+        fits = _fits(x, dy) and weight.dtype == x.dtype
+        if not fits or (into is not None and into.g.stride(-1) != 1):
+            return super().bn_relu_conv3x3_backward(
+                dy, weight, dilation, x, read, geometry, into, need_weight
+            )
+        return conv3x3.backward(dy, weight, dilation, x, read, geometry, into, need_weight)
