@@ -31,13 +31,13 @@ def _inside(y, x, down, right, H, W):
 
 @triton.jit
 def _tap(
-    x, w, valid, py, px, columns, weights, H, W, DY, DX, line, step, sy, sx, TAP: tl.constexpr
+    x, w, valid, py, px, columns, weights, H, W, DY, DX, line, step, sy, sx, tap
 ):  # fmt: skip
     """One tap's tiles of X and W, and which rows meet a pixel: x and w point to the centre and to
     tap 0; a line down is ``line`` values on in X and sy in W, a column ``step`` and sx.
     """
-    ky: tl.constexpr = TAP // 3
-    kx: tl.constexpr = TAP % 3
+    ky = tap // 3
+    kx = tap % 3
     inside = valid & _inside(py, px, (ky - 1) * DY, (kx - 1) * DX, H, W)[:, None]
     at = x + (ky - 1) * line + (kx - 1) * step
     return tl.load(at, inside & columns, 0.0), tl.load(w + ky * sy + kx * sx, weights, 0.0), inside
@@ -47,7 +47,8 @@ def _tap(
 def _convolve(
     x, w, mean, var, weight, bias, tile, n,
     M, H, W, C, CX, N, DY, DX, ldx, line, step, sc, sn, sy, sx, eps,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM rows and columns n of conv3x3(relu(s*X + t), W), of conv3x3(X, W) where there is no mean,
     for X [M, C] and W [N, C, 3, 3] with strides sn, sc, sy, sx.
@@ -73,16 +74,20 @@ def _convolve(
         values, taps, inside = _tap(
             at, of, valid, py, px, columns, weights, H, W, DY, DX, line, step, sy, sx, 0
         )
-        for tap in tl.static_range(9):
+        for tap in range(9):
             z, b, there = values, taps, inside
-            if tap < 8:
-                values, taps, inside = _tap(
-                    at, of, valid, py, px, columns, weights,
-                    H, W, DY, DX, line, step, sy, sx, tap + 1,
-                )  # fmt: skip
+            if RAGGED:
+                z = tl.where((c < C)[None, :], z, 0.0)
+            values, taps, inside = _tap(
+                at, of, valid, py, px, columns, weights,
+                H, W, DY, DX, line, step, sy, sx, (tap + 1) % 9,
+            )  # fmt: skip
             if mean is not None:
-                z = relu(z.to(tl.float32) * s[None, :] + t[None, :])
-            z = tl.where(there & (c < C)[None, :], z, 0.0).to(x.dtype.element_ty)
+                z = z.to(tl.float32) * s[None, :] + t[None, :]
+                z = tl.maximum(z, 0.0, tl.PropagateNan.ALL)
+                # a minimum, since a select would cost three instructions where values are 16 bits
+                z = tl.minimum(z, tl.where(there, float("inf"), 0.0), tl.PropagateNan.ALL)
+                z = z.to(x.dtype.element_ty)
             acc = tl.dot(z, b, acc, PRECISION)
     return acc
 
@@ -91,7 +96,8 @@ def _convolve(
 def forward_3x3(
     x, w, mean, var, weight, bias, keep, out, partial,
     M, H, W, C, CX, K, DY, DX, ldx, line, step, sk, sc, sy, sx, ldk, ldo, eps, factor, tiles, plane,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT = conv3x3(relu(s*X + t), W) * keep * factor for X [M, C], W [K, C, 3, 3], keep and OUT
     [M, K], with each tile's statistics of OUT as stored at partial [2, K, tiles]; keep and partial
@@ -104,7 +110,7 @@ def forward_3x3(
     acc = _convolve(
         x, w, mean, var, weight, bias, tile, n,
         M, H, W, C, CX, K, DY, DX, ldx, line, step, sc, sk, sy, sx, eps,
-        BM, BN, BK, PRECISION,
+        BM, BN, BK, RAGGED, PRECISION,
     )  # fmt: skip
     row = tl.arange(0, BM)
     valid = (tile * BM + row < M)[:, None]
@@ -127,7 +133,8 @@ def input_gradient_3x3(
     dy, w, x, mean, var, weight, bias, g, partial,
     M, H, W, C, CX, CG, K, CK, DY, DX, ldy, line, step, sk, sc, sy, sx, ldx, ldg, eps, tiles, plane,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    INTO: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    INTO: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr,
+    RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA = sum over taps of dY[m - shift] @ W[:, :, tap], dZ = dA*[s*X + t > 0], with INTO
     G += s*dZ, else G = dZ, and each tile's sums at partial [2 or 4, C, tiles]; dY [M, K],
@@ -141,7 +148,7 @@ def input_gradient_3x3(
     da = _convolve(
         dy, w + 2 * sy + 2 * sx, None, None, None, None, tile, c,
         M, H, W, K, CK, C, DY, DX, ldy, line, step, sk, sc, -sy, -sx, eps,
-        BM, BC, BK, PRECISION,
+        BM, BC, BK, RAGGED, PRECISION,
     )  # fmt: skip
     row = tl.arange(0, BM)
     valid = (tile * BM + row < M)[:, None]
@@ -171,27 +178,50 @@ def input_gradient_3x3(
 
 
 @triton.jit
+def _meeting(
+    dy, x, start, last, py, px, c, j, j4, tap, H, W, CX, CK, DY, DX, ldy, ldx, line, step,
+    BM: tl.constexpr,
+):  # fmt: skip
+    """BM rows of X from row ``start`` on, and the rows of dY that meet them: through four taps side
+    by side, where column i is output j4[i] through tap[i]; through the centre; through the last
+    four. x and dy point to row ``start``.
+    """
+    row = tl.arange(0, BM)
+    valid = (start + row < last)[:, None]
+    dy += row[:, None] * ldy
+    values = tl.load(x + row[:, None] * ldx + c[None, :], valid & (c < CX)[None, :], 0.0)
+    centre = tl.load(dy + j[None, :], valid & (j < CK)[None, :], 0.0)
+    outputs = valid & (j4 < CK)[None, :]
+    down = (1 - tap // 3)[None, :]
+    right = (1 - tap % 3)[None, :]
+    inside = outputs & _inside(py[:, None], px[:, None], down * DY, right * DX, H, W)
+    before = tl.load(dy + (j4[None, :] + down * line + right * step), inside, 0.0)
+    down = (1 - (tap + 5) // 3)[None, :]
+    right = (1 - (tap + 5) % 3)[None, :]
+    inside = outputs & _inside(py[:, None], px[:, None], down * DY, right * DX, H, W)
+    after = tl.load(dy + (j4[None, :] + down * line + right * step), inside, 0.0)
+    return values, before, centre, after
+
+
+@triton.jit
 def weight_gradient_3x3(
     dy, x, mean, var, weight, bias, partial,
-    M, H, W, C, CX, K, CK, DY, DX, ldy, line, step, ldx, eps, share, down, right, size,
+    M, H, W, C, CX, K, CK, DY, DX, ldy, line, step, ldx, eps, share, lines, columns, size,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW[:, :, tap] = sum over m of dY[m - shift]^T @ relu(s*X[m] + t) for dY [M, K], X [M, C]: the
     sum over one split's ``share`` rows m at partial [splits, K, C, 3, 3], size = K*C*9.
 
-    A program owns BK by BC by 9 of it. X is read once and meets nine rows of dY: eight taps side by
-    side as one operand, then the centre. BM rows on lie ``down`` lines and ``right`` columns.
+    A program owns BK by BC by 9 of it: X is read once and meets dY through four taps, four more,
+    and the centre. BM rows on lie ``lines`` lines and ``columns`` columns. What stands behind C and
+    K stays in rows and columns of the product that nobody stores.
     """
     split = tl.program_id(2)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     j = tl.program_id(1) * BK + tl.arange(0, BK)
-    side = tl.arange(0, 8 * BK)
-    tap = side // BK
-    tap += (tap >= 4).to(tl.int32)
-    ky = tap // 3 - 1
-    kx = tap % 3 - 1
-    jside = tl.program_id(1) * BK + side % BK
-    shifted = jside - ky * line - kx * step
+    i = tl.arange(0, 4 * BK)
+    j4 = tl.program_id(1) * BK + i % BK
+    tap = i // BK
     row = tl.arange(0, BM)
     first = split * share
     last = tl.minimum(first + share, M)
@@ -200,58 +230,57 @@ def weight_gradient_3x3(
     dy += split.to(tl.int64) * share * ldy
     x += split.to(tl.int64) * share * ldx
     s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
-    sides = tl.zeros([BC, 8 * BK], tl.float32)
+    before = tl.zeros([BC, 4 * BK], tl.float32)
+    after = before
     centre = tl.zeros([BC, BK], tl.float32)
+    values, d0, d4, d5 = _meeting(
+        dy, x, first, last, py, px, c, j, j4, tap, H, W, CX, CK, DY, DX, ldy, ldx, line, step, BM
+    )
     for start in range(first, last, BM):
-        valid = (start + row < last)[:, None]
-        mask = valid & (c < CX)[None, :]
-        values = tl.load(x + row[:, None] * ldx + c[None, :], mask, 0.0)
-        there = _inside(py[:, None], px[:, None], -ky[None, :] * DY, -kx[None, :] * DX, H, W)
-        there = there & valid
-        at = dy + row[:, None] * ldy
-        ds = tl.load(at + shifted[None, :], there & (jside < CK)[None, :], 0.0)
-        dc = tl.load(at + j[None, :], valid & (j < CK)[None, :], 0.0)
-        z = relu(values.to(tl.float32) * s[None, :] + t[None, :])
-        # what stands behind C, or a NaN behind the last row, must not meet dY's zeros
-        z = tl.where(mask & (c < C)[None, :], z, 0.0).to(x.dtype.element_ty)
-        z = tl.trans(z)
-        sides = tl.dot(z, ds, sides, PRECISION)
-        centre = tl.dot(z, dc, centre, PRECISION)
-        dy += BM * ldy
-        x += BM * ldx
-        px += right
+        z = tl.maximum(values.to(tl.float32) * s[None, :] + t[None, :], 0.0, tl.PropagateNan.ALL)
+        z = tl.trans(z.to(x.dtype.element_ty))
+        b0, b4, b5 = d0, d4, d5
+        px += columns
         wrap = px >= W
         px = tl.where(wrap, px - W, px)
-        py += down + wrap.to(tl.int32)
+        py += lines + wrap.to(tl.int32)
         py = tl.where(py >= H, py - H, py)
+        dy += BM * ldy
+        x += BM * ldx
+        values, d0, d4, d5 = _meeting(
+            dy, x, start + BM, last, py, px, c, j, j4, tap,
+            H, W, CX, CK, DY, DX, ldy, ldx, line, step, BM,
+        )  # fmt: skip
+        before = tl.dot(z, b0, before, PRECISION)
+        centre = tl.dot(z, b4, centre, PRECISION)
+        after = tl.dot(z, b5, after, PRECISION)
     partial += split.to(tl.int64) * size + c[:, None] * 9
+    at = partial + j4[None, :] * C * 9 + tap[None, :]
     inside = (c < C)[:, None]
-    tl.store(partial + jside[None, :] * C * 9 + tap[None, :], sides, inside & (jside < K)[None, :])
+    tl.store(at, before, inside & (j4 < K)[None, :])
+    tl.store(at + 5, after, inside & (j4 < K)[None, :])
     tl.store(partial + j[None, :] * C * 9 + 4, centre, inside & (j < K)[None, :])
 
 
 def forward_config(dtype: torch.dtype, c: int, k: int) -> Config:
     """Columns are outputs, the inner ones input channels."""
-    columns = min(power(k), 64)
     if precision(dtype) == "ieee":
-        return Config(64, min(columns, 32), 16, 4, 1)
-    return Config(128, columns, min(power(c), 32 if dtype == torch.float32 else 64), 8, 1)
+        return Config(64, min(power(k), 32), 16, 4, 1)
+    return Config(128, min(power(k), 64), min(power(c), 32), 8, 1)
 
 
 def input_config(dtype: torch.dtype, c: int, k: int) -> Config:
     """Columns are input channels, the inner ones outputs."""
     if precision(dtype) == "ieee":
         return Config(64, min(power(c), 32), 16, 4, 1)
-    return Config(128, min(power(c), 128), min(power(k), 32), 8, 1)
+    return Config(128, min(power(c), 64), min(power(k), 32), 8, 1)
 
 
 def weight_config(dtype: torch.dtype, c: int, k: int) -> Config:
     """Columns are input channels, the inner ones outputs."""
     if precision(dtype) == "ieee":
         return Config(16, min(power(c), 32), 16, 4, 1)
-    return Config(64, min(power(c), 64), min(power(k), 32), 8, 1)
-
-
+    return Config(32, min(power(c), 64), min(power(k), 32), 8, 1)
 
 
 @cache
@@ -269,7 +298,7 @@ def _forward_plan(
             geometry.rows, h, w, c, readable(c, ldx), k, *dilation,
             ldx, *_shifts(dilation, w, ldx), *rest, eps, factor, tiles, k * tiles,
         ),
-        (config.rows, config.columns, config.inner, precision(dtype)),
+        (config.rows, config.columns, config.inner, readable(c, ldx) != c, precision(dtype)),
         config.warps,
         config.stages,
     )  # fmt: skip
@@ -322,7 +351,10 @@ def _input_plan(
             geometry.rows, h, w, c, readable(c, ldx), writable, k, readable(k, ldy), *dilation,
             ldy, *_shifts(dilation, w, ldy), *rest, ldx, ldg, eps, tiles, c * tiles,
         ),
-        (config.rows, config.columns, config.inner, into, seeded, rounds, precision(dtype)),
+        (
+            config.rows, config.columns, config.inner, into, seeded, rounds,
+            readable(k, ldy) != k, precision(dtype),
+        ),
         config.warps,
         config.stages,
     )  # fmt: skip
