@@ -48,7 +48,8 @@ class Triton(Reference):
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
-        if not _fits(x, out) or weight.dtype != x.dtype:
+        fits = _fits(x, out) and weight.dtype == x.dtype
+        if not fits or not conv3x3.reachable(geometry, dilation, x.stride(0)):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
         conv3x3.forward(x, read, weight, dilation, geometry, out, keep, moments)
 
@@ -84,7 +85,8 @@ class Triton(Reference):
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
         fits = _fits(x, dy) and weight.dtype == x.dtype
-        if not fits or (into is not None and into.g.stride(-1) != 1):
+        fits = fits and (into is None or into.g.stride(-1) == 1)
+        if not fits or not conv3x3.reachable(geometry, dilation, dy.stride(0)):
             return super().bn_relu_conv3x3_backward(
                 dy, weight, dilation, x, read, geometry, into, need_weight
             )

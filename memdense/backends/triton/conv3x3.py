@@ -83,8 +83,7 @@ def _convolve(
                 H, W, DY, DX, line, step, sy, sx, (tap + 1) % 9,
             )  # fmt: skip
             if mean is not None:
-                z = z.to(tl.float32) * s[None, :] + t[None, :]
-                z = tl.maximum(z, 0.0, tl.PropagateNan.ALL)
+                z = relu(z.to(tl.float32) * s[None, :] + t[None, :])
                 # a minimum, since a select would cost three instructions where values are 16 bits
                 z = tl.minimum(z, tl.where(there, float("inf"), 0.0), tl.PropagateNan.ALL)
                 z = z.to(x.dtype.element_ty)
@@ -237,7 +236,7 @@ def weight_gradient_3x3(
         dy, x, first, last, py, px, c, j, j4, tap, H, W, CX, CK, DY, DX, ldy, ldx, line, step, BM
     )
     for start in range(first, last, BM):
-        z = tl.maximum(values.to(tl.float32) * s[None, :] + t[None, :], 0.0, tl.PropagateNan.ALL)
+        z = relu(values.to(tl.float32) * s[None, :] + t[None, :])
         z = tl.trans(z.to(x.dtype.element_ty))
         b0, b4, b5 = d0, d4, d5
         px += columns
@@ -262,6 +261,11 @@ def weight_gradient_3x3(
     tl.store(partial + j[None, :] * C * 9 + 4, centre, inside & (j < K)[None, :])
 
 
+def reachable(geometry: Geometry, dilation: tuple[int, int], *strides: int) -> bool:
+    """Whether the taps of a pixel lie within 32-bit offsets of it."""
+    return (dilation[0] * geometry.w + dilation[1]) * max(strides) < 2**30
+
+
 def forward_config(dtype: torch.dtype, c: int, k: int) -> Config:
     """Columns are outputs, the inner ones input channels."""
     if precision(dtype) == "ieee":
@@ -279,8 +283,14 @@ def input_config(dtype: torch.dtype, c: int, k: int) -> Config:
 def weight_config(dtype: torch.dtype, c: int, k: int) -> Config:
     """Columns are input channels, the inner ones outputs."""
     if precision(dtype) == "ieee":
-        return Config(16, min(power(c), 32), 16, 4, 1)
-    return Config(32, min(power(c), 64), min(power(k), 32), 8, 1)
+        return Config(16, min(power(c), 32), 16, 8, 1)
+    rows = 16 if dtype == torch.float32 else 32
+    return Config(rows, min(power(c), 64), min(power(k), 32), 8, 1)
+
+
+def _shifts(dilation: tuple[int, int], width: int, stride: int) -> tuple[int, int]:
+    """How far the next tap's values are, a line down and a column right."""
+    return dilation[0] * width * stride, dilation[1] * stride
 
 
 @cache
@@ -302,11 +312,6 @@ def _forward_plan(
         config.warps,
         config.stages,
     )  # fmt: skip
-
-
-def _shifts(dilation: tuple[int, int], width: int, stride: int) -> tuple[int, int]:
-    """How far the next tap's values are, a line down and a column right."""
-    return dilation[0] * width * stride, dilation[1] * stride
 
 
 def forward(
