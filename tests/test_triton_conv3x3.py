@@ -19,15 +19,15 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interp
 
 # images, lines, columns, channels, outputs, dilation
 SHAPES = [
-    (2, 7, 9, 48, 12, (1, 1)),
-    (1, 12, 11, 128, 32, (1, 1)),
+    (3, 7, 7, 48, 12, (1, 1)),
+    (1, 10, 13, 128, 32, (1, 1)),
     (1, 9, 12, 16, 24, (2, 2)),
     (2, 6, 5, 3, 1, (4, 4)),
     (1, 5, 19, 20, 48, (3, 8)),
     (5, 1, 1, 20, 7, (1, 1)),
     (1, 3, 2, 33, 65, (4, 4)),
     (1, 2, 70, 1, 7, (1, 2)),
-    (3, 5, 3, 70, 12, (1, 2)),
+    (3, 3, 5, 70, 12, (1, 2)),
 ]
 NAMES = (
     "out", "mean", "var", "dz", "dbeta", "dgamma", "dweight", "g", "dbeta into g", "dgamma into g",
@@ -73,10 +73,11 @@ def run(
     g = Layer.matrix(layer.g.to(dtype) if seeded else torch.full_like(layer.g, torch.nan).to(dtype))
     into = into_of(g, seeded)
     into.sums.fill_(1)
-    none, sums2, dweight2 = backend.bn_relu_conv3x3_backward(*arguments, into, True)
-    assert none is None and torch.equal(dweight, dweight2)
+    none, sums2, no_dweight = backend.bn_relu_conv3x3_backward(*arguments, into, False)
+    assert none is None and no_dweight is None
     for matrix in (out, g):
-        assert matrix._base.isnan().sum() == matrix._base.numel() - matrix.numel(), "wrote beside"
+        beside = matrix._base.isnan().sum() - matrix.isnan().sum()
+        assert beside == matrix._base.numel() - matrix.numel(), "wrote beside"
     into.sums.sub_(1)
     values = (out, *moments, dz, *sums, dweight, g, *sums2, *into.sums)
     return dict(zip(NAMES, values, strict=True))
@@ -90,11 +91,12 @@ def assert_no_worse(layer: Layer, dilation: tuple[int, int], **options) -> None:
     dz, read = exact["dz"], layer.read
     scale, shares = read.scale.double(), read.scale.double() * read.rstd.double()
     x_hat = (layer.x.double() - read.mean.double()) * read.rstd.double()
+    g, g_unit = exact["g"], torch.finfo(ours["g"].dtype).eps
     floors = {
         "dbeta": running_error(dz),
         "dgamma": running_error(dz * x_hat),
-        "S1": running_error(dz * scale),
-        "S2": running_error(dz * x_hat * shares),
+        "S1": running_error(dz * scale) + rounding_error(g, g_unit),
+        "S2": running_error(dz * x_hat * shares) + rounding_error(g * x_hat * read.rstd, g_unit),
     }
     for name, c in exact.items():
         a, b = ours[name], theirs[name]
@@ -111,6 +113,11 @@ def running_error(terms: Tensor) -> float:
     """
     unit = torch.finfo(torch.float32).eps / 2
     return unit * terms.cumsum(0).square().sum(0).mean().sqrt().item()
+
+
+def rounding_error(terms: Tensor, unit: float) -> float:
+    """Of a sum over rows whose terms were stored: a quarter of a unit each, which is their RMS."""
+    return unit / 4 * terms.square().sum(0).mean().sqrt().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -132,7 +139,9 @@ def test_wide_gradient_of_16_bit_features():
     assert_no_worse(layer, dilation, wide=True)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 7, 48, 12, (1, 1)), (1, 4, 9, 20, 32, (2, 1))], ids=str
+)
 def test_layouts_give_the_same_bits(shape):
     """Of the weight, and of dY: packed, or with rows that reach to the next multiple of 16, over
     NaN; and a second run.
