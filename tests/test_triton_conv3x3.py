@@ -139,9 +139,7 @@ def test_wide_gradient_of_16_bit_features():
     assert_no_worse(layer, dilation, wide=True)
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 5, 7, 48, 12, (1, 1)), (1, 4, 9, 20, 32, (2, 1))], ids=str
-)
+@pytest.mark.parametrize("shape", [(2, 5, 7, 48, 12, (1, 1)), (1, 4, 9, 20, 32, (2, 1))], ids=str)
 def test_layouts_give_the_same_bits(shape):
     """Of the weight, and of dY: packed, or with rows that reach to the next multiple of 16, over
     NaN; and a second run.
