@@ -49,6 +49,7 @@ class Triton(Reference):
         moments: Tensor | None,
     ) -> None:
         fits = _fits(x, out) and weight.dtype == x.dtype
+        fits = fits and (keep is None or keep[0].stride(-1) == 1)
         if not fits or not conv3x3.reachable(geometry, dilation, x.stride(0)):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
         conv3x3.forward(x, read, weight, dilation, geometry, out, keep, moments)

@@ -31,13 +31,13 @@ def _inside(y, x, down, right, H, W):
 
 @triton.jit
 def _tap(
-    x, w, valid, py, px, columns, weights, H, W, DY, DX, line, step, sy, sx, tap
+    x, w, valid, py, px, columns, weights, H, W, DY, DX, line, step, sy, sx, TAP: tl.constexpr
 ):  # fmt: skip
     """One tap's tiles of X and W, and which rows meet a pixel: x and w point to the centre and to
     tap 0; a line down is ``line`` values on in X and sy in W, a column ``step`` and sx.
     """
-    ky = tap // 3
-    kx = tap % 3
+    ky: tl.constexpr = TAP // 3
+    kx: tl.constexpr = TAP % 3
     inside = valid & _inside(py, px, (ky - 1) * DY, (kx - 1) * DX, H, W)[:, None]
     at = x + (ky - 1) * line + (kx - 1) * step
     return tl.load(at, inside & columns, 0.0), tl.load(w + ky * sy + kx * sx, weights, 0.0), inside
@@ -74,14 +74,15 @@ def _convolve(
         values, taps, inside = _tap(
             at, of, valid, py, px, columns, weights, H, W, DY, DX, line, step, sy, sx, 0
         )
-        for tap in range(9):
+        for tap in tl.static_range(9):
             z, b, there = values, taps, inside
             if RAGGED:
                 z = tl.where((c < C)[None, :], z, 0.0)
-            values, taps, inside = _tap(
-                at, of, valid, py, px, columns, weights,
-                H, W, DY, DX, line, step, sy, sx, (tap + 1) % 9,
-            )  # fmt: skip
+            if tap < 8:
+                values, taps, inside = _tap(
+                    at, of, valid, py, px, columns, weights,
+                    H, W, DY, DX, line, step, sy, sx, tap + 1,
+                )  # fmt: skip
             if mean is not None:
                 z = relu(z.to(tl.float32) * s[None, :] + t[None, :])
                 # a minimum, since a select would cost three instructions where values are 16 bits
@@ -270,14 +271,17 @@ def forward_config(dtype: torch.dtype, c: int, k: int) -> Config:
     """Columns are outputs, the inner ones input channels."""
     if precision(dtype) == "ieee":
         return Config(64, min(power(k), 32), 16, 4, 1)
-    return Config(128, min(power(k), 64), min(power(c), 32), 8, 1)
+    columns = min(power(k), 64)
+    # nine taps are unrolled: registers are scarce
+    inner = 16 if columns == 64 or dtype == torch.float32 else min(power(c), 32)
+    return Config(64, columns, inner, 4, 1)
 
 
 def input_config(dtype: torch.dtype, c: int, k: int) -> Config:
     """Columns are input channels, the inner ones outputs."""
     if precision(dtype) == "ieee":
         return Config(64, min(power(c), 32), 16, 4, 1)
-    return Config(128, min(power(c), 64), min(power(k), 32), 8, 1)
+    return Config(64, min(power(c), 64), min(power(k), 32), 4, 1)
 
 
 def weight_config(dtype: torch.dtype, c: int, k: int) -> Config:
