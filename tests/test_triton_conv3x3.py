@@ -1,4 +1,4 @@
-"""The 3x3 convolution in Triton against the reference: on a GPU, or in Triton's interpreter."""
+"""The 3x3 convolution in Triton, in its interpreter, against the reference."""
 
 from __future__ import annotations
 
