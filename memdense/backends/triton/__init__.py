@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...buffers import Into, NormGradient, Reader, Sums
+from ...buffers import Geometry, Into, NormGradient, Reader, Sums
 from ..reference import Reference
-from . import conv1x1
+from . import conv1x1, conv3x3
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,6 +36,23 @@ class Triton(Reference):
             return super().bn_relu_conv1x1(x, read, weight, moments)
         return conv1x1.forward(x, read, weight, moments)
 
+    def bn_relu_conv3x3(
+        self,
+        x: Tensor,
+        read: Reader,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        geometry: Geometry,
+        out: Tensor,
+        keep: tuple[Tensor, float] | None,
+        moments: Tensor | None,
+    ) -> None:
+        fits = _fits(x, out) and weight.dtype == x.dtype
+        fits = fits and (keep is None or keep[0].stride(-1) == 1)
+        if not fits or not conv3x3.reachable(geometry, dilation, x.stride(0)):
+            return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
+        conv3x3.forward(x, read, weight, dilation, geometry, out, keep, moments)
+
     # ---- answering
 
     def bn_relu_conv1x1_backward(
@@ -55,3 +72,22 @@ class Triton(Reference):
                 dz, y, behind, weight, x, read, into, need_weight
             )
         return conv1x1.backward(dz, y, behind, weight, x, read, into, need_weight)
+
+    def bn_relu_conv3x3_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        x: Tensor,
+        read: Reader,
+        geometry: Geometry,
+        into: Into | None,
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Sums, Tensor | None]:
+        fits = _fits(x, dy) and weight.dtype == x.dtype
+        fits = fits and (into is None or into.g.stride(-1) == 1)
+        if not fits or not conv3x3.reachable(geometry, dilation, dy.stride(0)):
+            return super().bn_relu_conv3x3_backward(
+                dy, weight, dilation, x, read, geometry, into, need_weight
+            )
+        return conv3x3.backward(dy, weight, dilation, x, read, geometry, into, need_weight)

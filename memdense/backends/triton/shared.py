@@ -26,7 +26,7 @@ def norm_vectors(mean, var, weight, bias, eps, c, inside):
 @triton.jit
 def relu(z):
     """max(z, 0), NaN kept, as PyTorch does."""
-    return tl.where(z <= 0.0, 0.0, z)
+    return tl.maximum(z, 0.0, tl.PropagateNan.ALL)
 
 
 @triton.jit
