@@ -9,8 +9,6 @@ outside the image: padding is 0 after the ReLU.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from ...buffers import Geometry, Into, Reader, Sums
 from .conv1x1 import PROGRAMS, SPLIT_ROWS, Config
-from .launch import Plan, cdiv, power, precision, readable
+from .launch import Plan, cached, cdiv, power, precision, readable
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .shared import answer, norm_vectors, relu, store_moments, store_sums
 
@@ -267,9 +265,9 @@ def reachable(geometry: Geometry, dilation: tuple[int, int], *strides: int) -> b
     return (dilation[0] * geometry.w + dilation[1]) * max(strides) < 2**30
 
 
-def forward_config(dtype: torch.dtype, c: int, k: int) -> Config:
+def forward_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
     """Columns are outputs, the inner ones input channels."""
-    if precision(dtype) == "ieee":
+    if precise == "ieee":
         return Config(64, min(power(k), 32), 16, 4, 1)
     columns = min(power(k), 64)
     # nine taps are unrolled: registers are scarce
@@ -277,16 +275,16 @@ def forward_config(dtype: torch.dtype, c: int, k: int) -> Config:
     return Config(64, columns, inner, 4, 1)
 
 
-def input_config(dtype: torch.dtype, c: int, k: int) -> Config:
+def input_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
     """Columns are input channels, the inner ones outputs."""
-    if precision(dtype) == "ieee":
+    if precise == "ieee":
         return Config(64, min(power(c), 32), 16, 4, 1)
     return Config(64, min(power(c), 64), min(power(k), 32), 4, 1)
 
 
-def weight_config(dtype: torch.dtype, c: int, k: int) -> Config:
+def weight_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
     """Columns are input channels, the inner ones outputs."""
-    if precision(dtype) == "ieee":
+    if precise == "ieee":
         return Config(16, min(power(c), 32), 16, 8, 1)
     rows = 16 if dtype == torch.float32 else 32
     return Config(rows, min(power(c), 64), min(power(k), 32), 8, 1)
@@ -297,12 +295,13 @@ def _shifts(dilation: tuple[int, int], width: int, stride: int) -> tuple[int, in
     return dilation[0] * width * stride, dilation[1] * stride
 
 
-@cache
+@cached
 def _forward_plan(
-    dtype: torch.dtype, geometry: Geometry, c: int, k: int, dilation: tuple[int, int],
+    dtype: torch.dtype, precise: str, geometry: Geometry, c: int, k: int,
+    dilation: tuple[int, int],
     strides: tuple[int, ...], eps: float, factor: float, tiles: int,
 ) -> Plan:  # fmt: skip
-    config = forward_config(dtype, c, k)
+    config = forward_config(dtype, precise, c, k)
     _, h, w = geometry
     ldx, *rest = strides
     return Plan(
@@ -312,7 +311,7 @@ def _forward_plan(
             geometry.rows, h, w, c, readable(c, ldx), k, *dilation,
             ldx, *_shifts(dilation, w, ldx), *rest, eps, factor, tiles, k * tiles,
         ),
-        (config.rows, config.columns, config.inner, readable(c, ldx) != c, precision(dtype)),
+        (config.rows, config.columns, config.inner, readable(c, ldx) != c, precise),
         config.warps,
         config.stages,
     )  # fmt: skip
@@ -329,13 +328,13 @@ def forward(
     moments: Tensor | None,
 ) -> None:
     """Into out (M, k), and its statistics where ``moments`` (2, k) wants them."""
-    (m, c), k = x.shape, len(weight)
-    rows = forward_config(x.dtype, c, k).rows
+    (m, c), k, precise = x.shape, len(weight), precision(x.dtype)
+    rows = forward_config(x.dtype, precise, c, k).rows
     tiles = cdiv(m, rows)
     partial = None if moments is None else moments_partial(x, k, tiles)
     mask, factor = (None, 1.0) if keep is None else keep
     plan = _forward_plan(
-        x.dtype, geometry, c, k, dilation,
+        x.dtype, precise, geometry, c, k, dilation,
         (x.stride(0), *weight.stride(), 0 if mask is None else mask.stride(0), out.stride(0)),
         read.eps, factor, tiles,
     )  # fmt: skip
@@ -344,12 +343,13 @@ def forward(
         merge(partial, moments, m, rows)
 
 
-@cache
+@cached
 def _input_plan(
-    dtype: torch.dtype, geometry: Geometry, c: int, k: int, dilation: tuple[int, int],
+    dtype: torch.dtype, precise: str, geometry: Geometry, c: int, k: int,
+    dilation: tuple[int, int],
     strides: tuple[int, ...], eps: float, into: bool, seeded: bool, rounds: bool, tiles: int,
 ) -> Plan:  # fmt: skip
-    config = input_config(dtype, c, k)
+    config = input_config(dtype, precise, c, k)
     _, h, w = geometry
     ldy, *rest, ldx, ldg = strides
     writable = readable(c, ldg) if seeded else c
@@ -362,19 +362,20 @@ def _input_plan(
         ),
         (
             config.rows, config.columns, config.inner, into, seeded, rounds,
-            readable(k, ldy) != k, precision(dtype),
+            readable(k, ldy) != k, precise,
         ),
         config.warps,
         config.stages,
     )  # fmt: skip
 
 
-@cache
+@cached
 def _weight_plan(
-    dtype: torch.dtype, geometry: Geometry, c: int, k: int, dilation: tuple[int, int],
+    dtype: torch.dtype, precise: str, geometry: Geometry, c: int, k: int,
+    dilation: tuple[int, int],
     ldy: int, ldx: int, eps: float, splits: int,
 ) -> Plan:  # fmt: skip
-    config = weight_config(dtype, c, k)
+    config = weight_config(dtype, precise, c, k)
     _, h, w = geometry
     share = cdiv(cdiv(geometry.rows, splits), config.rows) * config.rows
     return Plan(
@@ -385,15 +386,15 @@ def _weight_plan(
             ldy, *_shifts(dilation, w, ldy), ldx, eps, share,
             config.rows // w % h, config.rows % w, k * c * 9,
         ),
-        (config.rows, config.columns, config.inner, precision(dtype)),
+        (config.rows, config.columns, config.inner, precise),
         config.warps,
         config.stages,
     )  # fmt: skip
 
 
-def weight_splits(dtype: torch.dtype, m: int, c: int, k: int) -> int:
+def weight_splits(dtype: torch.dtype, precise: str, m: int, c: int, k: int) -> int:
     """How many programs share the rows, as for the 1x1."""
-    config = weight_config(dtype, c, k)
+    config = weight_config(dtype, precise, c, k)
     programs = cdiv(c, config.columns) * cdiv(k, config.inner)
     splits = max(1, min(PROGRAMS // programs, m // SPLIT_ROWS))
     share = cdiv(cdiv(m, splits), config.rows) * config.rows
@@ -411,12 +412,12 @@ def backward(
     need_weight: bool,
 ) -> tuple[Tensor | None, Sums, Tensor | None]:
     """dz (M, C), or into G; the reader's sums and dW (k, C, 3, 3) in float32."""
-    (m, c), k = x.shape, len(weight)
-    tiles = cdiv(m, input_config(x.dtype, c, k).rows)
+    (m, c), k, precise = x.shape, len(weight), precision(x.dtype)
+    tiles = cdiv(m, input_config(x.dtype, precise, c, k).rows)
     partial = sums_partial(x, c, tiles, into)
     g = x.new_empty((m, c)) if into is None else into.g
     plan = _input_plan(
-        x.dtype, geometry, c, k, dilation,
+        x.dtype, precise, geometry, c, k, dilation,
         (dy.stride(0), *weight.stride(), x.stride(0), g.stride(0)),
         read.eps, into is not None, into is not None and into.seeded,
         into is not None and into.rounds, tiles,
@@ -424,10 +425,10 @@ def backward(
     plan(dy, weight, x, read.mean, read.var, read.weight, read.bias, g, partial)
     weights = None
     if need_weight:
-        splits = weight_splits(x.dtype, m, c, k)
+        splits = weight_splits(x.dtype, precise, m, c, k)
         weights = x.new_empty((splits, k, c, 3, 3), dtype=torch.float32)
         plan = _weight_plan(
-            x.dtype, geometry, c, k, dilation, dy.stride(0), x.stride(0), read.eps, splits
+            x.dtype, precise, geometry, c, k, dilation, dy.stride(0), x.stride(0), read.eps, splits
         )
         plan(dy, x, read.mean, read.var, read.weight, read.bias, weights)
     sums, dweight = merge_sums(partial, read, into, weights)
