@@ -5,6 +5,7 @@ from .convert import convert
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .explain import Explanation, explain
 from .modules import DenseBlock, DenseLayer, DilatedConv2d, Transition
+from .plan import Plan, plan
 from .stage import Features, MemdenseWarning
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "Explanation",
     "Features",
     "MemdenseWarning",
+    "Plan",
     "Transition",
     "convert",
     "densenet121",
@@ -25,5 +27,6 @@ __all__ = [
     "densenet201",
     "densenet264",
     "explain",
+    "plan",
     "use_backend",
 ]

@@ -16,6 +16,7 @@ from torch import nn
 
 from .backends.reference import Reference
 from .buffers import Geometry, GradientBuffer, reader_columns
+from .densenet import DenseNet
 from .explain import _size_after
 from .spec import Layer, Stage, flatten
 
@@ -98,14 +99,29 @@ class Part:
         return Geometry(images, self.height, self.width)
 
 
-def parts_of(model: nn.Module, height: int, width: int) -> list[Part]:
-    """The parts of a :class:`memdense.DenseNet` for images of ``height`` x ``width``.
+class Network(NamedTuple):
+    """A DenseNet as the ledger sees it.
+
+    Attributes:
+        parts: from the first convolution to the last block.
+        image_values: of one image.
+        classifier: what follows the global mean.
+    """
+
+    parts: tuple[Part, ...]
+    image_values: int
+    classifier: nn.Linear
+
+
+def read_network(model: DenseNet, height: int, width: int) -> Network:
+    """``model``, in training mode and on any device, for images of ``height`` x ``width``.
 
     Raises:
-        ValueError: nothing is left of such images somewhere in the network.
+        ValueError: nothing is left of such images somewhere in it.
+        Unsupported: a part of it would run as plain modules.
     """
     features = model.features
-    found = []
+    parts = []
     size: tuple[int, int] = (height, width)
     for step in features._steps("pool"):
         modules = [features._modules[name] for name in step.names]
@@ -115,12 +131,13 @@ def parts_of(model: nn.Module, height: int, width: int) -> list[Part]:
         else:
             kind = "stem" if step.kind == "stem" else "conv"
             part = Part(kind, step.names[0], *_size_after(modules[0], size), conv=modules[0])
-        found.append(part)
+        parts.append(part)
         for module in modules:
             size = _size_after(module, size)
         if min(*size, part.height, part.width) < 1:
             raise ValueError(f"nothing is left of {height} x {width} pixels behind {part.name}")
-    return found
+    values = features[0].in_channels * height * width
+    return Network(tuple(parts), values, model.classifier)
 
 
 def half_up(geometry: Geometry) -> Geometry:
@@ -174,16 +191,14 @@ class Machine(NamedTuple):
     threads: int = 1
 
 
-def replay(
-    model: nn.Module, height: int, width: int, batch: int, setting: Setting, machine: Machine
-) -> Ledger:
+def replay(network: Network, batch: int, setting: Setting, machine: Machine) -> Ledger:
     """The ledger of a training step with ``batch`` images: forward, cross entropy, backward.
 
     It counts what :func:`memdense.memory.training_step_memory` counts: bytes above parameters,
     buffers, images and ``.grad``, which exist before.
     """
     walk = {"memdense": Efficient, "plain": Plain, "checkpoint": Checkpoint}[setting.kind]
-    return walk(model, height, width, batch, setting, machine).run()
+    return walk(network, batch, setting, machine).run()
 
 
 class Walk:
@@ -193,20 +208,12 @@ class Walk:
     gradients of both; what it keeps in between goes to ``self.kept``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        height: int,
-        width: int,
-        batch: int,
-        setting: Setting,
-        machine: Machine,
-    ) -> None:
+    def __init__(self, network: Network, batch: int, setting: Setting, machine: Machine) -> None:
         self.ledger = Ledger()
-        self.parts = parts_of(model, height, width)
+        self.parts, values, self.classifier = network
+        self.until_loss: list[Buffer] = []  # what autocast holds for the whole forward pass
         self.kept: dict[str, list[Buffer]] = {part.name: [] for part in self.parts}
-        self.classifier: nn.Linear = model.classifier
-        self.images = batch * model.features[0].in_channels * height * width
+        self.images = batch * values
         self.n = batch
         self.setting, self.machine = setting, machine
         self.a = machine.dtype.itemsize  # of an activation
@@ -246,6 +253,7 @@ class Walk:
         weights, logits = linear.weight.numel(), self.n * linear.out_features
         casts = self.cast(weights + linear.out_features)
         with ledger.hold("loss", logits * self.a):  # logits
+            ledger.free(*self.until_loss)
             loss = ledger.new("loss", logits * WIDE)  # log-softmax, kept
         ledger.kept = ledger.total
         with ledger.hold("loss", logits * WIDE):  # the gradient of log-softmax
@@ -271,22 +279,16 @@ class Walk:
 class Efficient(Walk):
     """:mod:`memdense.engine`, line by line."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def call(self) -> "FusedScratch":
+        """A backend's scratch: it belongs to one call."""
         backend = self.machine.backend
         # the extension's kernels are for float32 and float64
         backend = "reference" if backend == "native" and self.autocast else backend
-        self.primitives = SCRATCH[backend]
-        # Triton's rows begin at multiples of 16 channels
-        self.row_multiple = 16 if backend == "triton" else 1
-
-    def call(self) -> "FusedScratch":
-        """A backend's scratch: it belongs to one call."""
-        return self.primitives(self.ledger, self.machine)
+        return SCRATCH[backend](self.ledger, self.machine)
 
     def row(self, channels: int) -> int:
-        """The row stride of X and G."""
-        return -(-channels // self.row_multiple) * self.row_multiple
+        """The row stride of X and G: on a GPU rows start at multiples of 16 channels."""
+        return -(-channels // 16) * 16 if self.machine.device == "cuda" else channels
 
     # ---- the stem
 
@@ -393,6 +395,7 @@ class Efficient(Walk):
             ledger.free(*before)
             conv = layer.conv1 if layer.norm2 is None else layer.conv2
             gradients.append(ledger.new("weight gradients", conv.numel() * WIDE))
+            gradients.append(ledger.new("statistics", scratch.sums(channels, layer.bottleneck)))
             if layer.norm2 is None:
                 scratch.conv3x3_backward(geometry, channels, layer.growth, True)
                 before = [dy]  # until the next is made
@@ -444,6 +447,10 @@ class FusedScratch:
         self.threads = machine.threads
         self.g_rounds = False
 
+    def sums(self, channels: int, bottleneck: int) -> int:
+        """Bytes of the sums that a layer's norms leave: dbeta and dgamma, and what G took in."""
+        return (2 + 2 * self.g_rounds) * channels * WIDE + 2 * bottleneck * WIDE
+
     def nothing(self, *_: object) -> None:
         """No scratch."""
 
@@ -453,7 +460,7 @@ class FusedScratch:
 
 
 class NativeScratch(FusedScratch):
-    """csrc/cpu: packed weights and, for each thread, a band of lines and a partial weight gradient."""
+    """csrc/cpu: packed weights and, per thread, a band of lines and a partial weight gradient."""
 
     # kBandBytes and kTileRows there
     BAND_BYTES = 768 << 10
@@ -494,6 +501,8 @@ class ReferenceScratch(FusedScratch):
         limit = Reference.CPU_BAND_BYTES if cpu else Reference.BAND_BYTES
         self.band_values = limit // WIDE
         self.rounds = self.a < WIDE
+        # on the CPU an operation on mixed dtypes first converts what is narrower
+        self.converts = WIDE * (self.rounds and cpu)
         self.blocks: dict[str, Buffer] = {}
 
     def close(self) -> None:
@@ -527,6 +536,7 @@ class ReferenceScratch(FusedScratch):
 
     def read(self, values: int) -> None:
         self.take("z", values * WIDE)
+        self.ledger.spike("scratch", values * self.converts)
         if self.rounds:
             self.take("z rounded", values * self.a)
 
@@ -541,7 +551,7 @@ class ReferenceScratch(FusedScratch):
     def add_into(self, values: int) -> None:
         if self.g_rounds:
             self.take("g", values * WIDE)
-            self.ledger.spike("scratch", values * WIDE)  # g + s*dz
+            self.ledger.spike("scratch", values * (WIDE + self.converts))  # g + s*dz
 
     # ---- primitives, in Reference's order
 
@@ -583,15 +593,17 @@ class ReferenceScratch(FusedScratch):
         self, geometry: Geometry, channels: int, growth: int, into_g: bool
     ) -> None:
         band, halo = self.halo_band(geometry, channels)
-        several = band < geometry.rows
         self.read(halo * channels)
-        with self.ledger.hold("scratch", halo * channels * self.a):  # da
-            if several:  # the last band's is still there
-                self.weight_product(halo, channels, growth)
+        da = halo * channels * self.a
+        # while a band's is made, that of the band before is still there
+        before = da * min(band, geometry.rows - band) // band
+        with self.ledger.hold("scratch", before):
+            self.weight_product(halo, channels, growth)
+            self.ledger.spike("scratch", da)
+        with self.ledger.hold("scratch", da):
             self.answer(band * channels)
             if into_g:
                 self.add_into(band * channels)
-        self.weight_product(halo, channels, growth)
 
     def weight_product(self, halo: int, channels: int, growth: int) -> None:
         """A band's dW of a 3x3, from its operands in float32."""
@@ -649,10 +661,10 @@ SCRATCH = {"triton": FusedScratch, "native": NativeScratch, "reference": Referen
 
 
 class Plain(Walk):
-    """The modules one by one, with what autograd keeps for each and the block's features in a list."""
+    """The modules one by one, with what autograd keeps for each, and a block's features listed."""
 
     def through(self, gradient: Buffer, size: int, *kept: Buffer) -> Buffer:
-        """A module's backward: makes its gradient, then frees the one it answers and what it kept."""
+        """A module's backward: makes its gradient, frees the one it answers and what it kept."""
         made = self.ledger.new("gradients", size)
         self.ledger.free(gradient, *kept)
         return made
@@ -717,9 +729,10 @@ class Plain(Walk):
         return [
             self.cast(layer.conv1.numel()),
             self.cast(0 if layer.conv2 is None else layer.conv2.numel()),
-            ledger.new("concatenations", read),
+            # each with the statistics that its norm keeps
+            ledger.new("concatenations", read + 2 * channels * WIDE),
             ledger.new("norms and ReLUs", read),
-            ledger.new("bottlenecks", rows * width * a),
+            ledger.new("bottlenecks", rows * width * a + 2 * width * WIDE),
             ledger.new("norms and ReLUs", rows * width * a),
             self.dropout(rows * layer.growth, drop_rate),
         ]
@@ -810,7 +823,8 @@ class Checkpoint(Plain):
         cast1, cast2, joined, normed1, *rest = super().layer_forward(
             rows, channels, layer, drop_rate
         )
-        self.ledger.free(cast1, joined, normed1)
+        self.ledger.free(joined, normed1)
+        self.until_loss.append(cast1)
         state = self.RNG_STATE * (self.machine.device == "cpu")
         return [NOTHING, cast2, self.ledger.new("generators' states", state), NOTHING, *rest]
 
