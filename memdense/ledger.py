@@ -503,6 +503,8 @@ class ReferenceScratch(FusedScratch):
         self.rounds = self.a < WIDE
         # on the CPU an operation on mixed dtypes first converts what is narrower
         self.converts = WIDE * (self.rounds and cpu)
+        # and a convolution makes copies of a weight in layouts of its own
+        self.forward_copies, self.backward_copies = (2, 4) if cpu else (0, 1)
         self.blocks: dict[str, Buffer] = {}
 
     def close(self) -> None:
@@ -568,6 +570,8 @@ class ReferenceScratch(FusedScratch):
         band, halo = self.halo_band(geometry, channels)
         self.read(halo * channels)
         with self.ledger.hold("scratch", halo * growth * self.a):  # new
+            weight = 9 * channels * growth * self.a
+            self.ledger.spike("scratch", self.forward_copies * weight)
             self.moments(band * growth, False)
 
     def halo_band(self, geometry: Geometry, channels: int) -> tuple[int, int]:
@@ -608,7 +612,8 @@ class ReferenceScratch(FusedScratch):
     def weight_product(self, halo: int, channels: int, growth: int) -> None:
         """A band's dW of a 3x3, from its operands in float32."""
         operands = halo * (channels + growth) * WIDE if self.rounds else halo * growth * self.a
-        self.ledger.spike("scratch", operands + channels * growth * 9 * WIDE)
+        weight = 9 * channels * growth * WIDE
+        self.ledger.spike("scratch", operands + self.backward_copies * weight)
 
     def mean(self, geometry: Geometry, channels: int) -> None:
         self.read(self.pixels(geometry, channels) * channels)

@@ -514,8 +514,8 @@ def plan(
         if least > room:
             left = f", {format_bytes(reserved)} of it reserved," if reserved else ""
             raise ValueError(
-                f"a budget of {format_bytes(limit)}{left} holds no training step: the model's state "
-                f"takes {format_bytes(state.total)}, and a step with a batch of {smallest} needs "
+                f"a budget of {format_bytes(limit)}{left} holds no training step: the model's "
+                f"state takes {format_bytes(state.total)}, and a step with a batch of {smallest} needs "
                 f"{format_bytes(least + reserved)} at the least"
             )
     found = []
@@ -554,8 +554,8 @@ def plan(
     parameters = sum(p.numel() for p in model.parameters())
     short = next(k for k, v in _DTYPES.items() if v == machine.dtype)
     title = (
-        f"{name if isinstance(name, str) else _describe(network)}, {parameters:,} parameters: a training step of {batch} images, "
-        f"{height} x {width}, {short}, on {device} ({machine.backend})"
+        f"{name if isinstance(name, str) else _describe(network)}, {parameters:,} parameters: "
+        f"a training step of {batch} images, {height} x {width}, {short}, on {device} ({machine.backend})"
     )
     if limit is not None:
         given = budget if isinstance(budget, str) else format_bytes(budget)
