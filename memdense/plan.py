@@ -515,8 +515,8 @@ def plan(
             left = f", {format_bytes(reserved)} of it reserved," if reserved else ""
             raise ValueError(
                 f"a budget of {format_bytes(limit)}{left} holds no training step: the model's "
-                f"state takes {format_bytes(state.total)}, and a step with a batch of {smallest} needs "
-                f"{format_bytes(least + reserved)} at the least"
+                f"state takes {format_bytes(state.total)}, and a step with a batch of {smallest} "
+                f"needs {format_bytes(least + reserved)} at the least"
             )
     found = []
     for setting in settings:
@@ -555,7 +555,8 @@ def plan(
     short = next(k for k, v in _DTYPES.items() if v == machine.dtype)
     title = (
         f"{name if isinstance(name, str) else _describe(network)}, {parameters:,} parameters: "
-        f"a training step of {batch} images, {height} x {width}, {short}, on {device} ({machine.backend})"
+        f"a training step of {batch} images, {height} x {width}, {short}, on {device} "
+        f"({machine.backend})"
     )
     if limit is not None:
         given = budget if isinstance(budget, str) else format_bytes(budget)
