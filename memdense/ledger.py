@@ -576,7 +576,7 @@ class ReferenceScratch(FusedScratch):
 
     def halo_band(self, geometry: Geometry, channels: int) -> tuple[int, int]:
         images, lines = self.image_band(geometry, channels)
-        with_halo = min(geometry.h, lines + 2)
+        with_halo = min(geometry.h, lines + 2)  # dilated ones reach further, by little
         return images * lines * geometry.w, images * with_halo * geometry.w
 
     def settle(self, rows: int, channels: int) -> None:

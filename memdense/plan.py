@@ -559,14 +559,18 @@ def plan(
         f"({machine.backend})"
     )
     if limit is not None:
-        given = budget if isinstance(budget, str) else format_bytes(budget)
-        title += f", budget {given}" + (f" less {format_bytes(reserved)}" if reserved else "")
+        title += f", budget {_as_given(budget)}"
+        title += f" less {_as_given(reserve)}" if reserved else ""
     assumptions = _assumptions(
         machine, optimizer, ddp, gradient_as_bucket_view, scaling, bandwidth, overlap,
         backward_share, len(buckets), buckets[-1],
     )  # fmt: skip
     images = 4 * batch * network.image_values
     return Plan(title, state, images, tuple(found), limit, reserved, scaling, tuple(assumptions))
+
+
+def _as_given(size: int | str) -> str:
+    return size if isinstance(size, str) else format_bytes(size)
 
 
 def largest_batch(fits: Callable[[int], bool], smallest: int = 1) -> int:

@@ -182,9 +182,11 @@ def test_kept_bytes_by_hand() -> None:
     assert plain["memdense, keep_bottlenecks=True"].kept == base + 4 * pixels * 2 * 8
     # on a GPU rows are padded to 16 channels, and features and bottlenecks have 16 bits; so do the
     # image, the classifier's and the first convolution's weights, and the pooled features
-    half = memdense.plan(model, 16, 2, "bf16")["memdense"].kept
+    half = memdense.plan(model, 16, 2, "bf16")["memdense"]
     casts = pixels * 3 + 3 * 14 + 3 + 6 * 3 * 9
-    assert half == 2 * (pixels * 16 + casts + 2 * 14) + 4 * (2 * (14 + 2 * 8) + 2 * 3)
+    assert half.kept == 2 * (pixels * 16 + casts + 2 * 14) + 4 * (2 * (14 + 2 * 8) + 2 * 3)
+    # the last block's gradient is float32
+    assert dict(half.buffers)["G, gradient of X"] == 4 * pixels * 16
 
 
 def test_peak_is_what_the_design_says() -> None:
