@@ -478,16 +478,20 @@ class NativeScratch(FusedScratch):
         self.conv1x1_backward(geometry.rows, channels, out)
 
     def conv3x3(self, geometry: Geometry, channels: int, growth: int) -> None:
-        band = min(geometry.h * geometry.w * channels * WIDE, self.BAND_BYTES)
-        self.ledger.spike("scratch", 9 * channels * growth * WIDE + self.threads * band)
+        bands = self.bands(geometry, channels)
+        self.ledger.spike("scratch", bands + 9 * channels * growth * WIDE)
 
     def conv3x3_backward(
         self, geometry: Geometry, channels: int, growth: int, into_g: bool
     ) -> None:
         # of the weight: the larger of the two
-        lines = geometry.h * geometry.w * (channels + growth) * WIDE
-        band = min(lines, self.BAND_BYTES) + 9 * channels * growth * WIDE
-        self.ledger.spike("scratch", self.threads * band)
+        bands = self.bands(geometry, channels + growth)
+        self.ledger.spike("scratch", bands + self.threads * 9 * channels * growth * WIDE)
+
+    def bands(self, geometry: Geometry, channels: int) -> int:
+        """Bytes of one band a thread: an image's lines, or fewer where threads share it."""
+        image = geometry.h * geometry.w * channels * WIDE
+        return min(geometry.n * image, self.threads * min(image, self.BAND_BYTES))
 
 
 class ReferenceScratch(FusedScratch):
