@@ -6,6 +6,7 @@ from .convert import convert
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .explain import Explanation, explain
 from .modules import BNReLUConv1x1, DenseBlock, DenseLayer, DilatedConv2d, Transition
+from .plan import Plan, plan
 from .stage import Features
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "Explanation",
     "Features",
     "MemdenseWarning",
+    "Plan",
     "Transition",
     "convert",
     "densenet121",
@@ -28,5 +30,6 @@ __all__ = [
     "densenet264",
     "explain",
     "functional",
+    "plan",
     "use_backend",
 ]
