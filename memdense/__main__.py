@@ -1,9 +1,11 @@
-"""``python -m memdense plan``: memory and throughput of training, before it runs."""
+"""``python -m memdense``: plan a training step's memory, or tune kernels for a device."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from .plan import OPTIMIZERS, Plan, build, plan
 
@@ -19,17 +21,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "batch that fits a budget and, from one device's figures, many devices.",
     )
     _add_options(planner)
-    args = parser.parse_args(arguments)
-    if not vars(args):
+    planner.set_defaults(run=_run_plan, prog=planner.prog)
+    tuner = commands.add_parser(
+        "tune",
+        help="time the Triton kernels' configurations on this GPU and remember the fastest",
+        description="Time every configuration of the bottleneck's Triton kernels on this GPU and "
+        "keep the fastest in a file that later runs read (MEMDENSE_TUNING says where). A minute "
+        "or two; without it good defaults run.",
+    )
+    tuner.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32 (default: bf16)")
+    tuner.set_defaults(run=_run_tune, prog=tuner.prog)
+    args = vars(parser.parse_args(arguments))
+    if not args:
         parser.print_help()
         return 0
+    run, prog = args.pop("run"), args.pop("prog")
     try:
-        found = _plan(args)
+        run(args)
     except ValueError as error:
-        print(f"{planner.prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    _show(found, args.plain)
     return 0
+
+
+def _run_plan(args: dict[str, Any]) -> None:
+    plain = args.pop("plain")
+    _show(_plan(args), plain)
+
+
+def _run_tune(args: dict[str, Any]) -> None:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if args["dtype"] not in dtypes:
+        raise ValueError(f"expected a dtype among {', '.join(dtypes)}, got {args['dtype']!r}")
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device to tune for")
+    from .backends.triton import tune
+
+    tune.run(dtypes[args["dtype"]])
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -82,12 +110,10 @@ _NETWORK = (
 )
 
 
-def _plan(args: argparse.Namespace) -> Plan:
-    given: dict[str, Any] = vars(args).copy()
+def _plan(given: dict[str, Any]) -> Plan:
     network = {name: given.pop(name) for name in _NETWORK}
     network = {name: value for name, value in network.items() if value is not None}
     arch = given.pop("arch")
-    del given["plain"]
     if network.get("bn_size") == "none":
         network["bn_size"] = None
     if arch is None and "block_config" not in network:

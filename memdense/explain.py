@@ -170,17 +170,17 @@ def _block_sizes(features: Features, x: Tensor) -> Iterator[tuple[str, int, int]
             if step.kind == "stage" and name == step.names[0]:
                 yield name, *size
             else:
-                size = _size_after(features._modules[name], size)
+                size = size_after(features._modules[name], size)
             if size is None:
                 return
 
 
-def _size_after(module: nn.Module, size: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def size_after(module: nn.Module, size: tuple[int, ...] | None) -> tuple[int, ...] | None:
     if size is None or isinstance(module, nn.BatchNorm2d | nn.ReLU | nn.Identity):
         return size
     if isinstance(module, nn.Sequential):
         for child in module:
-            size = _size_after(child, size)
+            size = size_after(child, size)
         return size
     known = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
     if not known or isinstance(module.padding, str) or getattr(module, "ceil_mode", False):

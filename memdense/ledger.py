@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from .backends.reference import Reference
-from .buffers import Geometry, GradientBuffer, reader_columns
+from .buffers import Geometry, GradientBuffer, reader_columns, row_stride
 from .densenet import DenseNet
-from .explain import _size_after
+from .explain import size_after
 from .spec import Layer, Stage, flatten
 
 # bytes of statistics, sums, weight gradients and a wide G: float32
@@ -130,10 +130,10 @@ def read_network(model: DenseNet, height: int, width: int) -> Network:
             modules = modules[1:]
         else:
             kind = "stem" if step.kind == "stem" else "conv"
-            part = Part(kind, step.names[0], *_size_after(modules[0], size), conv=modules[0])
+            part = Part(kind, step.names[0], *size_after(modules[0], size), conv=modules[0])
         parts.append(part)
         for module in modules:
-            size = _size_after(module, size)
+            size = size_after(module, size)
         if min(*size, part.height, part.width) < 1:
             raise ValueError(f"nothing is left of {height} x {width} pixels behind {part.name}")
     values = features[0].in_channels * height * width
@@ -288,7 +288,7 @@ class Efficient(Walk):
 
     def row(self, channels: int) -> int:
         """The row stride of X and G: on a GPU rows start at multiples of 16 channels."""
-        return -(-channels // 16) * 16 if self.machine.device == "cuda" else channels
+        return row_stride(channels, torch.device(self.machine.device))
 
     # ---- the stem
 

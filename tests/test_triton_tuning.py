@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from memdense.__main__ import main
 from memdense.backends.triton import launch, tune, tuning
 from memdense.backends.triton.tuning import Config, choose
 
@@ -79,3 +80,11 @@ def test_every_candidate_is_timed_in_its_own_configuration():
     with launch.recorded(dry=True) as log:
         problem.run()
     assert log[0].plan.constants[0] == winner.rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
+def test_tuning_needs_a_device(capsys):
+    assert main(["tune"]) == 2
+    assert "there is no CUDA device" in capsys.readouterr().err
+    assert main(["tune", "--dtype", "int8"]) == 2
+    assert "expected a dtype among bf16, fp16, fp32, got 'int8'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import triton
 from ...buffers import Into, NormGradient, Reader, Sums
 from . import conv1x1
 from .launch import precision
-from .tuning import Config, bucket, forced
+from .tuning import Config, bucket, device_name, forced, save
 
 # M, C, B: the blocks of an ImageNet network at batches 16 and 256, and those of a narrow one
 SIZES = [
@@ -74,3 +74,16 @@ def fastest(
         with forced(problem.kernel, config):
             times[config] = timer(problem.run)
     return min(times, key=times.__getitem__), times
+
+
+def run(dtype: torch.dtype) -> None:
+    """Tune for the current CUDA device, telling how it goes, and keep the winners."""
+    device = torch.device("cuda")
+    found = {}
+    print(device_name())
+    for problem in problems(dtype, SIZES, device):
+        winner, times = fastest(problem)
+        found[problem.entry] = winner
+        first = times[problem.candidates[0]]
+        print(f"{problem.entry}: {tuple(winner)}, {first / times[winner]:.2f} times the default")
+    print(f"kept in {save(found)}")
