@@ -1,15 +1,17 @@
 """memdense: the same DenseNet, a fraction of the memory."""
 
-from .backends import use_backend
+from . import functional
+from .backends import MemdenseWarning, use_backend
 from .convert import convert
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .explain import Explanation, explain
-from .modules import DenseBlock, DenseLayer, DilatedConv2d, Transition
-from .stage import Features, MemdenseWarning
+from .modules import BNReLUConv1x1, DenseBlock, DenseLayer, DilatedConv2d, Transition
+from .stage import Features
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BNReLUConv1x1",
     "DenseBlock",
     "DenseLayer",
     "DenseNet",
@@ -25,5 +27,6 @@ __all__ = [
     "densenet201",
     "densenet264",
     "explain",
+    "functional",
     "use_backend",
 ]

@@ -216,6 +216,17 @@ class StatisticsTable:
         """(2, columns): where their mean and variance stand."""
         return self.table[:, columns]
 
+    def keep_running(self, stage: Stage) -> None:
+        """Copy the running statistics that norms read by: the modules' may move before backward."""
+        norms = [norm for _, norm, _, _ in _readers(stage, 0)]
+        kept = zip(norms, self.columns.values(), strict=True)
+        pairs = [(norm, self.of(columns)) for norm, columns in kept if not norm.spec.batch]
+        if pairs:
+            torch._foreach_copy_(
+                [row for _, copy in pairs for row in copy],
+                [t for norm, _ in pairs for t in (norm.mean, norm.var)],
+            )
+
     def reader(self, norm: Norm, position: tuple[int, int]) -> Reader:
         """The vectors by which ``norm``, number 1 or 2 of a layer, reads."""
         columns = self.columns[position]

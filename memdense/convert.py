@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .stage import Features, MemdenseWarning, Step, is_block
+from .backends import MemdenseWarning
+from .stage import Features, Step, is_block
 from .structure import HOOKS, OWN_TYPES, Unsupported, article
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -45,6 +45,7 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     last = channels + sum(layer.growth for layer in stage.layers)
     X = FeatureBuffer(matrix_like(x.new_empty(geometry.rows, 0), last), geometry)
     table = StatisticsTable(stage, channels, like=x)
+    table.keep_running(stage)
     shared = needs_statistics(stage)
     kept = []
 
@@ -57,13 +58,13 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     for i, layer in enumerate(stage.layers):
         new = slice(c, c + layer.growth)
         keep = _dropped(stage, mask, c - channels, layer.growth)
-        read1 = _reader(table, layer.norm1, (i, 1))
+        read1 = table.reader(layer.norm1, (i, 1))
         if layer.norm2 is None:
             y, read, conv = X.prefix(c), read1, layer.conv1
         else:
             own = moments(table.columns[i, 2], layer.norm2.spec.batch)
             y = backend.bn_relu_conv1x1(X.prefix(c), read1, layer.conv1, own)
-            read, conv = _reader(table, layer.norm2, (i, 2)), layer.conv2
+            read, conv = table.reader(layer.norm2, (i, 2)), layer.conv2
             if stage.keep_bottlenecks:
                 kept.append(y)
         # a channel's statistics are computed once, where it is produced
@@ -95,14 +96,6 @@ def _in_dtype(stage: Stage, dtype: torch.dtype, backend: Backend) -> Stage:
     return stage._replace(layers=layers, tail=tail and tail._replace(conv=next(cast, None)))
 
 
-def _reader(table: StatisticsTable, norm: Norm, position: tuple[int, int]) -> Reader:
-    """A norm's vectors; running statistics are copied: the module's may move before backward."""
-    if not norm.spec.batch:
-        copy = table.of(table.columns[position])
-        copy[0], copy[1] = norm.mean, norm.var
-    return table.reader(norm, position)
-
-
 def _dropped(
     stage: Stage, mask: Tensor | None, start: int, growth: int
 ) -> tuple[Tensor, float] | None:
@@ -120,7 +113,7 @@ def _tail_forward(
     tail, x, geometry = stage.tail, X.matrix, X.geometry
     if tail is None:
         return x.new_empty(0)
-    read = _reader(table, tail.norm, (len(stage.layers), 1))
+    read = table.reader(tail.norm, (len(stage.layers), 1))
     if tail.spec.kind == "pool":
         return backend.bn_relu_mean(x, read, geometry)
     if tail.spec.kind == "norm":
@@ -163,7 +156,7 @@ def backward(
     found: dict[tuple[int, str], Tensor | None] = {}
     stage = _in_dtype(stage, features.dtype, backend)
 
-    X = FeatureBuffer(_as_rows(features), geometry)
+    X = FeatureBuffer(as_rows(features), geometry)
     channels = last - sum(layer.growth for layer in stage.layers)
     table = StatisticsTable(stage, channels, table=statistics)
     wide = stage.tail is None or stage.tail.spec.kind != "transition"
@@ -247,7 +240,7 @@ def _tail_backward(
     dout = dout.to(x.dtype)
     if tail.spec.kind == "pool":
         return backend.bn_relu_mean_backward(dout, x, read, geometry, into), None
-    rows = _as_rows(dout)
+    rows = as_rows(dout)
     if tail.spec.kind == "norm":
         return backend.bn_relu_backward(rows, x, read, tail.spec.relu, into), None
     if tail.spec.pool == 2:
@@ -257,7 +250,7 @@ def _tail_backward(
     return backend.bn_relu_conv1x1_backward(rows, None, None, tail.conv, x, read, into, need_conv)
 
 
-def _as_rows(images: Tensor) -> Tensor:
+def as_rows(images: Tensor) -> Tensor:
     """(N, C, H, W) as a packed (M, C)."""
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
@@ -294,7 +287,7 @@ def stem_forward(
     """conv0, norm0, relu0 and pool0 on images x (N, C_in, H, W)."""
     convolved = _convolve(x, weight, spec)
     n, _, h, w = convolved.shape
-    rows = _as_rows(convolved)
+    rows = as_rows(convolved)
     statistics = x.new_empty((2, rows.shape[1]), dtype=accumulator(x.dtype))
     if norm.spec.batch:
         backend.statistics(rows, statistics)
@@ -321,10 +314,10 @@ def stem_backward(
     if spec.recompute:
         convolved = _convolve(x, weight, spec)
     n, _, h, w = convolved.shape
-    rows = _as_rows(convolved)
+    rows = as_rows(convolved)
     read = reader(norm, *statistics)
     dz, sums = backend.bn_relu_maxpool_backward(
-        _as_rows(dout.to(rows.dtype)), winner, rows, read, Geometry(n, h, w)
+        as_rows(dout.to(rows.dtype)), winner, rows, read, Geometry(n, h, w)
     )
     dx = dweight = None
     if need[0] or need[1]:

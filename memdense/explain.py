@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _extension, ops
+from .backends import triton_reason
 from .convert import as_features, find_stacks, obstacles, refusal
 from .stage import Features, Step
 from .structure import pair
@@ -103,8 +104,9 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
         if input is not None and any(row.efficient for row in found):
             notes += [f"{name}: {note}" for note in _input_notes(stack, input)]
     extension = "available" if _extension.available() else _extension.reason()
+    triton = _triton(model)
     return Explanation(
-        tuple(rows), (*notes, f"compiled extension: {extension}", f"Triton: {_triton()}")
+        tuple(rows), (*notes, f"compiled extension: {extension}", f"Triton: {triton}")
     )
 
 
@@ -191,5 +193,14 @@ def _size_after(module: nn.Module, size: tuple[int, ...] | None) -> tuple[int, .
     )
 
 
-def _triton() -> str:
-    return "available" if find_spec("triton") else "not installed"
+def _triton(model: nn.Module) -> str:
+    """Whether Triton's kernels run where the model is, or why not."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    if not devices:
+        return "available, for CUDA devices" if find_spec("triton") else "not installed"
+    reasons = {reason for device in devices if (reason := triton_reason(device))}
+    if reasons:
+        return f"not used: {' and '.join(sorted(reasons))}"
+    if any(p.dtype == torch.float64 for p in model.parameters()):
+        return "available; what is float64 runs as PyTorch operations"
+    return "available"

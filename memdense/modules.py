@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import functional
 from .convolution import dilated_conv3x3
 
 
@@ -108,6 +109,44 @@ class Transition(nn.Sequential):
         if pool:
             layers["pool"] = nn.AvgPool2d(kernel_size=2, stride=2)
         super().__init__(layers)
+
+
+class BNReLUConv1x1(nn.Module):
+    """BN-ReLU-Conv1x1 as one operation: :func:`memdense.functional.bn_relu_conv1x1`.
+
+    Its children are ``norm`` (``nn.BatchNorm2d``) and ``conv`` (``nn.Conv2d`` without bias), so
+    that what was trained as separate modules loads.
+
+    Args:
+        in_channels, out_channels: C and B.
+        eps, momentum, affine, track_running_stats: as in ``nn.BatchNorm2d``.
+
+    Shape: ``(N, C, H, W)`` to ``(N, B, H, W)``, channels last.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where = {"device": device, "dtype": dtype}
+        self.norm = nn.BatchNorm2d(in_channels, eps, momentum, affine, track_running_stats, **where)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **where)
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm = self.norm
+        return functional.norm_relu_conv1x1(
+            input, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.weight,
+            norm.bias, self.conv.weight, norm.training or norm.running_mean is None, norm.momentum,
+            norm.eps,
+        )  # fmt: skip
 
 
 class DilatedConv2d(nn.Conv2d):

@@ -23,7 +23,7 @@ _DOUBLE_BACKWARD = (
 
 
 @contextmanager
-def _no_autocast(x: Tensor) -> Iterator[None]:
+def quiet(x: Tensor) -> Iterator[None]:
     """Autocast off, and x's device the current one."""
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         yield
@@ -56,7 +56,7 @@ def stage(
         spec: :meth:`memdense.spec.StageSpec.encode`.
         double_backward: keep x, so that gradients can be differentiated.
     """
-    with _no_autocast(x):
+    with quiet(x):
         out, features, statistics, bottlenecks = engine.forward(
             x, unflatten(StageSpec.decode(spec), tensors, running), mask, backend_for(x.device)
         )
@@ -108,7 +108,7 @@ def stage_backward(
     :func:`memdense.engine.backward`.
     """
     s = unflatten(StageSpec.decode(spec), tensors)
-    with _no_autocast(features):
+    with quiet(features):
         dx, dtensors = engine.backward(
             dout,
             dfeatures,
@@ -165,7 +165,7 @@ def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) 
     if torch.is_grad_enabled():
         if x is None:
             raise RuntimeError(_DOUBLE_BACKWARD)
-        with _no_autocast(features):
+        with quiet(features):
             s = unflatten(spec, _cast_convolutions(tensors, x))
             s = StatisticsTable(s, x.shape[1], table=statistics).running(s)
             found = plain.gradients(
@@ -219,7 +219,7 @@ def stem(
         spec: :meth:`memdense.spec.StemSpec.encode`.
     """
     s = StemSpec.decode(spec)
-    with _no_autocast(x):
+    with quiet(x):
         out, *rest = engine.stem_forward(
             x, weight, Norm(s.norm, gamma, beta, mean, var), s, backend_for(x.device)
         )
@@ -261,7 +261,7 @@ def stem_backward(
     """
     s = StemSpec.decode(spec)
     norm = Norm(s.norm, gamma, beta, None, None)
-    with _no_autocast(x):
+    with quiet(x):
         found = engine.stem_backward(
             dout, x, weight, norm, convolved, winner, statistics, s, need, backend_for(x.device)
         )
@@ -294,7 +294,7 @@ def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
     if torch.is_grad_enabled():
         s = StemSpec.decode(ctx.spec)
         running = (None, None) if s.norm.batch else statistics.unbind()
-        with _no_autocast(x):
+        with quiet(x):
             out = plain.stem(x, weight.to(x.dtype), Norm(s.norm, gamma, beta, *running), s)
             return (*plain.gradients([out], [dout], [x, weight, gamma, beta], need), *rest)
     found = iter(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
+from .backends import MemdenseWarning
 from .buffers import reader_columns
 from .spec import Stage, StemSpec, flatten, spec_of
 from .structure import (
@@ -24,10 +25,6 @@ from .structure import (
     read_stage,
     read_stem,
 )
-
-
-class MemdenseWarning(UserWarning):
-    """A part of a model runs as plain modules, and why."""
 
 
 class Step(NamedTuple):

@@ -1,5 +1,6 @@
-"""What only a CUDA device can show. Everything else is tested on the CPU through the same
-operations.
+"""What only a CUDA device can show: whole networks on the Triton backend, streams, graphs, memory.
+
+The primitives' own tests (test_triton*.py, test_cuda*.py) run on the device too where there is one.
 """
 
 import copy
@@ -12,6 +13,7 @@ from torchvision.models import DenseNet as Torchvision
 
 import memdense
 from memdense import memory
+from memdense.backends import backend_for
 
 pytestmark = pytest.mark.gpu
 ARGS = (8, (3, 4, 2), 12, 4, 0, 5)
@@ -78,3 +80,97 @@ def test_a_side_stream_is_respected() -> None:
         found = model(x)
     torch.cuda.current_stream().wait_stream(stream)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_triton_runs_by_default() -> None:
+    assert backend_for(torch.device("cuda")).name.startswith("triton")
+    model = memdense.DenseNet(*ARGS).cuda()
+    parts = [row for row in memdense.explain(model).rows if row.efficient]
+    assert parts and all(row.backend.startswith("triton") for row in parts)
+
+
+@pytest.mark.parametrize("args", [ARGS, (12, (3, 3), 24, 4, 0.2, 5), (7, (2, 2), 10, None, 0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_triton_is_as_near_float64_as_the_reference(args: tuple, dtype: torch.dtype) -> None:
+    """Gradients of whole networks over several draws: 1.5 times the reference backend's error."""
+    allow, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    totals = dict.fromkeys(("triton", "reference"), 0.0)
+    for seed in range(6):
+        plain = memdense.DenseNet(*args)
+        randomise(plain, torch.Generator().manual_seed(seed))
+        exact, model = copy.deepcopy(plain).double().cuda(), plain.cuda()
+        x = torch.randn(6, 3, 64, 72, generator=torch.Generator().manual_seed(seed)).cuda()
+        answer = torch.linspace(-1, 2, 6 * args[5], device="cuda").view(6, -1)
+
+        def step(model: nn.Module, x: Tensor, answer=answer, seed=seed) -> None:
+            torch.manual_seed(seed)  # dropout's mask
+            model.zero_grad()
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                out = model(x)
+            (out.double() * answer).sum().backward()
+
+        # the masks of dropout are drawn alike only in one dtype: leave it out of the comparison
+        for network in (exact, model):
+            for module in network.modules():
+                if hasattr(module, "drop_rate"):
+                    module.drop_rate = 0.0
+        step(exact, x.double())
+        for name in totals:
+            with memdense.use_backend(name):
+                step(model, x)
+            for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+                size = q.grad.square().mean()
+                totals[name] += ((p.grad - q.grad).square().mean() / size).item()
+    torch.backends.cudnn.allow_tf32 = allow
+    assert totals["triton"] <= 1.5**2 * totals["reference"], totals
+
+
+def test_repeats_bit_for_bit() -> None:
+    model = memdense.DenseNet(*ARGS).cuda()
+    x = torch.randn(5, 3, 96, 64, device="cuda")
+    results = []
+    for _ in range(3):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(x).float().square().sum().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_training_step_is_captured(momentum: float | None) -> None:
+    """torch.cuda.make_graphed_callables, and a whole step with its optimiser, against eager."""
+    models = [memdense.DenseNet(*ARGS).cuda() for _ in range(2)]
+    for module in models[0].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    models[1] = copy.deepcopy(models[0])
+    batches = [torch.randn(4, 3, 64, 64, device="cuda") for _ in range(3)]
+    static = batches[0].clone()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01, momentum=0.9) for m in models]
+
+    def step(i: int, x: Tensor) -> None:
+        optimizers[i].zero_grad(set_to_none=False)
+        models[i](x).square().mean().backward()
+        optimizers[i].step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(0, static)
+    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(3):
+        step(1, batches[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(0, static)
+    for x in batches:
+        static.copy_(x)
+        graph.replay()
+        step(1, x)
+    for (name, a), b in zip(
+        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name

@@ -189,7 +189,7 @@ def test_without_extension_the_reference_runs(monkeypatch):
 
 def test_unknown_backend(monkeypatch):
     with (
-        pytest.raises(ValueError, match="reference, native, got 'fast'"),
+        pytest.raises(ValueError, match="reference, native, triton, got 'fast'"),
         memdense.use_backend("fast"),
     ):
         pass

@@ -1,6 +1,4 @@
-"""The Triton kernels without a product against the reference's, in Triton's interpreter where there
-is no GPU.
-"""
+"""The Triton kernels without a product against the reference, in the interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -18,7 +16,9 @@ from memdense.buffers import Geometry, NormGradient, Reader, Share, Sums
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),
-    pytest.mark.skipif(not INTERPRETED, reason="tests/test_gpu.py runs the kernels on a GPU"),
+    pytest.mark.gpu
+    if torch.cuda.is_available()
+    else pytest.mark.skipif(not INTERPRETED, reason="neither a GPU nor the interpreter"),
 ]
 # (N, H, W), C, B; small: the interpreter runs a program a channel to merge. More than one tile of
 # rows, of columns, of lines; odd sizes
@@ -43,9 +43,10 @@ def padded(values: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def double():
-    """Random inputs are drawn in float64."""
+    """Random inputs are drawn in float64, on the device."""
     torch.set_default_dtype(torch.float64)
-    yield
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
     torch.set_default_dtype(torch.float32)
 
 

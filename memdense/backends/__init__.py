@@ -3,9 +3,12 @@ one runs; the choice is made here.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -13,10 +16,22 @@ from .. import _extension
 from .native import Native
 from .reference import Reference
 
-__all__ = ["Native", "Reference", "backend_for", "use_backend"]
+__all__ = [
+    "MemdenseWarning",
+    "Native",
+    "Reference",
+    "backend_for",
+    "triton_reason",
+    "use_backend",
+]
 
-_CHOICES = ("reference", "native")
+_CHOICES = ("reference", "native", "triton")
+_CAPABILITY = (8, 0)  # bfloat16 and TF32 on tensor cores
 _chosen: ContextVar[str | None] = ContextVar("memdense_backend", default=None)
+
+
+class MemdenseWarning(UserWarning):
+    """A part of a model runs on a slower path than it could, and why."""
 
 
 @contextmanager
@@ -24,12 +39,13 @@ def use_backend(name: str) -> Iterator[None]:
     """Run what is called inside, backward passes too, on one backend, in this thread only.
 
     Args:
-        name: "native" (the C++ extension, where it has a kernel for what comes) or "reference"
-            (PyTorch operations).
+        name: "native" (the C++ extension), "triton" (Triton's kernels, and the extension's for
+            CUDA where it was built) or "reference" (PyTorch operations). What a backend has no
+            kernel for, float64 on a GPU for example, runs as PyTorch operations.
 
     Raises:
         ValueError: there is no such backend.
-        RuntimeError: the extension is not there.
+        RuntimeError: it cannot run here.
     """
     _check(name)
     token = _chosen.set(name)
@@ -44,6 +60,36 @@ def _check(name: str) -> None:
         raise ValueError(f"expected one of the backends {', '.join(_CHOICES)}, got {name!r}")
     if name == "native" and not _extension.available():
         raise RuntimeError(f"the native backend is not available: {_extension.reason()}")
+    if name == "triton" and not _interpreted():
+        if not torch.cuda.is_available():
+            raise RuntimeError("the triton backend is not available: there is no CUDA device")
+        if reason := triton_reason(torch.device("cuda")):
+            raise RuntimeError(f"the triton backend is not available: {reason}")
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on any device."""
+    if not find_spec("triton"):
+        return False
+    from .triton.launch import INTERPRETED
+
+    return INTERPRETED
+
+
+@cache
+def triton_reason(device: torch.device) -> str:
+    """Why Triton's kernels do not run on ``device``, in a sentence; empty where they do."""
+    if device.type != "cuda":
+        return f"its kernels are for CUDA devices, not for {device.type!r}"
+    if torch.version.hip:
+        return "its kernels were not tried on ROCm"
+    if not find_spec("triton"):
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        found, needed = (".".join(map(str, c)) for c in (capability, _CAPABILITY))
+        return f"its kernels need compute capability {needed}, this device has {found}"
+    return ""
 
 
 def backend_for(device: torch.device) -> Reference:
@@ -55,5 +101,24 @@ def backend_for(device: torch.device) -> Reference:
     if name is None and (name := os.environ.get("MEMDENSE_BACKEND") or None):
         _check(name)
     if name is None:
-        name = "native" if _extension.available() else "reference"
-    return Native() if name == "native" and device.type == "cpu" else Reference()
+        name = "triton" if device.type == "cuda" else "native"
+    if name == "native" and device.type == "cpu" and _extension.available():
+        return Native()
+    if name == "triton" and (not triton_reason(device) or _chosen_interpreted()):
+        from .triton import Triton
+
+        return Triton()
+    if name == "triton" and device.type == "cuda":
+        _warn(f"memdense runs PyTorch's operations on {device}: {triton_reason(device)}")
+    return Reference()
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once."""
+    warnings.warn(message, MemdenseWarning, stacklevel=3)
+
+
+def _chosen_interpreted() -> bool:
+    """Whether the interpreter was asked for."""
+    return (_chosen.get() or os.environ.get("MEMDENSE_BACKEND")) == "triton" and _interpreted()

@@ -11,7 +11,6 @@ from torch import Tensor
 from ...buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 from ..reference import Reference
 from . import cast, conv1x1, pools, settle, statistics
-from .launch import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,7 +52,7 @@ class Triton(Reference):
     def bn_relu_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
     ) -> Tensor:
-        if not _fits(x, weight) or conv1x1.blocks(len(weight))[1] > conv1x1.MAX_BLOCKS:
+        if not _fits(x, weight) or not conv1x1.takes(x.dtype, len(weight)):
             return super().bn_relu_conv1x1(x, read, weight, moments)
         return conv1x1.forward(x, read, weight, moments)
 
@@ -88,7 +87,7 @@ class Triton(Reference):
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
         fits = _fits(x, dz, y, weight) and _answers(into.g)
-        if not fits or conv1x1.blocks(len(weight))[1] > conv1x1.MAX_BLOCKS:
+        if not fits or not conv1x1.takes(x.dtype, len(weight)):
             return super().bn_relu_conv1x1_backward(
                 dz, y, behind, weight, x, read, into, need_weight
             )

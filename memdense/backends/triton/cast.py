@@ -5,7 +5,7 @@ Specification: ``cast`` of the reference backend; the layout is this backend's o
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import ROW_UNIT
-from .launch import Plan, cdiv
+from .launch import Plan, cached, cdiv
 
 BLOCK = 4096  # values that a program writes
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)
@@ -73,7 +73,7 @@ def _ready(weight: Tensor, dtype: torch.dtype) -> bool:
 Source = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 
-@cache
+@cached
 def _layout(shapes: tuple[tuple[int, ...], ...]) -> tuple[list[tuple], int, int]:
     """((shape, strides, start) of each weight in the packed memory, its size, the largest of them).
 
@@ -118,7 +118,7 @@ def _table(sources: tuple[Source, ...], device: torch.device) -> Tensor:
 _captured: dict[int, Tensor] = {}
 
 
-@cache
+@cached
 def _plan(weights: int, largest: int) -> Plan:
     return Plan(cast_weights, (cdiv(largest, BLOCK), weights), (), (BLOCK,), warps=8)
 

@@ -5,18 +5,16 @@ Specification: ``bn_relu_conv1x1`` and ``bn_relu_conv1x1_backward`` of the refer
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, NormGradient, Reader, Sums
-from .launch import Plan, cdiv, power, precision, readable
+from .launch import Plan, cached, cdiv, power, precision, readable
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .shared import answer, behind_vectors, norm_vectors, relu, store_moments, store_sums
+from .tuning import Config, choose
 
 MAX_BLOCKS = 3  # accumulators side by side; a wider B takes another path
 PROGRAMS = 264  # two for each multiprocessor of a large GPU
@@ -197,52 +195,72 @@ def weight_gradient_1x1(
     tl.store(at, acc, (b < B)[:, None] & (c < C)[None, :])
 
 
-class Config(NamedTuple):
-    """A tile's rows and columns, the columns of the product's inner dimension, and how it runs."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-
-def blocks(columns: int) -> tuple[int, int]:
-    """(width, count) of the accumulators that hold ``columns``; a count over MAX_BLOCKS is none."""
+def blocks(columns: int, precise: str) -> tuple[int, int]:
+    """(width, count) of the accumulators that hold ``columns``."""
     if columns <= 128:
         return power(columns), 1
-    return (64, 3) if columns <= 192 else (128, cdiv(columns, 128))
+    # without tensor cores a wider product does not fit the registers
+    width = 64 if columns <= 192 or precise == "ieee" else 128
+    return width, cdiv(columns, width)
 
 
-def forward_config(dtype: torch.dtype, width: int, count: int) -> Config:
-    if precision(dtype) == "ieee":
-        return Config(64, width, 32, 8, 2)
-    return Config(128, width, 32, 8, 3)
+def takes(dtype: torch.dtype, columns: int) -> bool:
+    """Whether these kernels hold B = ``columns``."""
+    return blocks(columns, precision(dtype))[1] <= MAX_BLOCKS
 
 
-def input_config(dtype: torch.dtype, width: int, count: int) -> Config:
-    if precision(dtype) == "ieee":
-        return Config(32, 32, width, 8, 1)
-    return Config(64, 64, width, 8, 2)
+@cached
+def forward_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[Config, ...]:
+    """Of :func:`forward_1x1`, the default first: rows, accumulator width, inner columns."""
+    width, count = blocks(b, precise)
+    if precise == "ieee":
+        return (Config(64 if count == 1 else 16, width, 32, 8, 2),)
+    if dtype == torch.float32:
+        low = Config(64, width, 32, 8, 2)
+        return (Config(128, width, 32, 8, 2), low) if count == 1 else (low,)
+    if count > 1:
+        return Config(64, width, 32, 8, 3), Config(64, width, 32, 8, 2)
+    # W is read once per tile: tall tiles, as long as there are enough to fill a GPU
+    tall, low = Config(256, width, 32, 16, 3), Config(128, width, 32, 8, 3)
+    if m >= 256 * PROGRAMS:
+        return tall, low
+    return (low, tall) if m >= 64 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
 
 
-def weight_config(dtype: torch.dtype) -> Config:
-    if precision(dtype) == "ieee":
-        return Config(32, 64, 64, 8, 2)
-    return Config(64, 128, 128, 8, 2)
+@cached
+def input_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[Config, ...]:
+    """Of :func:`input_gradient_1x1`: rows, columns of X at a time, width of dY's parts."""
+    width, count = blocks(b, precise)
+    if precise == "ieee":
+        return (Config(64, 32, width, 8, 2) if count == 1 else Config(16, 32, width, 8, 1),)
+    if dtype == torch.float32:
+        return (Config(64, 32, width, 8, 2 if count == 1 else 1),)
+    low = Config(64, 64, width, 8, 2)
+    if count > 1 or m < 64 * PROGRAMS:
+        return (low,)
+    return Config(128, 64, width, 16, 2), low, Config(128, 32, width, 8, 2)
 
 
-@cache
+@cached
+def weight_configs(dtype: torch.dtype, precise: str) -> tuple[Config, ...]:
+    """Of :func:`weight_gradient_1x1`: rows at a time, columns of X, columns of dY."""
+    if precise == "ieee":
+        return (Config(32, 64, 64, 8, 2),)
+    if dtype == torch.float32:
+        return (Config(32, 64, 128, 8, 2),)
+    return Config(64, 128, 128, 8, 2), Config(32, 128, 128, 8, 3)
+
+
+@cached
 def _forward_plan(
-    dtype: torch.dtype, m: int, c: int, b: int, ldx: int, ldw: int, eps: float, tiles: int
+    k: Config, precise: str, m: int, c: int, b: int, ldx: int, ldw: int, eps: float
 ) -> Plan:
-    width, count = blocks(b)
-    k = forward_config(dtype, width, count)
+    tiles = cdiv(m, k.rows)
     return Plan(
         forward_1x1,
         (tiles,),
         (m, c, readable(c, ldx), readable(c, ldw), b, ldx, ldw, eps, tiles, b * tiles),
-        (k.rows, k.columns, k.inner, count, precision(dtype)),
+        (k.rows, k.columns, k.inner, blocks(b, precise)[1], precise),
         k.warps,
         k.stages,
     )
@@ -250,59 +268,57 @@ def _forward_plan(
 
 def forward(x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None) -> Tensor:
     """Y of X (M, C) and W (B, C), and its statistics where ``moments`` (2, B) wants them."""
-    (m, c), b = x.shape, len(weight)
-    rows = forward_config(x.dtype, *blocks(b)).rows
-    tiles = cdiv(m, rows)
+    (m, c), b, precise = x.shape, len(weight), precision(x.dtype)
+    k = choose("forward_1x1", x.dtype, (m, c, b), forward_configs(x.dtype, precise, m, b))
     y = x.new_empty((m, b))
-    partial = None if moments is None else moments_partial(x, b, tiles)
-    plan = _forward_plan(x.dtype, m, c, b, x.stride(0), weight.stride(0), read.eps, tiles)
+    partial = None if moments is None else moments_partial(x, b, cdiv(m, k.rows))
+    plan = _forward_plan(
+        k, precise, m, c, b, x.stride(0), weight.stride(0), read.eps
+    )  # fmt: skip
     plan(x, weight, read.mean, read.var, read.weight, read.bias, y, partial)
     if moments is not None:
-        merge(partial, moments, m, rows)
+        merge(partial, moments, m, k.rows)
     return y
 
 
-@cache
+@cached
 def _input_plan(
-    dtype: torch.dtype, m: int, c: int, b: int, strides: tuple[int, ...], eps: tuple[float, float],
-    behind: bool, batch: bool, store: bool, seeded: bool, rounds: bool, tiles: int,
+    k: Config, precise: str, m: int, c: int, b: int, strides: tuple[int, ...],
+    eps: tuple[float, float], behind: bool, batch: bool, store: bool, seeded: bool, rounds: bool,
 ) -> Plan:  # fmt: skip
-    width, count = blocks(b)
-    k = input_config(dtype, width, count)
+    tiles, count = cdiv(m, k.rows), blocks(b, precise)[1]
     _, _, ldw, ldx, ldg = strides
     writable = readable(c, ldg) if seeded else c
     return Plan(
         input_gradient_1x1,
         (tiles,),
         (m, c, readable(c, ldx), readable(c, ldw), writable, b, *strides, *eps, tiles, c * tiles),
-        (k.rows, k.columns, width, count, behind, batch, store, seeded, rounds, precision(dtype)),
+        (k.rows, k.columns, k.inner, count, behind, batch, store, seeded, rounds, precise),
         k.warps,
         k.stages,
     )
 
 
-@cache
+@cached
 def _weight_plan(
-    dtype: torch.dtype, m: int, c: int, b: int, ldy: int, ldx: int, eps: float, splits: int
+    k: Config, precise: str, m: int, c: int, b: int, ldy: int, ldx: int, eps: float, splits: int
 ) -> Plan:
-    k = weight_config(dtype)
     columns, inner = min(k.columns, power(c)), min(k.inner, power(b))
     share = cdiv(cdiv(m, splits), k.rows) * k.rows
     return Plan(
         weight_gradient_1x1,
         (cdiv(c, columns), cdiv(b, inner), splits),
         (m, c, readable(c, ldx), b, ldy, ldx, eps, share, b * c),
-        (k.rows, columns, inner, precision(dtype)),
+        (k.rows, columns, inner, precise),
         k.warps,
         k.stages,
     )
 
 
-def weight_splits(dtype: torch.dtype, m: int, c: int, b: int) -> int:
+def weight_splits(k: Config, m: int, c: int, b: int) -> int:
     """How many programs share the rows: enough to fill a GPU, few enough to keep partial sums
     small beside what they read.
     """
-    k = weight_config(dtype)
     programs = cdiv(c, k.columns) * cdiv(b, k.inner)
     splits = max(1, min(PROGRAMS // programs, m // SPLIT_ROWS))
     share = cdiv(cdiv(m, splits), k.rows) * k.rows
@@ -320,21 +336,19 @@ def backward(
     need_weight: bool,
 ) -> tuple[Sums, Tensor | None]:
     """Into G; the reader's sums and dW (B, C) in float32."""
-    (m, c), b, g = x.shape, len(weight), into.g
-    rows = input_config(x.dtype, *blocks(b)).rows
-    tiles = cdiv(m, rows)
-    partial = sums_partial(x, c, tiles, into)
-    norm2 = (None,) * 5
+    (m, c), b, g, precise = x.shape, len(weight), into.g, precision(x.dtype)
+    k = choose("input_gradient_1x1", x.dtype, (m, c, b), input_configs(x.dtype, precise, m, b))
+    partial = sums_partial(x, c, cdiv(m, k.rows), into)
+    batch, norm2, eps2 = False, (None,) * 5, 0.0
     if behind is not None:
         read2 = behind.read
+        batch, eps2 = read2.batch, read2.eps
         norm2 = (read2.mean, read2.var, read2.weight, *behind.sums)
-    batch = behind is not None and behind.read.batch
     plan = _input_plan(
-        x.dtype, m, c, b,
+        k, precise, m, c, b,
         (dz.stride(0), y.stride(0) if batch else 0, weight.stride(0), x.stride(0), g.stride(0)),
-        (behind.read.eps if behind is not None else 0.0, read.eps),
-        behind is not None, batch, behind is not None and need_weight, into.seeded, into.rounds,
-        tiles,
+        (eps2, read.eps), behind is not None, batch, behind is not None and need_weight,
+        into.seeded, into.rounds,
     )  # fmt: skip
     plan(
         dz, y if batch else None, *norm2, weight, x, read.mean, read.var, read.weight, read.bias,
@@ -342,8 +356,9 @@ def backward(
     )  # fmt: skip
     weights = None
     if need_weight:
-        splits = weight_splits(x.dtype, m, c, b)
+        k = choose("weight_gradient_1x1", x.dtype, (m, c, b), weight_configs(x.dtype, precise))
+        splits = weight_splits(k, m, c, b)
         weights = x.new_empty((splits, b, c), dtype=torch.float32)
-        plan = _weight_plan(x.dtype, m, c, b, dz.stride(0), x.stride(0), read.eps, splits)
+        plan = _weight_plan(k, precise, m, c, b, dz.stride(0), x.stride(0), read.eps, splits)
         plan(dz, x, read.mean, read.var, read.weight, read.bias, weights)
     return merge_sums(partial, read, into, weights)

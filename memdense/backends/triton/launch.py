@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,10 @@ class Plan:
         run, function, metadata = found
         stream = torch._C._cuda_getCurrentRawStream(key[0])
         run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.arguments)
+
+
+# for what depends on sizes alone, plans above all; one that is lost is made again
+cached = lru_cache(maxsize=1 << 14)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -7,15 +7,13 @@ product.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry, Into, Reader, Sums, matrix_like
-from .launch import Plan, cdiv, power, readable, tiling
+from .launch import Plan, cached, cdiv, power, readable, tiling
 from .reduce import merge_sums, sums_partial
 from .shared import answer, norm_vectors, relu, store_sums, tile_of
 
@@ -311,7 +309,7 @@ def _vectors(read: Reader) -> tuple[Tensor | None, ...]:
     return read.mean, read.var, read.weight, read.bias
 
 
-@cache
+@cached
 def _norm_plan(m: int, c: int, ldx: int, eps: float, relu: bool) -> Plan:
     rows, columns, _, programs = tiling(m, c)
     sizes = (m, c, readable(c, ldx), ldx, eps)
@@ -326,7 +324,7 @@ def bn_relu(x: Tensor, read: Reader, relu: bool) -> Tensor:
     return out
 
 
-@cache
+@cached
 def _mean_plan(n: int, pixels: int, c: int, ldx: int, eps: float) -> Plan:
     rows, columns = min(64, power(pixels)), min(128, power(c))
     sizes = (pixels, c, readable(c, ldx), ldx, eps)
@@ -342,7 +340,7 @@ def bn_relu_mean(x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
     return out
 
 
-@cache
+@cached
 def _pool_plan(geometry: Geometry, m: int, c: int, ldx: int, ldo: int, eps: float) -> Plan:
     columns = min(64, power(c))
     rows = min(2048 // columns, power(m))  # of four pixels each
@@ -364,7 +362,7 @@ def bn_relu_pool_conv1x1(x: Tensor, read: Reader, weight: Tensor, geometry: Geom
     return torch.mm(_pool(x, read, geometry), weight.t())
 
 
-@cache
+@cached
 def _answer_plan(
     source: str, geometry: Geometry, m: int, c: int, strides: tuple[int, int, int], eps: float,
     relu: bool, seeded: bool, rounds: bool,
@@ -428,7 +426,7 @@ WALK_LINES = 8  # lines of windows that a program walks down
 BUSY = 1024  # programs that keep a large GPU busy
 
 
-@cache
+@cached
 def _strips(
     dtype: torch.dtype, n: int, lines: int, width: int, c: int
 ) -> tuple[int, int, int, int, int]:
@@ -443,7 +441,7 @@ def _strips(
     return side, columns, walk, segments, n * cdiv(lines, walk) * segments
 
 
-@cache
+@cached
 def _maxpool_plan(
     dtype: torch.dtype, geometry: Geometry, c: int, ldx: int, eps: float, backward: bool
 ) -> Plan:

@@ -6,15 +6,13 @@ depends on which tile ended first, so results repeat bit for bit.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, Reader, Sums
-from .launch import Plan, cdiv, power
+from .launch import Plan, cached, cdiv, power
 
 WALK = 1024  # tiles that a program takes at a time
 BLOCK = 1024  # weights that a program sums
@@ -99,7 +97,7 @@ def merge_gradients(
         tl.store(dweight + i, sums, i < size)
 
 
-@cache
+@cached
 def _moments_plan(rows: int, channels: int, tiles: int, stride: int, tile_rows: int) -> Plan:
     return Plan(
         merge_moments,
@@ -120,7 +118,7 @@ def merge(partial: Tensor, moments: Tensor, rows: int, tile_rows: int) -> None:
     _moments_plan(rows, channels, tiles, moments.stride(0), tile_rows)(partial, moments)
 
 
-@cache
+@cached
 def _gradients_plan(
     channels: int, tiles: int, eps: float, stride: int, size: int, splits: int, rounds: bool
 ) -> Plan:

@@ -6,14 +6,12 @@ Specification: ``settle`` and ``normalised_`` of the reference backend.
 
 from __future__ import annotations
 
-from functools import cache
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...buffers import NormGradient, Share
-from .launch import Plan, readable_slice, tiling
+from .launch import Plan, cached, readable_slice, tiling
 from .shared import behind_vectors, tile_of
 
 
@@ -69,7 +67,7 @@ def normalise_rows(
     tl.store(dz, dy.to(dz.dtype.element_ty), inside)
 
 
-@cache
+@cached
 def _settle_plan(
     m: int, c: int, readable: tuple[int, int], strides: tuple[int, ...], count: int, factor: float
 ) -> Plan:
@@ -95,7 +93,7 @@ def settle(g: Tensor, x: Tensor, share: Share | None, keep: tuple[Tensor, float]
     return dy
 
 
-@cache
+@cached
 def _normalise_plan(
     m: int, c: int, readable: int, ldz: int, ldx: int, count: int, eps: float, batch: bool
 ) -> Plan:

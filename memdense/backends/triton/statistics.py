@@ -5,14 +5,12 @@ Specification: ``statistics`` and ``pack`` of the reference backend.
 
 from __future__ import annotations
 
-from functools import cache
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry
-from .launch import Plan, readable_slice, tiling
+from .launch import Plan, cached, readable_slice, tiling
 from .reduce import merge, moments_partial
 from .shared import store_moments, tile_of
 
@@ -54,7 +52,7 @@ def pack_rows(
         store_moments(partial, plane, wide, valid, count, c, c < C, tile, tiles)
 
 
-@cache
+@cached
 def _plan(axes: Axes, m: int, c: int, readable: int, channel_stride: int, ldo: int) -> Plan:
     rows, columns, tiles, programs = tiling(m, c)
     (_, s0), (n1, s1), (n2, s2) = ((1, 0),) * (3 - len(axes)) + axes

@@ -1,0 +1,76 @@
+"""Times every candidate of the bottleneck's kernels on the device at hand; see :mod:`.tuning`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ...buffers import Into, NormGradient, Reader, Sums
+from . import conv1x1
+from .launch import precision
+from .tuning import Config, bucket, forced
+
+# M, C, B: the blocks of an ImageNet network at batches 16 and 256, and those of a narrow one
+SIZES = [
+    (16 * 56 * 56, 128, 128), (16 * 28 * 28, 256, 128), (16 * 14 * 14, 512, 128),
+    (16 * 7 * 7, 1024, 128), (256 * 56 * 56, 128, 128), (256 * 28 * 28, 256, 128),
+    (256 * 14 * 14, 512, 128), (256 * 14 * 14, 1024, 128), (256 * 7 * 7, 1024, 128),
+    (64 * 32 * 32, 128, 48), (256 * 14 * 14, 512, 192),
+]  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """One kernel at one size."""
+
+    kernel: str
+    entry: str
+    candidates: tuple[Config, ...]
+    run: Callable[[], object]
+
+
+def problems(
+    dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]], device: torch.device
+) -> Iterator[Problem]:
+    """The bottleneck's kernels on random values; those with one candidate are left out."""
+    precise = precision(dtype)
+
+    def reader(channels: int) -> Reader:
+        return Reader(*torch.rand(4, channels, device=device), 1e-5, True)
+
+    for m, c, b in sizes:
+        x, g = (torch.randn(m, c, device=device).to(dtype) for _ in range(2))
+        dz, y = (torch.randn(m, b, device=device).to(dtype) for _ in range(2))
+        weight, read = torch.randn(b, c, device=device).to(dtype), reader(c)
+        moments = torch.empty(2, b, device=device)
+        behind = NormGradient(reader(b), Sums(*torch.rand(2, b, device=device)), m)
+        into = Into(g, torch.zeros(2, c, device=device), True)
+
+        def forward(x=x, read=read, weight=weight, moments=moments) -> object:
+            return conv1x1.forward(x, read, weight, moments)
+
+        def backward(dz=dz, y=y, behind=behind, weight=weight, x=x, read=read, into=into) -> object:
+            return conv1x1.backward(dz, y, behind, weight, x, read, into, True)
+
+        kernels = (
+            ("forward_1x1", conv1x1.forward_configs(dtype, precise, m, b), forward),
+            ("input_gradient_1x1", conv1x1.input_configs(dtype, precise, m, b), backward),
+            ("weight_gradient_1x1", conv1x1.weight_configs(dtype, precise), backward),
+        )
+        for kernel, candidates, run in kernels:
+            if len(candidates) > 1:
+                yield Problem(kernel, bucket(kernel, dtype, m, c, b), candidates, run)
+
+
+def fastest(
+    problem: Problem, milliseconds: Callable[[Callable[[], object]], float] | None = None
+) -> tuple[Config, dict[Config, float]]:
+    """A problem's winner, and the median milliseconds of each candidate."""
+    timer = milliseconds or (lambda run: triton.testing.do_bench(run, return_mode="median"))
+    times = {}
+    for config in problem.candidates:
+        with forced(problem.kernel, config):
+            times[config] = timer(problem.run)
+    return min(times, key=times.__getitem__), times

@@ -1,0 +1,157 @@
+"""bn_relu_conv1x1 on its own: as a function and as a module, on every backend."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from exactness import BACKENDS, assert_close
+from torch import Tensor, nn
+from torch.library import opcheck
+from torch.nn import functional as F
+
+import memdense
+from memdense.functional import bn_relu_conv1x1
+from memdense.memory import saved_bytes
+
+
+def arguments(
+    n: int, c: int, b: int, h: int, w: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    weight = torch.randn(c, dtype=dtype)
+    weight[0] = 0
+    return {
+        "input": 2 * torch.randn(n, c, h, w, dtype=dtype) + 1,
+        "running_mean": torch.randn(c, dtype=dtype),
+        "running_var": torch.rand(c, dtype=dtype) + 0.5,
+        "weight": weight,
+        "bias": torch.randn(c, dtype=dtype),
+        "conv_weight": torch.randn(b, c, 1, 1, dtype=dtype),
+    }
+
+
+def separate(
+    input, running_mean, running_var, weight, bias, conv_weight, training=False, momentum=0.1,
+    eps=1e-5,
+) -> Tensor:  # fmt: skip
+    z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.conv2d(F.relu(z), conv_weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 7, 12, 5, 3), (1, 20, 48, 9, 11), (3, 1, 1, 2, 1)])
+def test_agrees_with_separate_operations(backend, training, layout, shape) -> None:
+    results = []
+    for function in (bn_relu_conv1x1, separate):
+        torch.manual_seed(0)
+        given = arguments(*shape)
+        given["input"] = given["input"].contiguous(memory_format=layout)
+        leaves = [given[k].requires_grad_() for k in ("input", "weight", "bias", "conv_weight")]
+        with memdense.use_backend(backend):
+            out = function(**given, training=training, momentum=0.3, eps=1e-3)
+            answer = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+            gradients = torch.autograd.grad(out, leaves, answer)
+        results.append([out, *gradients, given["running_mean"], given["running_var"]])
+    names = ("out", "dinput", "dweight", "dbias", "dconv", "running mean", "running var")
+    for name, found, expected in zip(names, *results, strict=True):
+        assert_close(name, found, expected, floor=expected.detach().square().mean().sqrt().item())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_and_their_gradients(training, affine) -> None:
+    given = arguments(2, 3, 4, 3, 2)
+    if not affine:
+        given["weight"] = given["bias"] = None
+    names = [k for k in ("input", "weight", "bias", "conv_weight") if given[k] is not None]
+    fixed = {k: v for k, v in given.items() if k not in names}
+
+    def run(*leaves: Tensor) -> Tensor:
+        moving = {k: v if v is None else v.clone() for k, v in fixed.items()}
+        return bn_relu_conv1x1(**moving, **dict(zip(names, leaves, strict=True)), training=training)
+
+    leaves = tuple(given[k].requires_grad_() for k in names)
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+def test_partial_gradients() -> None:
+    given = arguments(2, 5, 4, 3, 3)
+    given["conv_weight"].requires_grad_()
+    bn_relu_conv1x1(**given, training=True).sum().backward()
+    only = given["conv_weight"].grad
+    given = {k: v.detach().clone() for k, v in given.items()}
+    torch.manual_seed(0)
+    full = given | {"conv_weight": given["conv_weight"].requires_grad_()}
+    full["input"].requires_grad_()
+    bn_relu_conv1x1(**full, training=True).sum().backward()
+    assert torch.equal(only, full["conv_weight"].grad)
+
+
+def test_keeps_only_its_input() -> None:
+    given = arguments(4, 16, 64, 8, 8, torch.float32)
+    given["input"] = given["input"].contiguous(memory_format=torch.channels_last)
+    given["input"].requires_grad_()
+    kept = saved_bytes(lambda: bn_relu_conv1x1(**given, training=True), exclude=given.values())
+    assert kept == 2 * 16 * 4  # mean and variance
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_opcheck(training) -> None:
+    x, mean, var, *rest = arguments(2, 5, 3, 4, 3).values()
+    leaves = [t.requires_grad_() for t in (x, *rest)]
+    running = (None, None) if training else (mean, var)
+    opcheck(
+        torch.ops.memdense.bn_relu_conv1x1_alone.default, (leaves[0], *running, *leaves[1:], 1e-5)
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("tracks", [True, False])
+def test_module_is_its_parts(momentum, tracks) -> None:
+    torch.manual_seed(0)
+    ours = memdense.BNReLUConv1x1(6, 10, momentum=momentum, track_running_stats=tracks).double()
+    parts = nn.Sequential(copy.deepcopy(ours.norm), nn.ReLU(), copy.deepcopy(ours.conv))
+    for mode in (True, True, False):
+        ours.train(mode), parts.train(mode)
+        x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+        assert_close("out", ours(x), parts(x), floor=1.0)
+        for (name, a), b in zip(ours.norm.named_buffers(), parts[0].buffers(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12), name
+
+
+def test_autocast() -> None:
+    given = arguments(2, 8, 16, 6, 6, torch.float32)
+    expected = separate(**{k: v.double() for k, v in given.items()}, training=True)
+    given["input"].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = bn_relu_conv1x1(**given, training=True)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and given["input"].grad.dtype == torch.float32
+    error = (out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": torch.zeros(2, 4)}, r"expected input of shape \(N, C, H, W\), got \(2, 4\)"),
+        ({"input": torch.zeros(0, 4, 2, 2)}, "that is not empty, got torch.float32"),
+        ({"conv_weight": torch.zeros(3, 5, 1, 1)}, r"shape \(B, 4, 1, 1\), got \(3, 5"),
+        ({"conv_weight": torch.zeros(3, 4, 1, 1).double()}, "input's dtype torch.float32"),
+        ({"bias": torch.zeros(3)}, r"bias of shape \(4,\), got \(3,\)"),
+        ({"running_var": None}, "both of running_mean and running_var, or neither"),
+        ({"running_mean": None, "running_var": None}, "running statistics in evaluation"),
+        (
+            {"input": torch.zeros(1, 4, 1, 1), "training": True},
+            "Expected more than 1 value per channel when training, got input size",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(change, message) -> None:
+    given = arguments(2, 4, 3, 2, 2, torch.float32) | change
+    with pytest.raises(ValueError, match=message):
+        bn_relu_conv1x1(**given)
