@@ -142,7 +142,8 @@ TILE = 8192  # values: 16 KB of a 16-bit matrix
 def tiling(rows: int, channels: int) -> Tiling:
     """What kernels without a product use."""
     columns = min(64, power(channels))
-    height = min(TILE // columns, power(rows))
+    # up to 16 channels often come 2 bytes at a time, which takes registers
+    height = min(TILE // max(columns, 32), power(rows))
     tiles = cdiv(rows, height)
     return Tiling(height, columns, tiles, tiles * cdiv(channels, columns))
 
