@@ -1,14 +1,18 @@
 """Compile recorded Triton launches for a GPU that is not there, and read what came out.
 
-Not under TRITON_INTERPRET: functions decorated there cannot be compiled.
+Not under TRITON_INTERPRET: functions decorated there cannot be compiled. As a script, "aot.py NET
+DTYPE ARCH...": every kernel of a training step, as lines of JSON.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +22,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memdense.backends.triton.launch import ALIGNMENT, Launch
+from memdense import buffers, engine, spec
+from memdense.backends.triton import Triton
+from memdense.backends.triton.launch import ALIGNMENT, Launch, cdiv, recorded
 
 TYPES = {
     torch.float32: "fp32",
@@ -48,6 +54,11 @@ class Compiled:
         if "wgmma.mma_async" in self.ptx:
             return "wgmma"
         return "mma" if "mma.sync" in self.ptx else ""
+
+    @property
+    def wide(self) -> bool:
+        """Whether it reads 16 bytes at a time."""
+        return "ld.global.v4.b32" in self.ptx or "cp.async.cg" in self.ptx
 
 
 def source(launch: Launch) -> ASTSource:
@@ -104,3 +115,93 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         kernel.metadata.shared,
         kernel.asm["ptx"],
     )
+
+
+# ---- a step's launches, recorded on tensors without memory
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def norm(channels: int) -> spec.Norm:
+    known = spec.NormSpec(1e-5, True, True)
+    return spec.Norm(known, empty(channels), empty(channels), None, None)
+
+
+def stage_step(
+    n: int, side: int, channels: int, layers: int, growth: int, kind: str, dtype: torch.dtype
+) -> None:
+    """Forward and backward of a block with bottlenecks and its tail, ``kind`` "pool" or
+    "transition".
+    """
+    last = channels + layers * growth
+    b = 4 * growth
+
+    def layer(c: int) -> spec.Layer:
+        return spec.Layer(norm(c), empty(b, c, 1, 1), norm(b), empty(growth, b, 3, 3), (1, 1))
+
+    tail_spec = spec.TailSpec(kind, norm(last).spec, pool=2 if kind == "transition" else 1)
+    conv = empty(last // 2, last, 1, 1) if kind == "transition" else None
+    stage = spec.Stage(
+        [layer(channels + i * growth) for i in range(layers)],
+        spec.Tail(tail_spec, norm(last), conv),
+        0.0,
+        False,
+    )
+    x = empty(n, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
+    kept = engine.forward(x, stage, None, Triton())
+    need = [True] * len(spec.flatten(stage)[0])
+    engine.backward(
+        kept.out, None, kept.features, kept.statistics, [], stage, None, True, need, Triton()
+    )
+
+
+def stem_step(n: int, side: int, channels: int, dtype: torch.dtype) -> None:
+    known = spec.StemSpec(norm(channels).spec, (2, 2), (3, 3), (1, 1), True)
+    x, weight = empty(n, 3, side, side, dtype=dtype), empty(channels, 3, 7, 7)
+    kept = engine.stem_forward(x, weight, norm(channels), known, Triton())
+    engine.stem_backward(
+        kept.out, x, weight, norm(channels), kept.convolved, kept.winner, kept.statistics, known,
+        [True] * 4, Triton(),
+    )  # fmt: skip
+
+
+def densenet121(dtype: torch.dtype) -> None:
+    """Batch 256 at 224 x 224."""
+    stem_step(256, 224, 64, dtype)
+    for side, channels, layers in ((56, 64, 6), (28, 128, 12), (14, 256, 24)):
+        stage_step(256, side, channels, layers, 32, "transition", dtype)
+    stage_step(256, 7, 512, 16, 32, "pool", dtype)
+
+
+def bc100_12(dtype: torch.dtype) -> None:
+    """Batch 64 at 32 x 32: channels that are no multiples of 16."""
+    for side, channels in ((32, 24), (16, 108)):
+        stage_step(64, side, channels, 16, 12, "transition", dtype)
+    stage_step(64, 8, 150, 16, 12, "pool", dtype)
+
+
+NETS = {"densenet121": densenet121, "bc100_12": bc100_12}
+
+
+def step_launches(net: str, dtype: torch.dtype) -> list[Launch]:
+    """What a training step launches, each machine code once."""
+    # rows as they are on a GPU
+    buffers.row_stride = lambda channels, device: cdiv(channels, 16) * 16
+    with recorded(dry=True) as launches, torch.no_grad():
+        NETS[net](dtype)
+    return list({key(launch): launch for launch in launches}.values())
+
+
+def main(net: str, dtype: str, archs: Sequence[str]) -> None:
+    for launch in step_launches(net, getattr(torch, dtype)):
+        for arch in archs:
+            found = compile_launch(launch, int(arch))
+            row = {name: getattr(found, name) for name in ("name", "arch", "registers", "stack")}
+            row |= {name: getattr(found, name) for name in ("shared", "tensor_cores", "wide")}
+            print(json.dumps(row | {"product": "tl.dot(" in launch.plan.kernel.src}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

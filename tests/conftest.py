@@ -42,3 +42,42 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Triton's interpreter, quicker, and rounding as a GPU does: float32 to the nearest bfloat16,
+    where it truncates, and sums as a tree, where it adds one after another. On a GPU, nothing.
+    """
+    if torch.cuda.is_available():
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    tl = interpreter.tl
+    original = interpreter._convert_float
+
+    def convert(values, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return original(values, source, target, mode)
+        wide = torch.from_numpy(values.reshape(-1).view("float32").copy())
+        return wide.bfloat16().view(torch.uint16).numpy().reshape(values.shape)
+
+    def tree(operation, x):
+        axis, values = operation.axis, x.handle.data
+        values = values.reshape(-1) if axis is None else values.swapaxes(0, axis)
+        while len(values) > 1:
+            values = values[: len(values) // 2] + values[len(values) // 2 :]
+        values = values[0] if axis is None else values.swapaxes(0, axis).squeeze(axis)
+        return operation.to_tensor(values, x.dtype)
+
+    patched = set()
+
+    def call(function, *args, **kwargs):
+        if function.fn.__module__ not in patched:
+            patched.add(function.fn.__module__)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.ReduceOps, "sum", tree)
+    # to patch triton.language again at every call of a function takes longer than all the rest
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)

@@ -10,139 +10,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 from exactness import assert_same_step, into_of, randomise, reader_of, twins
-from torch import Tensor
+from primitives import SHAPES, Inputs, assert_errs_no_more, poisoned, rms
 
 import memdense
 from memdense import _extension
 from memdense.backends import Native, Reference, backend_for
-from memdense.buffers import Geometry, NormGradient, Reader, Share, Sums
+from memdense.buffers import Geometry
 from memdense.memory import peak_memory
 
 tv = pytest.importorskip("torchvision")
 built = pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
 CPU = torch.device("cpu")
-
-# (N, H, W), C, B: no multiples of a vector, of a tile, of a panel; and such
-SHAPES = [
-    ((1, 1, 1), 1, 1),
-    ((1, 1, 1), 7, 12),
-    ((2, 1, 3), 3, 7),
-    ((3, 7, 5), 12, 48),
-    ((2, 14, 15), 64, 128),
-    ((3, 9, 11), 96, 192),
-    ((1, 21, 20), 256, 128),
-    ((2, 6, 8), 1000, 7),
-    ((2, 10, 10), 200, 300),
-]
-
-
-def poisoned(values: Tensor) -> Tensor:
-    """The same matrix as a slice of a wider one that is NaN all around."""
-    m, c = values.shape
-    buffer = torch.full((m + 2, c + 11), torch.nan, dtype=values.dtype)
-    buffer[1:-1, 5 : 5 + c] = values
-    return buffer[1:-1, 5 : 5 + c]
-
-
-class Inputs:
-    """What the primitives take, in float64, away from the ReLU's kink: |z| > 1e-3."""
-
-    def __init__(self, size: tuple[int, int, int], c: int, b: int) -> None:
-        self.geometry = Geometry(*size)
-        m = self.geometry.rows
-        small = Geometry(size[0], size[1] // 2, size[2] // 2).rows
-        pooled = Geometry(size[0], (size[1] + 1) // 2, (size[2] + 1) // 2).rows
-        scale, shift = torch.randn(c), 0.3 * torch.randn(c)
-        scale[torch.randn(c) > 1.5] = 0
-        shift[scale == 0] = 0.5
-        x = 2 * torch.randn(m, c) + 1
-        x = torch.where((scale * x + shift).abs() < 0.01, x + 0.3, x)
-        x = torch.where((scale * x + shift).abs() < 0.01, x + 0.3 / scale, x)
-        self.vectors = [scale, shift, torch.randn(c), torch.rand(c) + 0.5]
-        # of the norm behind the 1x1, and what its backward left
-        self.behind = [torch.randn(b), torch.rand(b) + 0.5, torch.randn(b), torch.randn(b)]
-        self.sums = [m * torch.randn(b), m * torch.randn(b)]
-        self.credited = m * torch.randn(2, c)
-        self.weight, self.x, self.g = torch.randn(b, c), x, torch.randn(m, c)
-        self.dz, self.y, self.dx = torch.randn(m, b), torch.randn(m, b), torch.randn(m, c)
-        self.small, self.pooled = torch.randn(small, b), torch.randn(pooled, c)
-        self.per_image = torch.randn(size[0], c)
-        self.keep = torch.rand(m, c) > 0.4
-
-    def run(self, backend: Reference, dtype: torch.dtype, wrap=lambda t: t) -> dict[str, Tensor]:
-        """All that all primitives return or write, by name."""
-        geometry, found = self.geometry, {}
-        g_before = self.g.to(dtype)
-
-        def reads(vectors: list[Tensor], batch: bool = True) -> Reader:
-            read = reader_of(*vectors)
-            tensors = (t.to(dtype) for t in (read.mean, read.var, read.weight, read.bias))
-            return Reader(*tensors, read.eps, batch)
-
-        def behind(read: Reader, *sums: Tensor) -> NormGradient:
-            return NormGradient(read, Sums(*(t.to(dtype) for t in sums)), geometry.rows)
-
-        read, weight = reads(self.vectors), self.weight.to(dtype)
-        share = Share(self.credited.to(dtype), read.mean, geometry.rows)
-        x, dz, y, dx = (wrap(t.to(dtype)) for t in (self.x, self.dz, self.y, self.dx))
-        small, pooled, per_image = (t.to(dtype) for t in (self.small, self.pooled, self.per_image))
-
-        def into_g(name: str, method: str, *args: object, seeded: bool = True) -> None:
-            g = wrap(g_before.clone() if seeded else torch.full_like(g_before, torch.nan))
-            into = into_of(g, seeded)
-            give(name, getattr(backend, method)(*(into if a is Ellipsis else a for a in args)))
-            found[name + " G"], found[name + " S"] = g, into.sums
-            if g._base is not None:
-                around = g._base.clone()
-                around[1:-1, 5:-6] = torch.nan
-                assert around.isnan().all(), f"{name} wrote beside its slice of G"
-
-        def give(name: str, value: object) -> None:
-            if isinstance(value, Tensor):
-                found[name] = value
-            elif value is not None:
-                for i, v in enumerate(value):
-                    give(f"{name} {i}", v)
-
-        def moments(name: str, columns: int) -> Tensor:
-            found[name] = torch.full((2, columns), torch.nan, dtype=read.mean.dtype)
-            return found[name]
-
-        b = len(weight)
-        give("conv", backend.bn_relu_conv1x1(x, read, weight, moments("conv moments", b)))
-        give("conv alone", backend.bn_relu_conv1x1(x, read, weight, None))
-        back = "bn_relu_conv1x1_backward"
-        for name, batch in (("conv back", True), ("conv back frozen", False)):
-            dy = behind(reads(self.behind, batch), *self.sums)
-            into_g(name, back, dz.clone(), y, dy, weight, x, read, ..., True)
-        into_g("conv back plain", back, dz, None, None, weight, x, read, ..., False)
-        into_g("conv back first", back, dz, None, None, weight, x, read, ..., True, seeded=False)
-        give("pool conv", backend.bn_relu_pool_conv1x1(x, read, weight, geometry))
-        back = "bn_relu_pool_conv1x1_backward"
-        for name, seeded in (("pool conv back", True), ("pool conv back first", False)):
-            into_g(name, back, small, weight, x, read, geometry, ..., True, seeded=seeded)
-        give("settle", backend.settle(wrap(g_before), x, share, None))
-        give("settle unread", backend.settle(wrap(g_before), x, None, None))
-        give("settle dropped", backend.settle(wrap(g_before), x, share, (self.keep, 1.25)))
-        for relu in (True, False):
-            give(f"norm {relu}", backend.bn_relu(x, read, relu))
-            back = "bn_relu_backward"
-            into_g(f"norm back {relu}", back, dx, x, read, relu, ..., seeded=relu)
-        give("mean", backend.bn_relu_mean(x, read, geometry))
-        back = "bn_relu_mean_backward"
-        for name, seeded in (("mean back", True), ("mean back first", False)):
-            into_g(name, back, per_image, x, read, geometry, ..., seeded=seeded)
-        backend.statistics(x, moments("statistics", x.shape[1]))
-        for layout in (torch.contiguous_format, torch.channels_last):
-            images = geometry.images(x).contiguous(memory_format=layout)
-            out = wrap(torch.zeros_like(g_before))
-            backend.pack(images, out, geometry, moments(f"pack {layout}", x.shape[1]))
-            give(f"packed {layout}", out)
-        give("maxpool", backend.bn_relu_maxpool(x, read, geometry))
-        winner = found["maxpool 1"]
-        give("maxpool back", backend.bn_relu_maxpool_backward(pooled, winner, x, read, geometry))
-        give("normalised", backend.normalised_(dx.clone(), x, behind(read, *self.credited)))
-        return found
 
 
 @contextmanager
@@ -161,10 +39,6 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def rms(t: Tensor) -> float:
-    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
 
 
 @built
@@ -190,24 +64,11 @@ def test_float64_matches_the_reference(shape, count):
 @built
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_errs_no_more_than_the_reference(shape):
-    inputs = Inputs(*shape)
-    for name, value in vars(inputs).items():  # the same numbers in both precisions
-        if isinstance(value, Tensor) and value.is_floating_point():
-            setattr(inputs, name, value.float().double())
-    for name in ("vectors", "behind", "sums"):
-        setattr(inputs, name, [v.float().double() for v in getattr(inputs, name)])
+    inputs = Inputs(*shape, torch.float32)
     exact = inputs.run(Reference(), torch.float64)
     reference = inputs.run(Reference(), torch.float32)
-    native = inputs.run(Native(), torch.float32, poisoned)
-    for name, value in exact.items():
-        if not value.is_floating_point():
-            assert torch.equal(native[name], value), name
-            continue
-        # of a few numbers the reference's may happen to be exact
-        luck = torch.finfo(torch.float32).eps * (0.25 + 4 / max(value.numel(), 1))
-        allowed = 1.5 * rms(reference[name] - value) + luck * rms(value)
-        error = rms(native[name] - value)
-        assert error <= allowed, f"{name}: {error:.2e}, where {allowed:.2e} is allowed"
+    found = inputs.run(Native(), torch.float32, poisoned)
+    assert_errs_no_more(found, reference, exact)
 
 
 @built

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...buffers import Geometry, Into, NormGradient, Reader, Sums
+from ...buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 from ..reference import Reference
-from . import conv1x1, conv3x3
+from . import cast, conv1x1, conv3x3, pools, settle, statistics
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,12 +22,32 @@ def _fits(x: Tensor, *others: Tensor | None) -> bool:
     return all(t is None or (t.dtype == x.dtype and t.stride(-1) == 1) for t in (x, *others))
 
 
+def _answers(g: Tensor) -> bool:
+    """Whether the kernels take G."""
+    return g.dtype in DTYPES and g.stride(1) == 1
+
+
 class Triton(Reference):
     """Each method has its twin's contract; what its kernel does not take goes to the twin."""
 
     name = "triton"
 
     # ---- producing channels
+
+    def cast(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        if dtype not in DTYPES or not all(w.dtype in DTYPES and w.numel() for w in weights):
+            return super().cast(weights, dtype)
+        return cast.cast(weights, dtype)
+
+    def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
+        if not _fits(out) or x.dtype != out.dtype:
+            return super().pack(x, out, geometry, moments)
+        return statistics.pack(x, out, geometry, moments)
+
+    def statistics(self, x: Tensor, moments: Tensor) -> None:
+        if not _fits(x):
+            return super().statistics(x, moments)
+        return statistics.statistics(x, moments)
 
     def bn_relu_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
@@ -55,6 +75,23 @@ class Triton(Reference):
 
     # ---- answering
 
+    def settle(
+        self,
+        g: Tensor,
+        x: Tensor,
+        share: Share | None,
+        keep: tuple[Tensor, float] | None,
+    ) -> Tensor:
+        mask = keep is None or keep[0].stride(1) == 1
+        if not (_fits(x) and _answers(g) and mask):
+            return super().settle(g, x, share, keep)
+        return settle.settle(g, x, share, keep)
+
+    def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
+        if not _fits(x, dz):
+            return super().normalised_(dz, x, behind)
+        return settle.normalised_(dz, x, behind)
+
     def bn_relu_conv1x1_backward(
         self,
         dz: Tensor,
@@ -66,7 +103,7 @@ class Triton(Reference):
         into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        fits = _fits(x, dz, y, weight) and into.g.stride(-1) == 1
+        fits = _fits(x, dz, y, weight) and _answers(into.g)
         if not fits or not conv1x1.takes(x.dtype, len(weight)):
             return super().bn_relu_conv1x1_backward(
                 dz, y, behind, weight, x, read, into, need_weight
@@ -85,9 +122,76 @@ class Triton(Reference):
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
         fits = _fits(x, dy) and weight.dtype == x.dtype
-        fits = fits and (into is None or into.g.stride(-1) == 1)
+        fits = fits and (into is None or _answers(into.g))
         if not fits or not conv3x3.reachable(geometry, dilation, dy.stride(0)):
             return super().bn_relu_conv3x3_backward(
                 dy, weight, dilation, x, read, geometry, into, need_weight
             )
         return conv3x3.backward(dy, weight, dilation, x, read, geometry, into, need_weight)
+
+    # ---- tails
+
+    def bn_relu_pool_conv1x1(
+        self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry
+    ) -> Tensor:
+        if not _fits(x, weight) or min(geometry.h, geometry.w) < 2:
+            return super().bn_relu_pool_conv1x1(x, read, weight, geometry)
+        return pools.bn_relu_pool_conv1x1(x, read, weight, geometry)
+
+    def bn_relu_pool_conv1x1_backward(
+        self,
+        dout: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        read: Reader,
+        geometry: Geometry,
+        into: Into,
+        need_weight: bool,
+    ) -> tuple[Sums, Tensor | None]:
+        fits = _fits(x, dout, weight) and _answers(into.g)
+        if not fits or min(geometry.h, geometry.w) < 2:
+            return super().bn_relu_pool_conv1x1_backward(
+                dout, weight, x, read, geometry, into, need_weight
+            )
+        return pools.bn_relu_pool_conv1x1_backward(
+            dout, weight, x, read, geometry, into, need_weight
+        )
+
+    def bn_relu(self, x: Tensor, read: Reader, relu: bool) -> Tensor:
+        if not _fits(x):
+            return super().bn_relu(x, read, relu)
+        return pools.bn_relu(x, read, relu)
+
+    def bn_relu_backward(
+        self, dout: Tensor, x: Tensor, read: Reader, relu: bool, into: Into
+    ) -> Sums:
+        if not (_fits(x, dout) and _answers(into.g)):
+            return super().bn_relu_backward(dout, x, read, relu, into)
+        return pools.bn_relu_backward(dout, x, read, relu, into)
+
+    def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
+        if not _fits(x):
+            return super().bn_relu_mean(x, read, geometry)
+        return pools.bn_relu_mean(x, read, geometry)
+
+    def bn_relu_mean_backward(
+        self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
+    ) -> Sums:
+        if not (_fits(x, dout) and _answers(into.g)):
+            return super().bn_relu_mean_backward(dout, x, read, geometry, into)
+        return pools.bn_relu_mean_backward(dout, x, read, geometry, into)
+
+    # ---- the stem
+
+    def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        if not _fits(x):
+            return super().bn_relu_maxpool(x, read, geometry)
+        return pools.bn_relu_maxpool(x, read, geometry)
+
+    def bn_relu_maxpool_backward(
+        self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
+    ) -> tuple[Tensor, Sums]:
+        packed = dout.is_contiguous() and winner.is_contiguous()
+        if not (_fits(x, dout) and packed):
+            return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+        return pools.bn_relu_maxpool_backward(dout, winner, x, read, geometry)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...buffers import Into, NormGradient, Reader, Sums
 from .launch import Plan, cached, cdiv, power, precision, readable
 from .reduce import merge, merge_sums, moments_partial, sums_partial
-from .shared import answer, norm_vectors, relu, store_moments, store_sums
+from .shared import answer, behind_vectors, norm_vectors, relu, store_moments, store_sums
 from .tuning import Config, choose
 
 MAX_BLOCKS = 3  # accumulators side by side; a wider B takes another path
@@ -83,18 +83,14 @@ def _behind(
 ):  # fmt: skip
     """Columns b of a tile of dY = a*dZ + b*Y + c, the gradient behind a BatchNorm (dY = dZ where
     there is none), in dZ's place where STORE; dz and y point to the tile's rows.
-
-    a = s; b = -s*r*dgamma/M and c = -s*dbeta/M - b*mean by batch statistics, else 0.
     """
     inside = valid & (b < B)[None, :]
     dz += b[None, :]
     dy = tl.load(dz, inside, 0.0)
     if BEHIND:
-        s, _, mu, r = norm_vectors(mean, var, weight, None, eps, b, b < B)
-        wide = s[None, :] * dy.to(tl.float32)
+        va, vb, vc = behind_vectors(mean, var, weight, dbeta, dgamma, eps, M, b, b < B, BATCH)
+        wide = va[None, :] * dy.to(tl.float32)
         if BATCH:
-            vb = -s * r * tl.load(dgamma + b, b < B, 0.0) / M
-            vc = -s * tl.load(dbeta + b, b < B, 0.0) / M - vb * mu
             wide += vb[None, :] * tl.load(y + b[None, :], inside, 0.0).to(tl.float32) + vc[None, :]
         dy = tl.where(inside, wide, 0.0).to(dz.dtype.element_ty)
         if STORE:

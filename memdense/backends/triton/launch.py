@@ -125,6 +125,37 @@ def readable(channels: int, stride: int) -> int:
     return wide if wide <= stride else channels
 
 
+class Tiling(NamedTuple):
+    """Tiles over a (M, C) matrix: one's rows and columns, how many lie below each other, and how
+    many programs that makes, one a tile.
+    """
+
+    rows: int
+    columns: int
+    tiles: int
+    programs: int
+
+
+TILE = 8192  # values: 16 KB of a 16-bit matrix
+
+
+def tiling(rows: int, channels: int) -> Tiling:
+    """What kernels without a product use."""
+    columns = min(64, power(channels))
+    # up to 16 channels often come 2 bytes at a time, which takes registers
+    height = min(TILE // max(columns, 32), power(rows))
+    tiles = cdiv(rows, height)
+    return Tiling(height, columns, tiles, tiles * cdiv(channels, columns))
+
+
+def readable_slice(matrix: Tensor) -> int:
+    """:func:`readable` of a matrix that need not begin where its rows do: behind a slice there may
+    be no memory.
+    """
+    c = matrix.shape[1]
+    return c if matrix.storage_offset() else readable(c, matrix.stride(0))
+
+
 def tf32() -> bool:
     """Whether PyTorch lets convolutions round float32 operands to TF32."""
     return torch.backends.cudnn.allow_tf32

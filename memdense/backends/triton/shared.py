@@ -24,6 +24,29 @@ def norm_vectors(mean, var, weight, bias, eps, c, inside):
 
 
 @triton.jit
+def behind_vectors(mean, var, weight, dbeta, dgamma, eps, count, c, inside, BATCH: tl.constexpr):
+    """a, b and c of the gradient behind a BatchNorm, a*dz + b*y + c, in channels c.
+
+    a = s; b = -s*r*dgamma/count and c = -s*dbeta/count - b*mean by batch statistics, else 0.
+    """
+    s, _, mu, r = norm_vectors(mean, var, weight, None, eps, c, inside)
+    vb = tl.zeros_like(s)
+    vc = vb
+    if BATCH:
+        vb = -s * r * tl.load(dgamma + c, inside, 0.0) / count
+        vc = -s * tl.load(dbeta + c, inside, 0.0) / count - vb * mu
+    return s, vb, vc
+
+
+@triton.jit
+def tile_of(C, BC: tl.constexpr):
+    """This program's tile of rows and its BC channels; neighbours share rows."""
+    across = tl.cdiv(C, BC)
+    pid = tl.program_id(0)
+    return pid // across, pid % across * BC + tl.arange(0, BC)
+
+
+@triton.jit
 def relu(z):
     """max(z, 0), NaN kept, as PyTorch does."""
     return tl.maximum(z, 0.0, tl.PropagateNan.ALL)

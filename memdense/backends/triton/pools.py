@@ -1,0 +1,478 @@
+"""Norm, relu and what pools behind them: the stem's max-pool, the tails of a block.
+
+Specification: ``bn_relu``, ``bn_relu_mean``, ``bn_relu_pool_conv1x1``, ``bn_relu_maxpool`` and
+their ``_backward`` of the reference backend. The 1x1 convolution behind a pool is PyTorch's matrix
+product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...buffers import Geometry, Into, Reader, Sums, matrix_like
+from .launch import Plan, cached, cdiv, power, readable, tiling
+from .reduce import merge_sums, sums_partial
+from .shared import answer, norm_vectors, relu, store_sums, tile_of
+
+# ---- tails, forward
+
+
+@triton.jit
+def norm_rows(
+    x, mean, var, weight, bias, out,
+    M, C, CX, ldx, eps,
+    BM: tl.constexpr, BC: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """out = s*X + t, through relu where RELU; X, out [M, C]. CX columns of X may be read."""
+    tile, c = tile_of(C, BC)
+    row = tl.arange(0, BM)
+    valid = (tile * BM + row < M)[:, None]
+    top = tile.to(tl.int64) * BM
+    s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
+    x += top * ldx + row[:, None] * ldx
+    z = tl.load(x + c[None, :], valid & (c < CX)[None, :], 0.0).to(tl.float32)
+    z = z * s[None, :] + t[None, :]
+    if RELU:
+        z = relu(z)
+    out += top * C + row[:, None] * C
+    tl.store(out + c[None, :], z.to(out.dtype.element_ty), valid & (c < C)[None, :])
+
+
+@triton.jit
+def mean_images(
+    x, mean, var, weight, bias, out,
+    P, C, CX, ldx, eps,
+    BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """out [N, C] = the mean over an image's P rows of relu(s*X + t); X [N*P, C]."""
+    image, c = tile_of(C, BC)
+    row = tl.arange(0, BM)
+    s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
+    x += image.to(tl.int64) * P * ldx
+    total = tl.zeros([BM, BC], tl.float32)
+    for start in range(0, P, BM):
+        valid = (start + row < P)[:, None]
+        z = tl.load(x + row[:, None] * ldx + c[None, :], valid & (c < CX)[None, :], 0.0)
+        z = relu(z.to(tl.float32) * s[None, :] + t[None, :])
+        total += tl.where(valid, z, 0.0)
+        x += BM * ldx
+    out += image.to(tl.int64) * C
+    tl.store(out + c, (tl.sum(total, 0) / P).to(out.dtype.element_ty), c < C)
+
+
+@triton.jit
+def pool_quads(
+    x, mean, var, weight, bias, out,
+    H, W, M, C, CX, CO, ldx, ldo, eps,
+    BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """out [M, C] = the 2x2 means of relu(s*X + t) over images of H x W rows of X; M = N*(H//2)*
+    (W//2). CX columns of X may be read, CO of out written.
+    """
+    tile, c = tile_of(C, BC)
+    row = tl.arange(0, BM)
+    quad = tile * BM + row
+    mask = (quad < M)[:, None] & (c < CX)[None, :]
+    line = quad // (W // 2)
+    image = line // (H // 2)
+    pixel = (image * H + line % (H // 2) * 2) * W + quad % (W // 2) * 2
+    s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
+    x += pixel.to(tl.int64)[:, None] * ldx + c[None, :]
+    total = tl.zeros([BM, BC], tl.float32)
+    for i in tl.static_range(4):
+        z = tl.load(x + (i // 2 * W + i % 2) * ldx, mask, 0.0).to(tl.float32)
+        total += relu(z * s[None, :] + t[None, :])
+    out += tile.to(tl.int64) * BM * ldo + row[:, None] * ldo + c[None, :]
+    total = tl.where((c < C)[None, :], total * 0.25, 0.0)
+    tl.store(out, total.to(out.dtype.element_ty), (quad < M)[:, None] & (c < CO)[None, :])
+
+
+# ---- tails, backward
+
+
+@triton.jit
+def answer_rows(
+    d, x, mean, var, weight, bias, g, partial,
+    H, W, M, C, CD, CX, CG, ldd, ldx, ldg, eps, tiles, plane,
+    BM: tl.constexpr, BC: tl.constexpr, FROM: tl.constexpr,
+    RELU: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """dZ = dA*[s*X + t > 0], G += s*dZ, and each tile's sums at partial [4, C, tiles]; X, G [M, C].
+
+    dA is d's row of the same number, or FROM "images" of H x W rows, d's row of the image over H*W;
+    or FROM "quads" of 2x2, d's row of the quad over 4, a last odd line or column having none. CD,
+    CX and CG columns of d, X and G may be touched.
+    """
+    tile, c = tile_of(C, BC)
+    row = tl.arange(0, BM)
+    pixel = tile * BM + row
+    valid = pixel < M
+    answered = valid
+    share = 1.0
+    if FROM == "images":
+        source = pixel // (H * W)
+        share = 1.0 / (H * W)
+    elif FROM == "quads":
+        line = pixel // W
+        i = line % H // 2
+        j = pixel % W // 2
+        answered = valid & (i < H // 2) & (j < W // 2)
+        source = (line // H * (H // 2) + i) * (W // 2) + j
+        share = 0.25
+    else:
+        source = pixel
+    answered = answered[:, None]
+    inside = answered & (c < C)[None, :]
+    d += source.to(tl.int64)[:, None] * ldd + c[None, :]
+    da = tl.load(d, answered & (c < CD)[None, :], 0.0).to(tl.float32) * share
+    s, t, mu, r = norm_vectors(mean, var, weight, bias, eps, c, c < C)
+    top = tile.to(tl.int64) * BM
+    x += top * ldx + row[:, None] * ldx + c[None, :]
+    values = tl.load(x, answered & (c < CX)[None, :], 0.0)
+    touched = answered if SEEDED else valid[:, None]
+    dbeta, dgamma, stored_beta, stored_gamma = answer(
+        da, values, s[None, :], t[None, :], mu[None, :], r[None, :],
+        g + top * ldg + row[:, None] * ldg + c[None, :], touched & (c < CG)[None, :], inside,
+        RELU, SEEDED,
+    )  # fmt: skip
+    store_sums(
+        partial, plane, dbeta, dgamma, stored_beta, stored_gamma, c, c < C, tile, tiles, ROUNDS
+    )
+
+
+# ---- the stem
+
+
+@triton.jit
+def strip_of(N_LINES, SEGMENTS, C, BC: tl.constexpr, LINES: tl.constexpr):
+    """(image, first line, segment, tile, channels) of a program that walks down LINES lines of
+    windows, of N_LINES in an image, in one of SEGMENTS segments.
+    """
+    tile, c = tile_of(C, BC)
+    strips = tl.cdiv(N_LINES, LINES)
+    strip = tile // SEGMENTS
+    return strip // strips, strip % strips * LINES, tile % SEGMENTS, tile, c
+
+
+@triton.jit
+def later(a, a_at, b, b_at):
+    """The maximum of a and b, which is later, and its place: the first of equals, the last NaN."""
+    wins = (b > a) | (b != b)
+    return tl.where(wins, b, a), tl.where(wins, b_at, a_at)
+
+
+@triton.jit
+def line_maximum(x, column, s, t, line_inside, inside, W, ldx):
+    """Of relu(s*X + t) over columns 2j - 1 to 2j + 1 of a line, column = 2j; -1 outside of it."""
+    value = tl.full(inside.shape, -1.0, tl.float32)
+    at = tl.zeros(inside.shape, tl.int32)
+    for i in tl.static_range(3):
+        at_column = (column + (i - 1))[:, None]
+        mask = inside & (at_column >= 0) & (at_column < W) & line_inside
+        z = relu(tl.load(x + (i - 1) * ldx, mask, 0.0).to(tl.float32) * s + t)
+        value, at = later(value, at, tl.where(mask, z, -1.0), i)
+    return value, at
+
+
+@triton.jit
+def maxpool(
+    x, mean, var, weight, bias, out, winner,
+    H, W, H2, W2, C, CX, ldx, eps, segments,
+    BW: tl.constexpr, BC: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """out [M', C] = the maxima of relu(s*X + t) over windows of 3x3, stride 2, padding 1, and where
+    in its window each stands, 0 to 8 in reading order; X [N*H*W, C], M' = N*H2*W2.
+
+    A program walks down LINES windows, BW side by side; a window's last line is the next one's
+    first.
+    """
+    image, first, segment, _, c = strip_of(H2, segments, C, BC, LINES)
+    column = segment * BW + tl.arange(0, BW)
+    s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
+    s = s[None, :]
+    t = t[None, :]
+    readable = (column < W2)[:, None] & (c < CX)[None, :]
+    writable = (column < W2)[:, None] & (c < C)[None, :]
+    x += (image.to(tl.int64) * H + 2 * first) * W * ldx
+    x += 2 * column[:, None] * ldx + c[None, :]
+    to = (image.to(tl.int64) * H2 + first) * W2 * C + column[:, None] * C + c[None, :]
+    step = W * ldx
+    top, top_at = line_maximum(x - step, 2 * column, s, t, first > 0, readable, W, ldx)
+    for line in range(first, tl.minimum(first + LINES, H2)):
+        value, at = line_maximum(x, 2 * column, s, t, 2 * line < H, readable, W, ldx)
+        value, at = later(top, top_at, value, at + 3)
+        top, top_at = line_maximum(x + step, 2 * column, s, t, 2 * line + 1 < H, readable, W, ldx)
+        value, at = later(value, at, top, top_at + 6)
+        tl.store(out + to, value.to(out.dtype.element_ty), writable)
+        tl.store(winner + to, at.to(tl.uint8), writable)
+        x += 2 * step
+        to += W2 * C
+
+
+@triton.jit
+def unpool_pixel(da, x, dz, s, t, mu, r, mask, inside, beta, gamma):
+    """dZ = dA*[s*X + t > 0] where ``inside``, and its two sums."""
+    values = tl.load(x, mask, 0.0).to(tl.float32)
+    stored = tl.where(values * s + t <= 0.0, 0.0, da).to(dz.dtype.element_ty)
+    tl.store(dz, stored, inside)
+    wide = stored.to(tl.float32)
+    return (
+        beta + tl.where(inside, wide, 0.0),
+        gamma + tl.where(inside, wide * ((values - mu) * r), 0.0),
+    )
+
+
+@triton.jit
+def won(d, at, place):
+    """d where the window's winner stands at ``place``."""
+    return tl.where(at == place, d.to(tl.float32), 0.0)
+
+
+@triton.jit
+def maxpool_gradient(
+    d, winner, x, mean, var, weight, bias, dz, partial,
+    H, W, H2, W2, C, CX, ldx, eps, segments, tiles, plane,
+    BW: tl.constexpr, BC: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """dZ [N*H*W, C] = [s*X + t > 0] * the sum of d over the windows that a pixel won, and each
+    tile's sums of dZ and dZ*x_hat at partial [2, C, tiles]; d, winner [N*H2*W2, C].
+
+    Pixels (2i, 2j) to (2i + 1, 2j + 1) lie in the windows (i, j) to (i + 1, j + 1) and no others. A
+    program walks down LINES such quads, BW side by side.
+    """
+    image, first, segment, tile, c = strip_of(H2, segments, C, BC, LINES)
+    column = segment * BW + tl.arange(0, BW)
+    s, t, mu, r = norm_vectors(mean, var, weight, bias, eps, c, c < C)
+    s = s[None, :]
+    t = t[None, :]
+    mu = mu[None, :]
+    r = r[None, :]
+    left = (column < W2)[:, None] & (c < C)[None, :]
+    right = (column + 1 < W2)[:, None] & (c < C)[None, :]
+    odd = (2 * column + 1 < W)[:, None]
+    readable = (column < W2)[:, None] & (c < CX)[None, :]
+    at = (image.to(tl.int64) * H2 + first) * W2 * C + column[:, None] * C + c[None, :]
+    d += at
+    winner += at
+    top = (image.to(tl.int64) * H + 2 * first) * W
+    x += top * ldx + 2 * column[:, None] * ldx + c[None, :]
+    dz += top * C + 2 * column[:, None] * C + c[None, :]
+    beta = tl.zeros([BW, BC], tl.float32)
+    gamma = beta
+    d00 = tl.load(d, left, 0.0)
+    d01 = tl.load(d + C, right, 0.0)
+    w00 = tl.load(winner, left, 255)
+    w01 = tl.load(winner + C, right, 255)
+    for line in range(first, tl.minimum(first + LINES, H2)):
+        d += W2 * C
+        winner += W2 * C
+        below = line + 1 < H2
+        d10 = tl.load(d, left & below, 0.0)
+        d11 = tl.load(d + C, right & below, 0.0)
+        w10 = tl.load(winner, left & below, 255)
+        w11 = tl.load(winner + C, right & below, 255)
+        beta, gamma = unpool_pixel(
+            won(d00, w00, 4), x, dz, s, t, mu, r, readable, left, beta, gamma
+        )
+        beta, gamma = unpool_pixel(
+            won(d00, w00, 5) + won(d01, w01, 3),
+            x + ldx, dz + C, s, t, mu, r, readable & odd, left & odd, beta, gamma,
+        )  # fmt: skip
+        lower = 2 * line + 1 < H
+        beta, gamma = unpool_pixel(
+            won(d00, w00, 7) + won(d10, w10, 1),
+            x + W * ldx, dz + W * C, s, t, mu, r, readable & lower, left & lower, beta, gamma,
+        )  # fmt: skip
+        beta, gamma = unpool_pixel(
+            won(d00, w00, 8) + won(d01, w01, 6) + won(d10, w10, 2) + won(d11, w11, 0),
+            x + (W + 1) * ldx, dz + (W + 1) * C, s, t, mu, r,
+            readable & odd & lower, left & odd & lower, beta, gamma,
+        )  # fmt: skip
+        x += 2 * W * ldx
+        dz += 2 * W * C
+        d00 = d10
+        d01 = d11
+        w00 = w10
+        w01 = w11
+    dbeta = tl.sum(beta, 0)
+    dgamma = tl.sum(gamma, 0)
+    store_sums(partial, plane, dbeta, dgamma, dbeta, dgamma, c, c < C, tile, tiles, False)
+
+
+# ---- their plans and calls
+
+
+def _vectors(read: Reader) -> tuple[Tensor | None, ...]:
+    return read.mean, read.var, read.weight, read.bias
+
+
+@cached
+def _norm_plan(m: int, c: int, ldx: int, eps: float, relu: bool) -> Plan:
+    rows, columns, _, programs = tiling(m, c)
+    sizes = (m, c, readable(c, ldx), ldx, eps)
+    return Plan(norm_rows, (programs,), sizes, (rows, columns, relu), warps=8)
+
+
+def bn_relu(x: Tensor, read: Reader, relu: bool) -> Tensor:
+    """(M, C), packed."""
+    m, c = x.shape
+    out = x.new_empty((m, c))
+    _norm_plan(m, c, x.stride(0), read.eps, relu)(x, *_vectors(read), out)
+    return out
+
+
+@cached
+def _mean_plan(n: int, pixels: int, c: int, ldx: int, eps: float) -> Plan:
+    rows, columns = min(64, power(pixels)), min(128, power(c))
+    sizes = (pixels, c, readable(c, ldx), ldx, eps)
+    return Plan(mean_images, (n * cdiv(c, columns),), sizes, (rows, columns), warps=8)
+
+
+def bn_relu_mean(x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
+    """(N, C)."""
+    n, c = geometry.n, x.shape[1]
+    out = x.new_empty((n, c))
+    plan = _mean_plan(n, geometry.h * geometry.w, c, x.stride(0), read.eps)
+    plan(x, *_vectors(read), out)
+    return out
+
+
+@cached
+def _pool_plan(geometry: Geometry, m: int, c: int, ldx: int, ldo: int, eps: float) -> Plan:
+    columns = min(64, power(c))
+    rows = min(2048 // columns, power(m))  # of four pixels each
+    sizes = (geometry.h, geometry.w, m, c, readable(c, ldx), ldo, ldx, ldo, eps)
+    grid = (cdiv(m, rows) * cdiv(c, columns),)
+    return Plan(pool_quads, grid, sizes, (rows, columns))
+
+
+def _pool(x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
+    """avg_pool2x2(relu(s*x + t)): (N * H//2 * W//2, C)."""
+    m, c = geometry.n * (geometry.h // 2) * (geometry.w // 2), x.shape[1]
+    out = matrix_like(x[:m], c)
+    _pool_plan(geometry, m, c, x.stride(0), out.stride(0), read.eps)(x, *_vectors(read), out)
+    return out
+
+
+def bn_relu_pool_conv1x1(x: Tensor, read: Reader, weight: Tensor, geometry: Geometry) -> Tensor:
+    """(N * H//2 * W//2, B)."""
+    return torch.mm(_pool(x, read, geometry), weight.t())
+
+
+@cached
+def _answer_plan(
+    source: str, geometry: Geometry, m: int, c: int, strides: tuple[int, int, int], eps: float,
+    relu: bool, seeded: bool, rounds: bool,
+) -> Plan:  # fmt: skip
+    rows, columns, tiles, programs = tiling(m, c)
+    ldd, ldx, ldg = strides
+    touched = readable(c, ldd), readable(c, ldx), readable(c, ldg) if seeded else c
+    sizes = (geometry.h, geometry.w, m, c, *touched, *strides, eps, tiles, c * tiles)
+    constants = (rows, columns, source, relu, seeded, rounds)
+    return Plan(answer_rows, (programs,), sizes, constants, warps=8)
+
+
+def _answer(
+    d: Tensor, source: str, geometry: Geometry, x: Tensor, read: Reader, relu: bool, into: Into
+) -> Sums:
+    (m, c), g = x.shape, into.g
+    partial = sums_partial(x, c, tiling(m, c).tiles, into)
+    plan = _answer_plan(
+        source, geometry, m, c, (d.stride(0), x.stride(0), g.stride(0)), read.eps,
+        relu, into.seeded, into.rounds,
+    )  # fmt: skip
+    plan(d, x, *_vectors(read), g, partial)
+    return merge_sums(partial, read, into)[0]
+
+
+def bn_relu_backward(dout: Tensor, x: Tensor, read: Reader, relu: bool, into: Into) -> Sums:
+    """Into G."""
+    return _answer(dout, "rows", Geometry(1, 1, len(x)), x, read, relu, into)
+
+
+def bn_relu_mean_backward(
+    dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
+) -> Sums:
+    """Into G."""
+    return _answer(dout, "images", geometry, x, read, True, into)
+
+
+def bn_relu_pool_conv1x1_backward(
+    dout: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    read: Reader,
+    geometry: Geometry,
+    into: Into,
+    need_weight: bool,
+) -> tuple[Sums, Tensor | None]:
+    """Into G; the reader's sums and dW (B, C) in float32."""
+    dweight = _product(dout.t(), _pool(x, read, geometry)) if need_weight else None
+    dpooled = torch.mm(dout, weight, out=matrix_like(x[: len(dout)], x.shape[1]))
+    return _answer(dpooled, "quads", geometry, x, read, True, into), dweight
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+WALK_LINES = 8  # lines of windows that a program walks down
+BUSY = 1024  # programs that keep a large GPU busy
+
+
+@cached
+def _strips(
+    dtype: torch.dtype, n: int, lines: int, width: int, c: int
+) -> tuple[int, int, int, int, int]:
+    """(windows side by side, channels, lines, segments of a line, tiles) of programs over n images
+    of lines x width windows.
+    """
+    columns = min(64, power(c))
+    side = min(4096 // dtype.itemsize // columns, power(width))
+    segments, walk = cdiv(width, side), WALK_LINES
+    while walk > 1 and n * cdiv(lines, walk) * segments * cdiv(c, columns) < BUSY:
+        walk //= 2
+    return side, columns, walk, segments, n * cdiv(lines, walk) * segments
+
+
+@cached
+def _maxpool_plan(
+    dtype: torch.dtype, geometry: Geometry, c: int, ldx: int, eps: float, backward: bool
+) -> Plan:
+    n, h, w = geometry
+    h2, w2 = (h + 1) // 2, (w + 1) // 2
+    side, columns, walk, segments, tiles = _strips(dtype, n, h2, w2, c)
+    sizes = (h, w, h2, w2, c, readable(c, ldx), ldx, eps, segments)
+    grid, constants = (tiles * cdiv(c, columns),), (side, columns, walk)
+    if not backward:
+        return Plan(maxpool, grid, sizes, constants, warps=8)
+    return Plan(maxpool_gradient, grid, (*sizes, tiles, c * tiles), constants, warps=8)
+
+
+def bn_relu_maxpool(x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Values (M', C) and winners (M', C), uint8."""
+    n, h, w = geometry
+    m, c = n * ((h + 1) // 2) * ((w + 1) // 2), x.shape[1]
+    out, winner = x.new_empty((m, c)), x.new_empty((m, c), dtype=torch.uint8)
+    plan = _maxpool_plan(x.dtype, geometry, c, x.stride(0), read.eps, False)
+    plan(x, *_vectors(read), out, winner)
+    return out, winner
+
+
+def bn_relu_maxpool_backward(
+    dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
+) -> tuple[Tensor, Sums]:
+    """dz (M, C), packed, and its sums."""
+    (m, c), (n, h, w) = x.shape, geometry
+    dz = x.new_empty((m, c))
+    tiles = _strips(x.dtype, n, (h + 1) // 2, (w + 1) // 2, c)[-1]
+    partial = sums_partial(x, c, tiles, None)
+    plan = _maxpool_plan(x.dtype, geometry, c, x.stride(0), read.eps, True)
+    plan(dout, winner, x, *_vectors(read), dz, partial)
+    return dz, merge_sums(partial, read, None)[0]

@@ -1,0 +1,204 @@
+"""Inputs for every primitive of a backend, and what a backend makes of them."""
+
+from collections.abc import Callable
+
+import torch
+from exactness import into_of, reader_of
+from torch import Tensor
+
+from memdense.backends import Reference
+from memdense.buffers import Geometry, Into, NormGradient, Reader, Share, Sums, accumulator
+
+# (N, H, W), C, B: no multiples of a vector, of a tile, of a panel; and such
+SHAPES = [
+    ((1, 1, 1), 1, 1),
+    ((1, 1, 1), 7, 12),
+    ((2, 1, 3), 3, 7),
+    ((3, 7, 5), 12, 48),
+    ((2, 14, 15), 64, 128),
+    ((3, 9, 11), 96, 192),
+    ((1, 21, 20), 256, 128),
+    ((2, 6, 8), 1000, 7),
+    ((2, 10, 10), 200, 300),
+]
+
+
+def poisoned(values: Tensor) -> Tensor:
+    """The same matrix as a slice of a wider one that is NaN all around."""
+    m, c = values.shape
+    buffer = torch.full((m + 2, c + 11), torch.nan, dtype=values.dtype)
+    buffer[1:-1, 5 : 5 + c] = values
+    return buffer[1:-1, 5 : 5 + c]
+
+
+class Inputs:
+    """What the primitives take, in float64, away from the ReLU's kink: |z| > 1e-3. Values are such
+    as ``dtype`` holds.
+    """
+
+    def __init__(
+        self, size: tuple[int, int, int], c: int, b: int, dtype: torch.dtype = torch.float64
+    ) -> None:
+        def draw(*shape: int) -> Tensor:
+            return rounded(torch.randn(shape))
+
+        def rounded(t: Tensor) -> Tensor:
+            return t.to(dtype).double()
+
+        self.geometry = Geometry(*size)
+        m = self.geometry.rows
+        small = Geometry(size[0], size[1] // 2, size[2] // 2).rows
+        pooled = Geometry(size[0], (size[1] + 1) // 2, (size[2] + 1) // 2).rows
+        scale, shift = torch.randn(c), 0.3 * torch.randn(c)
+        scale[torch.randn(c) > 1.5] = 0
+        shift[scale == 0] = 0.5
+        scale, shift = scale.to(accumulator(dtype)).double(), shift.to(accumulator(dtype)).double()
+        x = rounded(2 * torch.randn(m, c) + 1)
+        x = torch.where((scale * x + shift).abs() < 0.01, rounded(x + 0.3), x)
+        x = torch.where((scale * x + shift).abs() < 0.01, rounded(x + 0.3 / scale), x)
+        assert (scale * x + shift).abs().min() > 1e-3
+        self.vectors = [scale, shift, torch.randn(c), torch.rand(c) + 0.5]
+        # of the norm behind the 1x1, and what its backward left
+        self.behind = [torch.randn(b), torch.rand(b) + 0.5, torch.randn(b), torch.randn(b)]
+        self.sums = [m * torch.randn(b), m * torch.randn(b)]
+        self.credited = m * torch.randn(2, c)
+        self.weight, self.x, self.g = draw(b, c), x, draw(m, c)
+        self.dz, self.y, self.dx = draw(m, b), draw(m, b), draw(m, c)
+        self.small, self.pooled = draw(small, b), draw(pooled, c)
+        self.per_image = draw(size[0], c)
+        self.keep = torch.rand(m, c) > 0.4
+
+    def run(
+        self,
+        backend: Reference,
+        dtype: torch.dtype,
+        wrap: Callable[[Tensor], Tensor] = lambda t: t,
+        convolutions: bool = True,
+        wide: bool = False,
+    ) -> dict[str, Tensor]:
+        """All that all primitives return or write, by name.
+
+        Args:
+            wrap: makes a matrix the view that the primitives get.
+            convolutions: the 1x1 convolutions, too.
+            wide: keep G in the accumulator's dtype.
+        """
+        geometry, found, acc = self.geometry, {}, accumulator(dtype)
+        g_before = self.g.to(acc if wide else dtype)
+
+        def reads(vectors: list[Tensor], batch: bool = True) -> Reader:
+            read = reader_of(*vectors)
+            tensors = (t.to(acc) for t in (read.mean, read.var, read.weight, read.bias))
+            return Reader(*tensors, read.eps, batch)
+
+        def behind(read: Reader, *sums: Tensor) -> NormGradient:
+            return NormGradient(read, Sums(*(t.to(acc) for t in sums)), geometry.rows)
+
+        read, weight = reads(self.vectors), self.weight.to(dtype)
+        share = Share(self.credited.to(acc), read.mean, geometry.rows)
+        x, dz, y, dx = (wrap(t.to(dtype)) for t in (self.x, self.dz, self.y, self.dx))
+        small, pooled, per_image = (t.to(dtype) for t in (self.small, self.pooled, self.per_image))
+
+        def into_g(name: str, method: str, *args: object, seeded: bool = True) -> None:
+            g = wrap(g_before.clone() if seeded else torch.full_like(g_before, torch.nan))
+            into = into_of(g, seeded)
+            result = getattr(backend, method)(*(into if a is Ellipsis else a for a in args))
+            give(name, result)
+            found[name + " G"], found[name + " S"] = g, into.sums
+            before = g_before if seeded else torch.zeros_like(g_before)
+            sums = result if isinstance(result, Sums) else result[0]
+            found[name + " share"] = self._share(into, before, sums, read)
+            if g._base is not None:
+                around = g._base.clone()
+                around.as_strided(g.shape, g.stride(), g.storage_offset()).fill_(torch.nan)
+                assert around.isnan().all(), f"{name} wrote beside its slice of G"
+
+        def give(name: str, value: object) -> None:
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif value is not None:
+                for i, v in enumerate(value):
+                    give(f"{name} {i}", v)
+
+        def moments(name: str, columns: int) -> Tensor:
+            found[name] = torch.full((2, columns), torch.nan, dtype=read.mean.dtype)
+            return found[name]
+
+        if convolutions:
+            give(
+                "conv",
+                backend.bn_relu_conv1x1(x, read, weight, moments("conv moments", len(weight))),
+            )
+            give("conv alone", backend.bn_relu_conv1x1(x, read, weight, None))
+            back = "bn_relu_conv1x1_backward"
+            for name, batch in (("conv back", True), ("conv back frozen", False)):
+                dy = behind(reads(self.behind, batch), *self.sums)
+                into_g(name, back, dz.clone(), y, dy, weight, x, read, ..., True)
+            into_g("conv back plain", back, dz, None, None, weight, x, read, ..., False)
+            into_g(
+                "conv back first", back, dz, None, None, weight, x, read, ..., True, seeded=False
+            )
+        give("pool conv", backend.bn_relu_pool_conv1x1(x, read, weight, geometry))
+        back = "bn_relu_pool_conv1x1_backward"
+        for name, seeded in (("pool conv back", True), ("pool conv back first", False)):
+            into_g(name, back, small, weight, x, read, geometry, ..., True, seeded=seeded)
+        give("settle", backend.settle(wrap(g_before), x, share, None))
+        give("settle unread", backend.settle(wrap(g_before), x, None, None))
+        give("settle dropped", backend.settle(wrap(g_before), x, share, (self.keep, 1.25)))
+        for relu in (True, False):
+            give(f"norm {relu}", backend.bn_relu(x, read, relu))
+            back = "bn_relu_backward"
+            into_g(f"norm back {relu}", back, dx, x, read, relu, ..., seeded=relu)
+        give("mean", backend.bn_relu_mean(x, read, geometry))
+        back = "bn_relu_mean_backward"
+        for name, seeded in (("mean back", True), ("mean back first", False)):
+            into_g(name, back, per_image, x, read, geometry, ..., seeded=seeded)
+        backend.statistics(x, moments("statistics", x.shape[1]))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            images = geometry.images(x).contiguous(memory_format=layout)
+            out = wrap(torch.zeros(x.shape, dtype=dtype))
+            backend.pack(images, out, geometry, moments(f"pack {layout}", x.shape[1]))
+            give(f"packed {layout}", out)
+        give("maxpool", backend.bn_relu_maxpool(x, read, geometry))
+        winner = found["maxpool 1"]
+        give("maxpool back", backend.bn_relu_maxpool_backward(pooled, winner, x, read, geometry))
+        give("normalised", backend.normalised_(dx.clone(), x, behind(read, *self.credited)))
+        return found
+
+    def _share(self, into: Into, before: Tensor, sums: Sums, read: Reader) -> Tensor:
+        """What S1 and S2 must be, and the sums of their terms' magnitudes, in float64: (4, C)."""
+        if not into.rounds:
+            s, r = read.scale.double(), read.rstd.double()
+            shares = torch.stack((s * sums.dbeta, s * r * sums.dgamma))
+            return torch.cat((shares, shares.abs()))
+        d = into.g.double() - before.double()
+        x_hat = (self.x - read.mean) * read.rstd
+        terms = torch.stack((d, read.rstd * d * x_hat))
+        return torch.cat((terms.sum(1), terms.abs().sum(1)))
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def assert_errs_no_more(
+    found: dict[str, Tensor], reference: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """Each tensor's error is at most 1.5 times the reference's in the same dtype; whole numbers
+    are right. S1 and S2 are what the reader's sums, or the steps of a G that rounds, make of them.
+    """
+    for name, value in exact.items():
+        mine, theirs = found[name], reference[name]
+        assert mine.shape == value.shape and mine.dtype == theirs.dtype, name
+        if name.endswith(" share"):
+            off = (found[name.removesuffix("share") + "S"] - mine[:2]).abs()
+            assert (off <= 2e-6 * mine[2:]).all(), f"{name}: S1 or S2 is off"
+        elif not value.is_floating_point():
+            assert torch.equal(mine, value), name
+        elif not name.endswith(" S"):
+            # of a few numbers the reference's may happen to be exact
+            few = max(value.numel(), 1)
+            luck = torch.finfo(mine.dtype).eps * (0.25 + 6 / few)
+            allowed = max(1.5, 1 + 2 / few**0.5) * rms(theirs - value) + luck * rms(value)
+            error = rms(mine - value)
+            assert error <= allowed, f"{name}: {error:.2e}, where {allowed:.2e} is allowed"

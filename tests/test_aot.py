@@ -1,0 +1,49 @@
+"""Every kernel of a training step, compiled for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize(
+    ("net", "dtype"),
+    [("densenet121", "bfloat16"), ("densenet121", "float32"), ("bc100_12", "float16")],
+)
+def test_compiles(net: str, dtype: str, arch: int, tmp_path: Path) -> None:
+    """Nothing spilled, shared memory within the limit, products on tensor cores, and 16 bytes at a
+    time where channels are multiples of 16.
+    """
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("aot.py"), net, dtype, str(arch)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    names = {kernel["name"] for kernel in kernels}
+    assert {"forward_1x1", "settle_rows", "pack_rows", "answer_rows", "merge_moments"} <= names
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= SHARED[arch], kernel
+        if kernel["product"]:
+            expected = "wgmma" if arch >= 90 else "mma"
+            assert kernel["tensor_cores"] == expected, kernel
+        # a channel's tiles and weights of any layout are read as they come
+        merges = kernel["name"].startswith("merge") or kernel["name"] == "cast_weights"
+        if net == "densenet121" and not merges:
+            assert kernel["wide"], kernel

@@ -1,0 +1,273 @@
+"""The Triton kernels without a product against the reference, in the interpreter or on a GPU."""
+
+import pytest
+import torch
+from exactness import into_of, reader_of
+from primitives import Inputs, assert_errs_no_more, poisoned
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from memdense.backends import Reference
+from memdense.backends.triton import Triton, pools
+from memdense.backends.triton.cast import _table
+from memdense.backends.triton.launch import INTERPRETED, recorded
+from memdense.buffers import Geometry, NormGradient, Reader, Share, Sums
+
+pytestmark = [
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.gpu
+    if torch.cuda.is_available()
+    else pytest.mark.skipif(not INTERPRETED, reason="neither a GPU nor the interpreter"),
+]
+# (N, H, W), C, B; small: the interpreter runs a program a channel to merge. More than one tile of
+# rows, of columns, of lines; odd sizes
+SHAPES = [
+    ((1, 1, 1), 1, 1),
+    ((2, 1, 3), 3, 7),
+    ((3, 7, 5), 12, 8),
+    ((2, 6, 8), 20, 7),
+    ((3, 14, 15), 7, 12),
+    ((1, 11, 14), 96, 16),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def padded(values: Tensor) -> Tensor:
+    """The same matrix as a prefix of one whose rows are longer, as X's and G's are on a GPU."""
+    m, c = values.shape
+    buffer = torch.full((m, -(-c // 16) * 16 + 16), torch.nan, dtype=values.dtype)
+    buffer[:, :c] = values
+    return buffer[:, :c]
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """Random inputs are drawn in float64, on the device."""
+    torch.set_default_dtype(torch.float64)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def vectors(c: int) -> Reader:
+    return reader_of(*(torch.randn(c).float() for _ in range(3)), torch.rand(c).float() + 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errs_no_more_than_the_reference(shape, dtype):
+    inputs = Inputs(*shape, dtype)
+    exact = inputs.run(Reference(), torch.float64, convolutions=False)
+    # slices with a G of 16 bits, prefixes with one of 32
+    wide = shape[1] % 2 == 0
+    reference = inputs.run(Reference(), dtype, convolutions=False, wide=wide)
+    wrap = padded if wide else poisoned
+    found = inputs.run(Triton(), dtype, wrap, convolutions=False, wide=wide)
+    assert_errs_no_more(found, reference, exact)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("wrap", [padded, poisoned])
+def test_every_kind_of_gradient_buffer(wrap, wide):
+    inputs = Inputs((2, 5, 6), 12, 8, torch.bfloat16)
+    exact = inputs.run(Reference(), torch.float64, convolutions=False)
+    reference = inputs.run(Reference(), torch.bfloat16, convolutions=False, wide=wide)
+    found = inputs.run(Triton(), torch.bfloat16, wrap, convolutions=False, wide=wide)
+    assert_errs_no_more(found, reference, exact)
+
+
+def test_repeats_bit_for_bit():
+    inputs = Inputs((2, 6, 5), 20, 8, torch.float16)
+    first, second = (inputs.run(Triton(), torch.float16, convolutions=False) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+def test_nan_goes_where_the_reference_sends_it():
+    inputs = Inputs((2, 6, 7), 20, 17, torch.float32)
+    inputs.x[5, 3] = inputs.x[40, 19] = torch.nan
+    inputs.x[50, 0] = torch.inf
+    inputs.g[8, 8] = inputs.pooled[3, 4] = inputs.dx[9, 9] = torch.nan
+    found = inputs.run(Triton(), torch.float32, convolutions=False)
+    for name, value in inputs.run(Reference(), torch.float32, convolutions=False).items():
+        same = value.isfinite() == found[name].isfinite()
+        # the reference's maxpool backward makes 0 * NaN of what is not a winner's
+        assert same.all() or name.startswith("maxpool back"), name
+
+
+def test_first_maximum_and_last_nan_win_the_maxpool():
+    x = torch.randint(-1, 3, (2 * 7 * 9, 3)).float()  # many equal, many below 0
+    x[torch.rand(x.shape) > 0.9] = torch.nan
+    read = reader_of(*(torch.ones(3).float() for _ in range(4)))
+    found = Triton().bn_relu_maxpool(x, read, Geometry(2, 7, 9))
+    expected = Reference().bn_relu_maxpool(x, read, Geometry(2, 7, 9))
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0].nan_to_num(-1), expected[0].nan_to_num(-1))
+
+
+@pytest.mark.parametrize("size", [(2, 21, 10), (1, 6, 5), (1, 18, 1)], ids=str)
+def test_maxpool_walks_down_several_lines(size, monkeypatch):
+    """As a program does where there are many."""
+    monkeypatch.setattr(pools, "BUSY", 0)
+    for plans in (pools._strips, pools._maxpool_plan):
+        monkeypatch.setattr(pools, plans.__name__, plans.__wrapped__)
+    geometry, c = Geometry(*size), 3
+    x, read = torch.randn(geometry.rows, c).float(), vectors(c)
+    with recorded() as launches:
+        out, winner = Triton().bn_relu_maxpool(x, read, geometry)
+        dout = torch.randn(out.shape).float()
+        dz, sums = Triton().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+    assert launches[0].plan.constants[-1] == launches[1].plan.constants[-1] == pools.WALK_LINES
+    expected, places = Reference().bn_relu_maxpool(x, read, geometry)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(winner, places)
+    expected, both = Reference().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+    torch.testing.assert_close(dz, expected)
+    torch.testing.assert_close(sums, both, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packs_images_of_any_strides(dtype):
+    n, c, h, w = 2, 5, 6, 7
+    wide = torch.randn(n + 1, c + 2, 2 * h, w + 3).to(dtype)
+    sources = {
+        "contiguous": wide[:n, :c, :h, :w].contiguous(),
+        "channels last": wide[:n, :c, :h, :w].contiguous(memory_format=torch.channels_last),
+        "slice": wide[1:, 1 : c + 1, ::2, 2 : w + 2],
+        "channels first of all": wide[:n, :c, :h, :w].transpose(0, 1).contiguous().transpose(0, 1),
+        "turned": wide[:n, :c, :w, :h].transpose(2, 3),
+        "one image for all": wide[:1, :c, :h, :w].expand(n, -1, -1, -1),
+        "one pixel for all": wide[:n, :c, :1, :1].expand(-1, -1, h, w),
+    }
+    for name, x in sources.items():
+        assert x.shape == (n, c, h, w)
+        out = poisoned(torch.full((n * h * w, c), torch.nan, dtype=dtype))
+        moments = poisoned(torch.full((2, c), torch.nan, dtype=torch.float32))
+        with recorded() as launches:
+            Triton().pack(x, out, Geometry(n, h, w), moments)
+        assert len(launches) == 2
+        rows = x.permute(0, 2, 3, 1).reshape(-1, c)
+        assert torch.equal(out, rows), name
+        around = out._base.clone()
+        around[1:-1, 5:-6] = torch.nan
+        assert around.isnan().all(), name
+        var, mean = torch.var_mean(rows.double(), 0, correction=0)
+        expected = torch.stack((mean, var)).float()
+        torch.testing.assert_close(moments, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_statistics_far_from_zero():
+    """mean/std of 1e3: E[x^2] - E[x]^2 would keep no digit."""
+    x = (1000 + torch.randn(700, 3)).float()
+    moments = torch.empty(2, 3, dtype=torch.float32)
+    Triton().statistics(x, moments)
+    var, mean = torch.var_mean(x.double(), 0, correction=0)
+    torch.testing.assert_close(moments.double(), torch.stack((mean, var)), rtol=1e-5, atol=0)
+
+
+# ---- weights
+
+
+def weights_of_a_stage() -> list[Tensor]:
+    return [
+        torch.randn(5, 12).float(),
+        torch.randn(7, 5, 3, 3).float(),
+        torch.randn(16, 32).float(),
+        torch.randn(4, 5, 3, 3).float().contiguous(memory_format=torch.channels_last),
+        torch.randn(9, 20).half()[::2, 3:10],
+        torch.randn(70, 91).bfloat16(),
+        torch.randn(2, 3, 1, 5).half(),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_casts_weights_in_one_launch(dtype):
+    weights = weights_of_a_stage()
+    with recorded() as launches:
+        found = Triton().cast(weights, dtype)
+    assert len(launches) == 1
+    for w, mine in zip(weights, found, strict=True):
+        assert torch.equal(mine, w.to(dtype)) and mine.dtype == dtype
+        if w.dtype == dtype and w.dim() == 4:
+            assert mine is w
+        elif w.dim() == 4:
+            assert mine.is_contiguous(memory_format=torch.channels_last)
+        else:
+            assert mine.stride() == (-(-w.shape[1] // 16) * 16, 1)
+            rows = mine.as_strided((len(mine), mine.stride(0)), mine.stride())
+            assert (rows[:, w.shape[1] :] == 0).all()
+        assert mine is w or not mine.storage_offset() % 16
+    with recorded() as launches:
+        again = Triton().cast([found[1], found[2]], dtype)
+    assert not launches and again[0] is found[1] and again[1] is found[2]
+
+
+def test_cast_follows_weights():
+    """Values come from where the weights are now: after an update in place, and in new memory."""
+    weights = weights_of_a_stage()[:2]
+    built = _table.cache_info().misses
+    for _ in range(3):
+        weights[0].add_(1)
+        found = Triton().cast(weights, torch.float16)
+        assert torch.equal(found[0], weights[0].half())
+    assert _table.cache_info().misses == built + 1
+    weights[0] = weights[0] + 1
+    assert torch.equal(Triton().cast(weights, torch.float16)[0], weights[0].half())
+    # the same memory, seen differently
+    weights[1] = weights[1].as_strided((5, 7, 3, 3), (9, 45, 1, 3))
+    assert torch.equal(Triton().cast(weights, torch.float16)[1], weights[1].half())
+
+
+# ---- launches
+
+
+def test_launches():
+    m, c, geometry, t = 60, 16, Geometry(2, 5, 6), Triton()
+    x, read, g = torch.randn(m, c).half(), vectors(c), torch.randn(m, c).half()
+    weight, small = torch.randn(8, c).half(), torch.randn(12, 8).half()
+    moments = torch.empty(2, c, dtype=torch.float32)
+    share, keep = Share(moments, moments[0], m), (torch.rand(m, c) > 0.5, 2.0)
+    images, per_image = geometry.images(x), torch.randn(2, c).half()
+    pooled = torch.randn(18, c).half()
+    winner = torch.zeros(18, c, dtype=torch.uint8)
+    behind = NormGradient(read, Sums(moments[0], moments[1]), m)
+    pool_back = t.bn_relu_pool_conv1x1_backward
+    wanted = {
+        "statistics": (lambda: t.statistics(x, moments), 2),
+        "pack": (lambda: t.pack(images, x, geometry, moments), 2),
+        "pack alone": (lambda: t.pack(images, x, geometry, None), 1),
+        "settle": (lambda: t.settle(g, x, share, keep), 1),
+        "normalised": (lambda: t.normalised_(g, x, behind), 1),
+        "norm": (lambda: t.bn_relu(x, read, True), 1),
+        "norm back": (lambda: t.bn_relu_backward(g, x, read, True, into_of(g)), 2),
+        "mean": (lambda: t.bn_relu_mean(x, read, geometry), 1),
+        "mean back": (
+            lambda: t.bn_relu_mean_backward(per_image, x, read, geometry, into_of(g)), 2
+        ),
+        "pool conv": (lambda: t.bn_relu_pool_conv1x1(x, read, weight, geometry), 1),
+        "pool conv back": (
+            lambda: pool_back(small, weight, x, read, geometry, into_of(g), True), 3
+        ),
+        "maxpool": (lambda: t.bn_relu_maxpool(x, read, geometry), 1),
+        "maxpool back": (
+            lambda: t.bn_relu_maxpool_backward(pooled, winner, x, read, geometry), 2
+        ),
+    }  # fmt: skip
+    for name, (run, count) in wanted.items():
+        with recorded(dry=True) as launches:
+            run()
+        assert len(launches) == count, name
+        with recorded(dry=True) as again:
+            run()
+        # a replay finds its plans
+        assert all(a.plan is b.plan for a, b in zip(launches, again, strict=True)), name
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_reference():
+    inputs = Inputs((1, 3, 4), 4, 8)
+    with recorded() as launches:
+        found = inputs.run(Triton(), torch.float64)
+    assert not launches
+    for name, value in inputs.run(Reference(), torch.float64).items():
+        assert torch.equal(found[name], value), name
