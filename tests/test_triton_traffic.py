@@ -7,13 +7,15 @@ every tile reads again do, vectors of one launch do not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from traffic import Traffic, per_row, total
 
-from memdense.backends.triton import Triton, conv1x1, launch, tuning
-from memdense.buffers import Into, NormGradient, Reader, Sums
+from memdense.backends.triton import Triton, conv1x1, launch, pools, tuning
+from memdense.buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in Triton's interpreter")
 HALF = torch.float16
@@ -86,3 +88,65 @@ def test_weight_partials_stay_small():
             k = conv1x1.weight_configs(torch.bfloat16, "tf32")[0]
             partial = conv1x1.weight_splits(k, m, c, B) * B * c * 4
             assert 2 * partial <= 0.1 * m * (8 * c + 8 * B), (side, c)
+
+
+def without_product(c: int) -> dict[str, tuple[Callable[[int], object], float]]:
+    """The other primitives on m rows of images of 16 x 16, and what each must move for a row."""
+    triton = Triton()
+
+    def share(m: int) -> Share:
+        return Share(torch.rand(2, c), torch.rand(c), m)
+
+    def into(m: int) -> Into:
+        return Into(normal(m, c), torch.zeros(2, c), False)
+
+    def images(m: int) -> Geometry:
+        return Geometry(m // 256, 16, 16)
+
+    def winner(m: int) -> Tensor:
+        return torch.zeros(m // 4, c, dtype=torch.uint8)
+
+    return {
+        "pack": (
+            lambda m: triton.pack(
+                normal(m // 256, c, 16, 16), normal(m, c), images(m), torch.empty(2, c)
+            ),
+            4 * c,
+        ),
+        "settle": (lambda m: triton.settle(normal(m, c), normal(m, c), share(m), None), 6 * c),
+        "mean back": (
+            lambda m: triton.bn_relu_mean_backward(
+                normal(m // 256, c), normal(m, c), reader(c), images(m), into(m)
+            ),
+            4 * c,
+        ),
+        "pool": (
+            lambda m: triton.bn_relu_pool_conv1x1(normal(m, c), reader(c), normal(8, c), images(m)),
+            2.5 * c,
+        ),
+        "pool back": (
+            lambda m: triton.bn_relu_pool_conv1x1_backward(
+                normal(m // 4, 8), normal(8, c), normal(m, c), reader(c), images(m), into(m), False
+            ),
+            4.5 * c,
+        ),
+        "maxpool": (lambda m: triton.bn_relu_maxpool(normal(m, c), reader(c), images(m)), 2.75 * c),
+        "maxpool back": (
+            lambda m: triton.bn_relu_maxpool_backward(
+                normal(m // 4, c), winner(m), normal(m, c), reader(c), images(m)
+            ),
+            4.75 * c,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", without_product(16))
+def test_without_product(name, monkeypatch, interpreter):
+    """Every operand once; what a maxpool's windows share is read from the cache or not at all."""
+    for plans in (pools._strips, pools._maxpool_plan):
+        monkeypatch.setattr(pools, plans.__name__, plans.__wrapped__)
+    monkeypatch.setattr(pools, "BUSY", 0)  # programs walk down lines, as on large inputs
+    run, table = without_product(64)[name]
+    found = total(per_row(run, ROWS))
+    assert table <= 1.001 * found.unique and found.unique <= 1.1 * table
+    assert found.issued <= 1.6 * table

@@ -35,7 +35,8 @@ class _Launch:
 
     def take(self, kind: str, pointers, mask) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+        # the interpreter makes integers of some masks
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
         self.issued += addresses.size * size
         # addresses are far below 2**59
         self.touched[kind].append(np.unique(addresses) * 16 + size)
