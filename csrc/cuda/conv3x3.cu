@@ -387,7 +387,7 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const MaybeTen
   reduction.columns = static_cast<int>(p.k);
   reduction.channels = static_cast<int>(p.c);
   reduction.dweight = floats(dweight);
-  launch(reduction, place.stream());
+  reduce_partials(reduction, place.stream());
   return dweight;
 }
 
@@ -437,7 +437,7 @@ void bn_relu_conv3x3_into(const Tensor& y, const Tensor& mean, const Tensor& var
     return floats(partials);
   });
   if (a.statistics) {
-    launch(Merge{a.partials, a.columns, blocks, floats(*mean_out), floats(*var_out)},
+    merge_moments(Merge{a.partials, a.columns, blocks, floats(*mean_out), floats(*var_out)},
            place.stream());
   }
 }
@@ -500,7 +500,7 @@ void bn_relu_conv3x3_backward_into(const Tensor& dy, const Tensor& weight, const
   reduction.eps = norm.eps;
   reduction.dbeta = floats(dbeta);
   reduction.dgamma = floats(dgamma);
-  launch(reduction, place.stream());
+  reduce_partials(reduction, place.stream());
 }
 
 }  // namespace

@@ -182,7 +182,7 @@ void weight_gradient_half(const WeightGradient&, int columns, Grid, device::Stre
 void weight_gradient_bfloat16(const WeightGradient&, int columns, Grid, device::Stream);
 void weight_gradient_tf32(const WeightGradient&, int columns, Grid, device::Stream);
 void weight_gradient_float(const WeightGradient&, int columns, Grid, device::Stream);
-void launch(const Merge&, device::Stream);
-void launch(const Reduction&, device::Stream);
+void merge_moments(const Merge&, device::Stream);
+void reduce_partials(const Reduction&, device::Stream);
 
 }  // namespace memdense::conv3x3

@@ -57,10 +57,37 @@ MEMDENSE_DEVICE int piece_at(int row, int piece) {
   return (row * kPieces + (piece ^ (row / kRowsPerLine & kMask))) * 16;
 }
 
+// The same for the halo. There a tile's outputs follow each other but for two pixels at the end of
+// every line; `turn` makes up for these, so that its outputs are eight such rows wherever they start.
+MEMDENSE_DEVICE int halo_piece_at(int row, int piece, int turn) {
+  return (row * kRowPieces + (piece ^ ((row / 2 - turn) & (kRowPieces - 1)))) * 16;
+}
+
+// A number of a pixel, or -1, with its turn.
+constexpr int kTurns = 4;
+template <typename T>
+MEMDENSE_DEVICE T with_turn(T number, int turn) {
+  return number * kTurns + (turn & (kTurns - 1));
+}
+template <typename T>
+MEMDENSE_DEVICE T number_of(T packed) {
+  return packed >> 2;
+}
+template <typename T>
+MEMDENSE_DEVICE int turn_of(T packed) {
+  return static_cast<int>(packed) & (kTurns - 1);
+}
+
 template <typename V, int kPieces>
 MEMDENSE_DEVICE V* value_at(char* rows, int row, int column) {
   constexpr int kPer = 16 / sizeof(V);
   return reinterpret_cast<V*>(rows + piece_at<kPieces>(row, column / kPer)) + column % kPer;
+}
+
+template <typename V>
+MEMDENSE_DEVICE const V* halo_value_at(const char* rows, int row, int column, int turn) {
+  constexpr int kPer = 16 / sizeof(V);
+  return reinterpret_cast<const V*>(rows + halo_piece_at(row, column / kPer, turn)) + column % kPer;
 }
 
 template <typename V>
@@ -170,8 +197,8 @@ MEMDENSE_DEVICE int pixel_at(const Axis& axis, int v) {
   return v >= 0 && v < axis.in ? v : -1;
 }
 
-// sources[i]: offset of the i-th pixel of the halo, -1 for a zero. targets[i]: number of the tile's
-// i-th output, -1 if there is none. places[i]: that output's first tap in the halo.
+// sources[i]: offset of the i-th pixel of the halo, -1 for a zero, with its turn. targets[i]: number
+// of the tile's i-th output, -1 if there is none. places[i]: its first tap in the halo, with turn.
 MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& source,
                                  const Strides& target, int64_t* sources, int64_t* targets,
                                  int* places) {
@@ -190,15 +217,15 @@ MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& sour
     const int row = i / walk.halo_width, column = i % walk.halo_width;
     const bool later = row >= first_halo;
     const int rest = row - first_halo;
-    const int at = image + (later ? 1 + rest / full_halo : 0);
+    const int segment = later ? 1 + rest / full_halo : 0, at = image + segment;
     const int u = later ? rest % full_halo : step_y * y.stride + row;
     const int n = at / y.phases, phase_y = at % y.phases;
     const int h = pixel_at(y, y.offset + y.stride * phase_y + y.dilation * u);
     const int w =
         pixel_at(x, x.offset + x.stride * phase_x + x.dilation * (x.stride * step_x + column));
-    sources[i] = n < walk.images && h >= 0 && w >= 0
-                     ? n * source.n + h * source.h + w * source.w
-                     : -1;
+    const bool exists = n < walk.images && h >= 0 && w >= 0;
+    sources[i] = with_turn<int64_t>(exists ? n * source.n + h * source.h + w * source.w : -1,
+                                    row + segment * walk.width);
   }
   for (int i = thread(); i < walk.pixels; i += threads()) {
     const int row = i / walk.width, column = i % walk.width;
@@ -210,9 +237,11 @@ MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& sour
     const bool exists = row < walk.height && n < walk.images && step_x + column < x.steps &&
                         h < y.out && w < x.out;
     targets[i] = exists ? n * target.n + h * target.h + w * target.w : -1;
-    places[i] =
-        exists ? (row * y.stride + segment * (3 - y.stride)) * walk.halo_width + column * x.stride
-               : 0;
+    const int line_of_halo = row * y.stride + segment * (3 - y.stride);
+    // outside of the image too, so that those rows meet no other's bank
+    places[i] = row < walk.height ? with_turn(line_of_halo * walk.halo_width + column * x.stride,
+                                              line_of_halo + segment * walk.width)
+                                  : 0;
   }
 }
 
@@ -231,8 +260,8 @@ MEMDENSE_DEVICE void stage_halo(const void* source, int64_t channel_stride, bool
     const bool by_pixel = channel_stride != 1;
     const int row = by_pixel ? i % halo : i / kRowPieces;
     const int piece = by_pixel ? i / halo : i % kRowPieces;
-    char* to = rows + piece_at<kRowPieces>(row, piece);
-    const int64_t offset = sources[row];
+    const int64_t source_pixel = sources[row], offset = number_of(source_pixel);
+    char* to = rows + halo_piece_at(row, piece, turn_of(source_pixel));
     const int c = first + piece * kPerPiece<K>;
     if (vectors) {
       const bool exists = offset >= 0 && c < channels;
@@ -263,7 +292,7 @@ MEMDENSE_DEVICE void normalise_halo(const float* scale, const float* shift, cons
   for (int i = thread(); i < halo * kRowPieces; i += threads()) {
     const int row = i / kRowPieces;
     if (sources[row] < 0) continue;
-    char* at = rows + piece_at<kRowPieces>(row, piece);
+    char* at = rows + halo_piece_at(row, piece, turn_of(sources[row]));
     float x[kPerPiece<K>];
     V z[kPerPiece<K>];
     load_piece<V>(at, x);
@@ -351,8 +380,8 @@ MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int chan
         uint32_t pixels[2];
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const int row = places.at[m] + tap_y * halo_width + tap_x;
-          pixels[m] = halo_address + piece_at<kRowPieces>(row, lane / 16);
+          const int row = number_of(places.at[m]) + tap_y * halo_width + tap_x;
+          pixels[m] = halo_address + halo_piece_at(row, lane / 16, turn_of(places.at[m]) + tap_y);
         }
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
@@ -386,7 +415,9 @@ MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int chan
         float a[4][4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-          load_piece<float>(halo + piece_at<kRowPieces>(places.at[m] + shift, piece), a[m]);
+          load_piece<float>(halo + halo_piece_at(number_of(places.at[m]) + shift, piece,
+                                                 turn_of(places.at[m]) + tap / 3),
+                            a[m]);
         }
 #pragma unroll
         for (int f = 0; f < kColumns / 8; ++f) {
@@ -692,8 +723,9 @@ using WeightAccumulators = float[3][kColumns / 16][2][4];
 
 // sum[tap][j, c] += dy[pixel, j] * z[pixel + tap, c] over 16 pixels from `first` on.
 template <typename K, int kColumns>
-MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int shift, int half, char* halo,
-                                     char* dy, WeightAccumulators<kColumns>& sum) {
+MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, int halo_width,
+                                     int half, char* halo, char* dy,
+                                     WeightAccumulators<kColumns>& sum) {
   using V = Value<K>;
   constexpr int kPieces = kColumns / kPerPiece<K>;
   const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
@@ -706,12 +738,13 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int shift, in
       load_matrices_transposed(
           a[m], shared_address(dy) + piece_at<kPieces>(pixel, 2 * m + matrix % 2));
     }
-    const int place = places[first + matrix % 2 * 8 + row] + shift;
+    const int packed = places[first + matrix % 2 * 8 + row];
+    const int place = number_of(packed) + tap_y * halo_width, turn = turn_of(packed) + tap_y;
 #pragma unroll
     for (int tap = 0; tap < 3; ++tap) {
       uint32_t b[4];
-      load_matrices_transposed(b, shared_address(halo) + piece_at<kRowPieces>(
-                                                             place + tap, half * 2 + matrix / 2));
+      load_matrices_transposed(
+          b, shared_address(halo) + halo_piece_at(place + tap, half * 2 + matrix / 2, turn));
 #pragma unroll
       for (int m = 0; m < kColumns / 16; ++m) {
         multiply_add(V{}, sum[tap][m][0], a[m], b[0], b[1]);
@@ -740,13 +773,15 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int shift, in
           a[m][i] = tf32(value_at<V, kPieces>(dy, pixel + i / 2 * 4, m * 16 + g + i % 2 * 8));
         }
       }
-      const int place = places[pixel] + shift, place4 = places[pixel + 4] + shift;
+      const int packed = places[pixel], packed4 = places[pixel + 4];
+      const int place = number_of(packed) + tap_y * halo_width, turn = turn_of(packed) + tap_y;
+      const int place4 = number_of(packed4) + tap_y * halo_width, turn4 = turn_of(packed4) + tap_y;
 #pragma unroll
       for (int tap = 0; tap < 3; ++tap) {
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
-          const uint32_t b0 = tf32(value_at<V, kRowPieces>(halo, place + tap, f * 8 + g));
-          const uint32_t b1 = tf32(value_at<V, kRowPieces>(halo, place4 + tap, f * 8 + g));
+          const uint32_t b0 = tf32(halo_value_at<V>(halo, place + tap, f * 8 + g, turn));
+          const uint32_t b1 = tf32(halo_value_at<V>(halo, place4 + tap, f * 8 + g, turn4));
 #pragma unroll
           for (int m = 0; m < kColumns / 16; ++m) multiply_add(V{}, sum[tap][m][f], a[m], b0, b1);
         }
@@ -757,12 +792,13 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int shift, in
       float a[kColumns / 8];
 #pragma unroll
       for (int m = 0; m < kColumns / 8; ++m) a[m] = *value_at<V, kPieces>(dy, pixel, m * 8 + g);
-      const int place = places[pixel] + shift;
+      const int place = number_of(places[pixel]) + tap_y * halo_width;
+      const int turn = turn_of(places[pixel]) + tap_y;
 #pragma unroll
       for (int tap = 0; tap < 3; ++tap) {
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
-          const float* b = value_at<V, kRowPieces>(halo, place + tap, f * 8 + 2 * t);
+          const float* b = halo_value_at<V>(halo, place + tap, f * 8 + 2 * t, turn);
 #pragma unroll
           for (int m = 0; m < kColumns / 8; ++m) {
             float* to = sum[tap][m / 2][f] + m % 2 * 2;
@@ -825,7 +861,7 @@ weight_gradient(const WeightGradient a) {
       stage(slot ^ 1);
     }
     for (int first = 0; first < used; first += 16) {
-      multiply_pixels<K, kColumns>(first, places + slot * pixels, tap_y * a.walk.halo_width, half,
+      multiply_pixels<K, kColumns>(first, places + slot * pixels, tap_y, a.walk.halo_width, half,
                                    rows, memory + at.dy + slot * pixels * kColumns * sizeof(V),
                                    sum);
     }
@@ -862,7 +898,7 @@ void launch_convolution(const Convolution& a, Mode mode, int columns, Grid grid,
     const auto kernel = mode == Mode::kPlain     ? convolve<K, kColumns, Mode::kPlain>
                         : mode == Mode::kForward ? convolve<K, kColumns, Mode::kForward>
                                                  : convolve<K, kColumns, Mode::kGradient>;
-    launch<Convolution>(kernel, grid.x, grid.y, grid.threads, grid.shared, stream, a);
+    device::launch<Convolution>(kernel, grid.x, grid.y, grid.threads, grid.shared, stream, a);
   };
   if (columns == 16) return of_columns.template operator()<16>();
   if (columns == 32) return of_columns.template operator()<32>();
@@ -874,7 +910,7 @@ void launch_weight_gradient(const WeightGradient& a, int columns, Grid grid, Str
   const auto kernel = columns == 16   ? weight_gradient<K, 16>
                       : columns == 32 ? weight_gradient<K, 32>
                                       : weight_gradient<K, 64>;
-  launch<WeightGradient>(kernel, grid.x, grid.y, kWarp * kWeightWarps<K>, grid.shared, stream, a);
+  device::launch<WeightGradient>(kernel, grid.x, grid.y, kWarp * kWeightWarps<K>, grid.shared, stream, a);
 }
 
 }  // namespace memdense::conv3x3

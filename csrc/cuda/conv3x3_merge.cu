@@ -9,7 +9,7 @@ using namespace device;
 constexpr int kWarps = 8;
 
 // Chan's formula over a column's blocks: a lane takes every 32nd, then lanes pair up.
-MEMDENSE_KERNEL(kWarps* kWarp, 1) merge_moments(const Merge a) {
+MEMDENSE_KERNEL(kWarps* kWarp, 1) merge_columns(const Merge a) {
   const int column = block() * kWarps + thread() / kWarp, lane = thread() % kWarp;
   if (column >= a.columns) return;
   const int64_t plane = static_cast<int64_t>(a.columns) * a.blocks;
@@ -65,12 +65,12 @@ int quotient_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b)
 
 }  // namespace
 
-void launch(const Merge& a, Stream stream) {
-  device::launch<Merge>(merge_moments, quotient_up(a.columns, kWarps), 1, kWarps * kWarp, 0,
+void merge_moments(const Merge& a, Stream stream) {
+  device::launch<Merge>(merge_columns, quotient_up(a.columns, kWarps), 1, kWarps * kWarp, 0,
                         stream, a);
 }
 
-void launch(const Reduction& a, Stream stream) {
+void reduce_partials(const Reduction& a, Stream stream) {
   const int64_t values = int64_t{kTaps} * a.columns * a.channels;
   const int weight_blocks = a.dweight ? quotient_up(values, kWarps * kWarp) : 0;
   const int sum_blocks = a.sums ? quotient_up(2 * a.channels, kWarps) : 0;

@@ -19,6 +19,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -232,17 +233,19 @@ class Machine {
   void load(Exchange* lanes, bool transposed) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       char rows[8][16];
-      int banks[8] = {};
+      std::set<uint32_t> lines[8];  // of each group of four banks
       for (int row = 0; row < 8; ++row) {
         const uint32_t address = lanes[matrix * 8 + row].address;
         if (address % 16 || address + 16 > static_cast<uint32_t>(shared_bytes_)) {
           fail("an address outside shared memory, or an unaligned one, for ldmatrix");
         }
         std::memcpy(rows[row], shared_.data() + address, 16);
-        ++banks[address / 16 % 8];
+        lines[address / 16 % 8].insert(address);
       }
+      size_t cycles = 1;
+      for (const auto& line : lines) cycles = std::max(cycles, line.size());
       ++matrix_reads;
-      bank_cycles += *std::max_element(banks, banks + 8);
+      bank_cycles += static_cast<int64_t>(cycles);
       for (int lane = 0; lane < kLanes; ++lane) {
         uint32_t word;
         if (transposed) {
