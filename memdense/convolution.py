@@ -143,9 +143,7 @@ def _gradients(
         )
         result.append(dx)
     if need[1]:
-        dweight = torch.ops.memdense.conv3x3_weight_gradient(
-            dy, x, None, None, *geometry, _tf32(x)
-        )
+        dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, None, None, *geometry, _tf32(x))
         result.append(dweight.to(weight.dtype))
     if need[2]:
         result.append(dy.sum((0, 2, 3)))

@@ -74,8 +74,9 @@ void expect(const char* name, const Tensor& tensor, const Tensor& like) {
 
 void expect_vector(const char* name, const Tensor& tensor, int64_t size, const Tensor& like) {
   expect_device(name, tensor, like);
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size && (size == 1 || tensor.stride(0) == 1),
-                  "conv3x3: expected ", name, " to be a contiguous vector of ", size);
+  STD_TORCH_CHECK(
+      tensor.dim() == 1 && tensor.size(0) == size && (size == 1 || tensor.stride(0) == 1),
+      "conv3x3: expected ", name, " to be a contiguous vector of ", size);
 }
 
 void expect_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
@@ -141,13 +142,11 @@ Problem problem(const Tensor& x, const Tensor& out, const Ints& stride, const In
 // Stride 1 and as much padding as keeps the size, on matrices whose rows are n images' pixels.
 Problem problem(int64_t n, int64_t h, int64_t w, int64_t rows, int64_t c, int64_t k,
                 const Ints& dilation) {
-  STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == rows, "conv3x3: ", n, " images of ",
-                  h, " by ", w, " pixels are not ", rows, " rows");
+  STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == rows, "conv3x3: ", n, " images of ", h,
+                  " by ", w, " pixels are not ", rows, " rows");
   STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
                   dilation[0], " and ", dilation[1]);
-  return {n,      c,      k,
-          {h, w}, {h, w}, {1, 1},
-          {dilation[0], dilation[1]}, {dilation[0], dilation[1]}};
+  return {n, c, k, {h, w}, {h, w}, {1, 1}, {dilation[0], dilation[1]}, {dilation[0], dilation[1]}};
 }
 
 // Output pixels as the rows, reading x.
@@ -295,15 +294,14 @@ float* no_partials(int) { return nullptr; }
 // dW's partials of x, through a BatchNorm where the norm has a mean; sets how many there are.
 Tensor weight_partials(Kind kind, const Problem& p, const Images& x, const Images& dy,
                        const Norm& norm, const Tensor& like, const Place& place, int& splits) {
-  const WeightPlan plan = plan_weight_gradient(
-      p.n, forward_axis(p, 0), forward_axis(p, 1), static_cast<int>(p.c), static_cast<int>(p.k),
-      value_bytes(kind), place.properties());
+  const WeightPlan plan =
+      plan_weight_gradient(p.n, forward_axis(p, 0), forward_axis(p, 1), static_cast<int>(p.c),
+                           static_cast<int>(p.k), value_bytes(kind), place.properties());
   splits = plan.grid.x;
   const Tensor partials = scratch(splits * kTaps * p.k * p.c, like);
-  const WeightGradient a{plan.walk,  x.data,     x.strides,
-                         static_cast<int>(p.c),  x.vectors,
-                         dy.data,    dy.strides, static_cast<int>(p.k),
-                         dy.vectors, norm,       floats(partials)};
+  const WeightGradient a{plan.walk,  x.data,  x.strides,       static_cast<int>(p.c),
+                         x.vectors,  dy.data, dy.strides,      static_cast<int>(p.k),
+                         dy.vectors, norm,    floats(partials)};
   const auto launcher = kind == Kind::kHalf       ? weight_gradient_half
                         : kind == Kind::kBFloat16 ? weight_gradient_bfloat16
                         : kind == Kind::kTf32     ? weight_gradient_tf32
@@ -375,8 +373,8 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const MaybeTen
   expect("dy", dy, x);
   STD_TORCH_CHECK(p.k >= 1 && p.c >= 1, "conv3x3: expected channels");
   const Place place(x);
-  const Tensor dweight = torch::stable::empty({p.k, p.c, 3, 3}, ScalarType::Float, std::nullopt,
-                                              x.device());
+  const Tensor dweight =
+      torch::stable::empty({p.k, p.c, 3, 3}, ScalarType::Float, std::nullopt, x.device());
   Reduction reduction{};
   Tensor partials;
   if (p.n > 0) {
@@ -420,8 +418,7 @@ void bn_relu_conv3x3_into(const Tensor& y, const Tensor& mean, const Tensor& var
     a.keep_row = keep->stride(0);
   }
   if (a.statistics) {
-    for (const auto& [name, tensor] :
-         {std::pair{"mean_out", &*mean_out}, {"var_out", &*var_out}}) {
+    for (const auto& [name, tensor] : {std::pair{"mean_out", &*mean_out}, {"var_out", &*var_out}}) {
       expect_dtype(name, *tensor, ScalarType::Float);
       expect_vector(name, *tensor, p.k, y);
     }
@@ -438,7 +435,7 @@ void bn_relu_conv3x3_into(const Tensor& y, const Tensor& mean, const Tensor& var
   });
   if (a.statistics) {
     merge_moments(Merge{a.partials, a.columns, blocks, floats(*mean_out), floats(*var_out)},
-           place.stream());
+                  place.stream());
   }
 }
 
@@ -483,11 +480,10 @@ void bn_relu_conv3x3_backward_into(const Tensor& dy, const Tensor& weight, const
   a.y_vectors = aligned(input.data, {input.strides.w}, bytes);
   Tensor sums, partials;
   Reduction reduction{};
-  reduction.blocks =
-      convolve(kind, Mode::kGradient, a, p, true, place, [&](int blocks) -> float* {
-        sums = scratch(2 * p.c * blocks, y);
-        return floats(sums);
-      });
+  reduction.blocks = convolve(kind, Mode::kGradient, a, p, true, place, [&](int blocks) -> float* {
+    sums = scratch(2 * p.c * blocks, y);
+    return floats(sums);
+  });
   reduction.sums = a.partials;
   if (dweight) {
     partials = weight_partials(kind, p, input, gradient, norm, y, place, reduction.splits);

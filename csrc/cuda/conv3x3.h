@@ -81,7 +81,8 @@ struct Convolution {
   const void* y;  // kGradient
   int64_t y_row;
   bool y_vectors;
-  // kForward: [mean, m2][column][block] and [block] counts; kGradient: [dbeta, dgamma][column][block]
+  // kForward: [mean, m2][column][block] and [block] counts; kGradient: [dbeta,
+  // dgamma][column][block]
   float* partials;
 };
 

@@ -49,7 +49,8 @@ MEMDENSE_DEVICE void round_fragment(uint32_t (&words)[4]) {
 
 // ---- rows of 16-byte pieces in shared memory
 
-// Offset of a piece; pieces of a row are permuted so that eight rows' same piece meet no bank twice.
+// Offset of a piece; pieces of a row are permuted so that eight rows' same piece meet no bank
+// twice.
 template <int kPieces>
 MEMDENSE_DEVICE int piece_at(int row, int piece) {
   constexpr int kRowsPerLine = kPieces < 8 ? 8 / kPieces : 1;
@@ -58,7 +59,8 @@ MEMDENSE_DEVICE int piece_at(int row, int piece) {
 }
 
 // The same for the halo. There a tile's outputs follow each other but for two pixels at the end of
-// every line; `turn` makes up for these, so that its outputs are eight such rows wherever they start.
+// every line; `turn` makes up for these, so that its outputs are eight such rows wherever they
+// start.
 MEMDENSE_DEVICE int halo_piece_at(int row, int piece, int turn) {
   return (row * kRowPieces + (piece ^ ((row / 2 - turn) & (kRowPieces - 1)))) * 16;
 }
@@ -197,8 +199,9 @@ MEMDENSE_DEVICE int pixel_at(const Axis& axis, int v) {
   return v >= 0 && v < axis.in ? v : -1;
 }
 
-// sources[i]: offset of the i-th pixel of the halo, -1 for a zero, with its turn. targets[i]: number
-// of the tile's i-th output, -1 if there is none. places[i]: its first tap in the halo, with turn.
+// sources[i]: offset of the i-th pixel of the halo, -1 for a zero, with its turn. targets[i]:
+// number of the tile's i-th output, -1 if there is none. places[i]: its first tap in the halo, with
+// turn.
 MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& source,
                                  const Strides& target, int64_t* sources, int64_t* targets,
                                  int* places) {
@@ -234,8 +237,8 @@ MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& sour
     const int q = later ? (row - first) % y.steps : step_y + row;
     const int n = (image + segment) / y.phases, phase_y = (image + segment) % y.phases;
     const int h = phase_y + y.dilation * q, w = phase_x + x.dilation * (step_x + column);
-    const bool exists = row < walk.height && n < walk.images && step_x + column < x.steps &&
-                        h < y.out && w < x.out;
+    const bool exists =
+        row < walk.height && n < walk.images && step_x + column < x.steps && h < y.out && w < x.out;
     targets[i] = exists ? n * target.n + h * target.h + w * target.w : -1;
     const int line_of_halo = row * y.stride + segment * (3 - y.stride);
     // outside of the image too, so that those rows meet no other's bank
@@ -411,6 +414,8 @@ MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int chan
     const int t = lane % 4, pieces = 2 * steps;
     for (int tap = 0; tap < kTaps; ++tap) {
       const int shift = tap / 3 * halo_width + tap % 3;
+      // a sum of sums: short ones round less
+      Accumulators<kColumns> part = {};
       for (int piece = 0; piece < pieces; ++piece) {
         float a[4][4];
 #pragma unroll
@@ -428,11 +433,19 @@ MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int chan
             load_piece<float>(weight + piece_at<kRowPieces>(row, piece), b);
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
-              float& to = sum[m / 2][f][m % 2 * 2 + e];
+              float& to = part[m / 2][f][m % 2 * 2 + e];
 #pragma unroll
               for (int c = 0; c < 4; ++c) to = fused_multiply_add(a[m][c], b[c], to);
             }
           }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int f = 0; f < kColumns / 8; ++f) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[m][f][i] += part[m][f][i];
         }
       }
     }
@@ -598,7 +611,8 @@ convolve(const Convolution a) {
     stage_halo<K>(a.source, a.source_strides.c, a.source_vectors, a.channels, chunk * kChunk<K>,
                   sources + slot * halo, halo, memory + buffer * halo * kRowBytes);
     if (!a.resident) {
-      stage_weight<K, kColumns>(a, first_column, chunk, memory + at.weights + buffer * kWeightBytes);
+      stage_weight<K, kColumns>(a, first_column, chunk,
+                                memory + at.weights + buffer * kWeightBytes);
     }
   };
   const auto fill = [&](int slot, int tile) {
@@ -735,8 +749,8 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, in
 #pragma unroll
     for (int m = 0; m < kColumns / 16; ++m) {
       const int pixel = first + matrix / 2 * 8 + row;
-      load_matrices_transposed(
-          a[m], shared_address(dy) + piece_at<kPieces>(pixel, 2 * m + matrix % 2));
+      load_matrices_transposed(a[m],
+                               shared_address(dy) + piece_at<kPieces>(pixel, 2 * m + matrix % 2));
     }
     const int packed = places[first + matrix % 2 * 8 + row];
     const int place = number_of(packed) + tap_y * halo_width, turn = turn_of(packed) + tap_y;
@@ -788,23 +802,33 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, in
       }
     }
   } else {
-    for (int pixel = first; pixel < first + 16; ++pixel) {
-      float a[kColumns / 8];
 #pragma unroll
-      for (int m = 0; m < kColumns / 8; ++m) a[m] = *value_at<V, kPieces>(dy, pixel, m * 8 + g);
-      const int place = number_of(places[pixel]) + tap_y * halo_width;
-      const int turn = turn_of(places[pixel]) + tap_y;
+    for (int tap = 0; tap < 3; ++tap) {
+      // a sum of sums: short ones round less
+      float part[kColumns / 16][2][4] = {};
+      for (int pixel = first; pixel < first + 16; ++pixel) {
+        const int place = number_of(places[pixel]) + tap_y * halo_width + tap;
+        const int turn = turn_of(places[pixel]) + tap_y;
+        float a[kColumns / 8];
 #pragma unroll
-      for (int tap = 0; tap < 3; ++tap) {
+        for (int m = 0; m < kColumns / 8; ++m) a[m] = *value_at<V, kPieces>(dy, pixel, m * 8 + g);
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
-          const float* b = halo_value_at<V>(halo, place + tap, f * 8 + 2 * t, turn);
+          const float* b = halo_value_at<V>(halo, place, f * 8 + 2 * t, turn);
 #pragma unroll
           for (int m = 0; m < kColumns / 8; ++m) {
-            float* to = sum[tap][m / 2][f] + m % 2 * 2;
+            float* to = part[m / 2][f] + m % 2 * 2;
             to[0] = fused_multiply_add(a[m], b[0], to[0]);
             to[1] = fused_multiply_add(a[m], b[1], to[1]);
           }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kColumns / 16; ++m) {
+#pragma unroll
+        for (int f = 0; f < 2; ++f) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[tap][m][f][i] += part[m][f][i];
         }
       }
     }
@@ -910,7 +934,8 @@ void launch_weight_gradient(const WeightGradient& a, int columns, Grid grid, Str
   const auto kernel = columns == 16   ? weight_gradient<K, 16>
                       : columns == 32 ? weight_gradient<K, 32>
                                       : weight_gradient<K, 64>;
-  device::launch<WeightGradient>(kernel, grid.x, grid.y, kWarp * kWeightWarps<K>, grid.shared, stream, a);
+  device::launch<WeightGradient>(kernel, grid.x, grid.y, kWarp * kWeightWarps<K>, grid.shared,
+                                 stream, a);
 }
 
 }  // namespace memdense::conv3x3

@@ -57,7 +57,7 @@ MEMDENSE_KERNEL(kWarps* kWarp, 1) reduce(const Reduction a, int weight_blocks) {
     a.dbeta[row] = static_cast<float>(sum);
   } else {
     const int c = row - a.channels;
-    a.dgamma[c] = static_cast<float>(sum) * quotient(1.f, square_root(a.var[c] + a.eps));
+    a.dgamma[c] = static_cast<float>(sum / square_root(static_cast<double>(a.var[c]) + a.eps));
   }
 }
 
@@ -66,8 +66,8 @@ int quotient_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b)
 }  // namespace
 
 void merge_moments(const Merge& a, Stream stream) {
-  device::launch<Merge>(merge_columns, quotient_up(a.columns, kWarps), 1, kWarps * kWarp, 0,
-                        stream, a);
+  device::launch<Merge>(merge_columns, quotient_up(a.columns, kWarps), 1, kWarps * kWarp, 0, stream,
+                        a);
 }
 
 void reduce_partials(const Reduction& a, Stream stream) {

@@ -109,7 +109,8 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
         if (walk.tiles == 0) continue;
         const int across = static_cast<int>(quotient_up(columns, width));
         const int bytes =
-            ConvolutionMemory(walk.halo, pixels, width, channels, value_bytes, resident, mode).bytes;
+            ConvolutionMemory(walk.halo, pixels, width, channels, value_bytes, resident, mode)
+                .bytes;
         const int threads = warps * kWarp;
         // by registers: blocks_of_256 asks for 128 a thread, the others take up to 168
         const int resident_threads = tensor_cores && width < 64 ? 512 : 384;
@@ -142,12 +143,11 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
                                        const device::Properties& device) {
   const int width = columns > 32 ? 64 : columns > 16 ? 32 : 16;
   const int chunk = kRowBytes / value_bytes;
-  const int rows =
-      static_cast<int>(quotient_up(channels, chunk) * quotient_up(columns, width));
+  const int rows = static_cast<int>(quotient_up(channels, chunk) * quotient_up(columns, width));
   const int most = std::max(1, 2 * device.multiprocessors / rows);
   // two blocks a multiprocessor, or else one
-  for (const int limit : {device.shared_per_multiprocessor / 2 - kReserved,
-                          device.shared_per_block}) {
+  for (const int limit :
+       {device.shared_per_multiprocessor / 2 - kReserved, device.shared_per_block}) {
     WeightPlan best{};
     for (const int pixels : {256, 128, 64}) {
       const WeightGradientMemory fixed(0, pixels, width, value_bytes);

@@ -161,6 +161,7 @@ MEMDENSE_DEVICE uint32_t round_tf32(uint32_t bits) {
 
 MEMDENSE_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 MEMDENSE_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+MEMDENSE_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 MEMDENSE_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 
 // ---- the host's side
@@ -194,7 +195,7 @@ void launch(void (*kernel)(Arguments...), int x, int y, int threads, int shared,
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
           "cudaFuncSetAttribute");
   }
-  kernel<<<dim3(x, y), threads, shared, stream>>>(arguments...);
+  kernel<<<dim3(x, y), threads, shared, stream> > >(arguments...);
   check(cudaGetLastError(), "launching a kernel");
 }
 

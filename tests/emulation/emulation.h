@@ -420,6 +420,7 @@ inline uint32_t round_tf32(uint32_t bits) {
 
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
 inline float quotient(float a, float b) { return a / b; }
 
 // ---- the host's side
