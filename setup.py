@@ -22,7 +22,7 @@ ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU says what it is
 def without(what: str, instead: str, reason: object) -> None:
     """Say why a library is not built and how to get it, or stop if it was required."""
     if MODE == "require":
-        sys.exit(f"memdense: MEMDENSE_BUILD=require, but the {what} was not built: {reason}")
+        sys.exit(f"memdense: MEMDENSE_BUILD=require, but the {what} could not be built: {reason}")
     print(
         f"memdense: installing without the {what}: {reason}\n"
         f"memdense: {instead} To build it, with torch and a compiler there:\n"

@@ -195,8 +195,10 @@ void launch(void (*kernel)(Arguments...), int x, int y, int threads, int shared,
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
           "cudaFuncSetAttribute");
   }
-  kernel<<<dim3(x, y), threads, shared, stream> > >(arguments...);
-  check(cudaGetLastError(), "launching a kernel");
+  void* values[] = {&arguments...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(x, y), dim3(threads), values,
+                         shared, stream),
+        "launching a kernel");
 }
 
 }  // namespace memdense::device
