@@ -8,11 +8,11 @@ DEMO_FLAGS ?= --compare --plot demo.png --threads 1
 # Modules are run with -m: console scripts break where the path has a space or is long.
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-CLANG_FORMAT = find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' | xargs \
+CLANG_FORMAT = find csrc tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' | xargs \
 	$(PY) -c 'import clang_format, sys; sys.exit(clang_format.clang_format())'
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: test demo lint format bench gpu clean
+.PHONY: test demo lint format bench gpu sanitize clean
 .NOTPARALLEL:
 
 # One thread a worker: two workers with two threads each fight over two cores.
@@ -46,6 +46,14 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
 	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
 
+# On a GPU machine, after make gpu; compute-sanitizer comes with the CUDA toolkit.
+sanitize:
+	for tool in memcheck racecheck synccheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool $$tool \
+			--error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/test_cuda_conv3x3.py \
+			-k 'test_layer and not 56' || exit 1; \
+	done
+
 clean:
 	rm -rf .venv build *.egg-info memdense/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -62,7 +70,9 @@ $(PY):
 	MEMDENSE_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
+# In place, where what did not change is not compiled again.
 .venv/extension: setup.py pyproject.toml $(CSRC) | $(PY)
-	$(PIP) install -q --no-build-isolation --no-deps -e .
-	@$(PY) -c 'from memdense import _extension as e; print("memdense extension:", e.reason() or "built")'
+	$(PY) setup.py -q build_ext --inplace
+	@$(PY) -c 'from memdense import _extension as e; print("memdense extension:", \
+		e.reason() or "built", "\nmemdense CUDA kernels:", e.cuda_reason() or "built")'
 	@touch $@

@@ -10,10 +10,27 @@ output of the caller's and its gradients, with the vectors of a BatchNorm before
 mask and statistics behind it. Images [N, C, H, W] of any strides (channels fastest where a
 BatchNorm answers), float32, float64 or bfloat16, on the CPU; RuntimeError otherwise. They are what
 backends/native3x3.py and convolution.py are made of. The same bits for the same number of threads.
+On CUDA they are plain: no vectors, mask or statistics, float32, float16 or bfloat16; with ``tf32``,
+float32 is multiplied in TF32.
+
+`bn_relu_conv3x3_into` and `bn_relu_conv3x3_backward_into`, on CUDA only: a dense layer's second
+half, on matrices of n images of h by w pixels. y [M, C], out and dy [M, k], dz [M, C], with unit
+column stride and any row stride, float32, float16 or bfloat16; weight [k, C, 3, 3] in y's dtype and
+any strides (channels last is read fastest); mean, var [C] float32, gamma, beta [C] float32 or y's
+dtype; keep [M, k] bool. With s = gamma / sqrt(var + eps), t = beta - mean * s:
+
+    out = conv3x3(relu(s * y + t)) * keep * factor, stride 1, padded with `dilation` zeros
+    dz = (conv3x3's input gradient of dy) * [s * y + t > 0]
+    dbeta = sum dz, dgamma = sum dz * (y - mean) / sqrt(var + eps)    of dz before it is rounded
+
+mean_out, var_out [k] take mean and biased variance of out as stored; dweight [k, C, 3, 3],
+contiguous. All of these, dbeta and dgamma are float32. Two launches forward (one without
+statistics), three backward (two without dweight). The same bits on the same device.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -44,6 +61,17 @@ OPERATIONS = (
     "conv3x3",
     "conv3x3_input_gradient",
     "conv3x3_weight_gradient",
+    "bn_relu_conv3x3_into",
+    "bn_relu_conv3x3_backward_into",
+)
+
+# what csrc/cuda registers
+CUDA_OPERATIONS = (
+    "conv3x3",
+    "conv3x3_input_gradient",
+    "conv3x3_weight_gradient",
+    "bn_relu_conv3x3_into",
+    "bn_relu_conv3x3_backward_into",
 )
 
 
@@ -62,7 +90,26 @@ def _load() -> str:
     return ""
 
 
+def _load_cuda() -> str:
+    """Load the CUDA kernels; returns why that could not be done, or nothing."""
+    path = Path(__file__).with_name("_CUDA.abi3.so")
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} was built without CUDA"
+    if not path.exists():
+        return f"not built: {path.name} is missing; {_HOW}, with nvcc there too"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"failed to load {path.name}: {error}; {_HOW}"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in CUDA_OPERATIONS if not has(f"memdense::{name}", "CUDA")]
+    if missing:
+        return f"{path.name} was built from older sources and lacks {', '.join(missing)}; {_HOW}"
+    return ""
+
+
 _reason = _load()
+_cuda_reason = _reason or _load_cuda()
 
 
 def available() -> bool:
@@ -75,29 +122,55 @@ def reason() -> str:
     return _reason
 
 
+def cuda_available() -> bool:
+    """Whether the operations have CUDA kernels. They run on devices of :func:`cuda_runs_on`."""
+    return not _cuda_reason
+
+
+def cuda_reason() -> str:
+    """Why there are no CUDA kernels, in a sentence; empty when there are."""
+    return _cuda_reason
+
+
+@cache
+def cuda_runs_on(device: torch.device) -> bool:
+    """Whether a CUDA device is one that the CUDA kernels were written for: sm_80 or later."""
+    return cuda_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def tf32() -> bool:
+    """Whether PyTorch would multiply a float32 convolution in TF32 on CUDA."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 def _statistics_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
 def _conv3x3_fake(
-    x, scale, shift, weight, bias, stride, padding, dilation, mask, factor, out, statistics
-):
+    x, scale, shift, weight, bias, stride, padding, dilation, mask, factor, out, statistics,
+    tf32=False,
+):  # fmt: skip
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     channels = weight.shape[0] if statistics else 0
     return x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
 
 
 def _input_gradient_fake(
-    dy, weight, stride, padding, dilation, x, scale, shift, mean, rstd, dx, accumulate
+    dy, weight, stride, padding, dilation, x, scale, shift, mean, rstd, dx, accumulate, tf32=False
 ):
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     return dy.new_empty((2, 0 if x is None else x.shape[1]), dtype=dtype)
 
 
-def _weight_gradient_fake(dy, x, scale, shift, stride, padding, dilation):
+def _weight_gradient_fake(dy, x, scale, shift, stride, padding, dilation, tf32=False):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((dy.shape[1], x.shape[1], 3, 3), dtype=dtype)
+
+
+def _into_fake(*arguments) -> None:
+    """Everything is written into arguments."""
 
 
 def _statistics_setup(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -114,6 +187,8 @@ if available():
     torch.library.register_fake("memdense::conv3x3", _conv3x3_fake)
     torch.library.register_fake("memdense::conv3x3_input_gradient", _input_gradient_fake)
     torch.library.register_fake("memdense::conv3x3_weight_gradient", _weight_gradient_fake)
+    torch.library.register_fake("memdense::bn_relu_conv3x3_into", _into_fake)
+    torch.library.register_fake("memdense::bn_relu_conv3x3_backward_into", _into_fake)
     torch.library.register_autograd(
         "memdense::channel_statistics", _statistics_backward, setup_context=_statistics_setup
     )

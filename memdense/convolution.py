@@ -10,11 +10,21 @@ from torch.nn import functional as F
 
 from . import _extension
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
 
 
 def _native(x: Tensor) -> bool:
-    return _extension.available() and x.device.type == "cpu" and x.dtype in _DTYPES
+    """Whether the extension has kernels for these images."""
+    if x.dtype not in _DTYPES.get(x.device.type, ()):
+        return False
+    return _extension.cuda_runs_on(x.device) if x.is_cuda else _extension.available()
+
+
+def _tf32(x: Tensor) -> bool:
+    return x.is_cuda and _extension.tf32()
 
 
 def dilated_conv3x3(
@@ -92,7 +102,7 @@ def _forward(
         with torch.autocast(x.device.type, enabled=False):
             return out.copy_(F.conv2d(x, weight, bias, stride, padding, dilation))
     torch.ops.memdense.conv3x3(
-        x, None, None, weight, bias, stride, padding, dilation, None, 1.0, out, False
+        x, None, None, weight, bias, stride, padding, dilation, None, 1.0, out, False, _tf32(x)
     )
     return out
 
@@ -129,11 +139,11 @@ def _gradients(
     if need[0]:
         dx = _empty_like(x, x.shape)
         torch.ops.memdense.conv3x3_input_gradient(
-            dy, weight, *geometry, None, None, None, None, None, dx, False
+            dy, weight, *geometry, None, None, None, None, None, dx, False, _tf32(x)
         )
         result.append(dx)
     if need[1]:
-        dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, None, None, *geometry)
+        dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, None, None, *geometry, _tf32(x))
         result.append(dweight.to(weight.dtype))
     if need[2]:
         result.append(dy.sum((0, 2, 3)))

@@ -163,16 +163,20 @@ def test_bad_input(x, message):
         statistics(x)
 
 
-@built
-def test_one_binary_for_every_python_and_torch():
-    """Nothing is imported from C++ torch or from Python: only from torch's C interface."""
-    if not shutil.which("nm"):
-        pytest.skip("nm is not installed")
+@pytest.mark.parametrize("name", [LIBRARY.name, "_CUDA.abi3.so"])
+def test_one_binary_for_every_python_and_torch(name):
+    """Nothing is imported from C++ torch, CUDA or Python: only from torch's C interface."""
+    library = LIBRARY.with_name(name)
+    if not shutil.which("nm") or not library.exists():
+        pytest.skip(f"nm is not installed, or {name} was not built")
     out = subprocess.run(
-        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout
     symbols = [line.split()[-1].split("@")[0] for line in out.splitlines()]
     assert any(s.startswith("aoti_torch_") for s in symbols)
+    assert [s for s in symbols if s.startswith(("cuda", "__cuda", "cu"))] == []
+    if library == LIBRARY:  # which a torch without CUDA loads too
+        assert [s for s in symbols if "stream" in s] == []
     unstable = ("at::", "c10::", "torch::", "caffe2::")
     names = subprocess.run(
         ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
@@ -211,6 +215,24 @@ def test_missing_and_broken_library_are_reported(tmp_path):
     broken = load_copy(tmp_path)
     assert not broken.available()
     assert "failed to load _C.abi3.so" in broken.reason()
+
+
+def test_missing_and_broken_cuda_kernels_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "_extension.py"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "was built without CUDA" in _extension._load_cuda()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "_CUDA.abi3.so is missing" in _extension._load_cuda()
+    assert "with nvcc there too" in _extension._load_cuda()
+    (tmp_path / "_CUDA.abi3.so").write_bytes(b"not a library")
+    assert "failed to load _CUDA.abi3.so" in _extension._load_cuda()
+
+
+@pytest.mark.skipif(not _extension.cuda_available(), reason=_extension.cuda_reason())
+def test_cuda_kernels_of_older_sources_are_not_used(monkeypatch):
+    assert _extension._load_cuda() == ""
+    monkeypatch.setattr(_extension, "CUDA_OPERATIONS", ("bn_relu_conv3x3_into", "pack"))
+    assert "built from older sources and lacks pack" in _extension._load_cuda()
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +300,39 @@ def test_operations_are_those_of_the_schema_file():
 def test_a_library_of_older_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(_extension, "OPERATIONS", (*_extension.OPERATIONS, "of_tomorrow"))
     assert "built from older sources and lacks of_tomorrow" in _extension._load()
+
+
+needs_cuda_torch = pytest.mark.skipif(not torch.version.cuda, reason="this torch has no CUDA")
+
+
+@needs_cuda_torch
+def test_without_nvcc_there_is_the_cpu_part(source, tmp_path):
+    done = run_python(source, "setup.py", "build_ext", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert "building the CPU part only: torch has CUDA" in done.stdout
+    assert "without the C++ extension" in done.stdout  # there is no compiler either
+    assert "without the CUDA kernels" not in done.stdout
+
+
+@needs_cuda_torch
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_a_broken_nvcc_leaves_the_cpu_part(source, tmp_path, mode):
+    """It is built first, and stays; a required build fails nevertheless."""
+    shutil.copytree(source, tmp_path / "clone", ignore=shutil.ignore_patterns("cpu", "build"))
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho nvcc is broken\nexit 1\n")
+    nvcc.chmod(0o755)
+    done = run_python(
+        tmp_path / "clone",
+        *("setup.py", "build_ext", "--inplace"),
+        **{"CC": "cc", "CXX": "c++", "CUDA_HOME": str(tmp_path), "MEMDENSE_BUILD": mode},
+    )
+    assert (tmp_path / "clone" / "memdense" / "_C.abi3.so").exists(), done.stdout
+    if mode == "auto":
+        assert done.returncode == 0, done.stdout
+        assert "installing without the CUDA kernels" in done.stdout
+    else:
+        assert done.returncode != 0
+        assert "the CUDA kernels could not be built" in done.stdout

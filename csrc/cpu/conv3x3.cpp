@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const MaybeTensor& scale,
                                    const MaybeTensor& shift, const Tensor& weight,
                                    const MaybeTensor& bias, const Ints& stride, const Ints& padding,
                                    const Ints& dilation, const MaybeTensor& mask, double factor,
-                                   const Tensor& out, bool statistics) {
+                                   const Tensor& out, bool statistics, bool) {
   const Geometry g = geometry(x, out, weight, stride, padding, dilation);
   const ScalarType dtype = x.scalar_type();
   expect_dtype("weight", weight, dtype);
@@ -305,7 +305,7 @@ Tensor conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints
                               const Ints& padding, const Ints& dilation, const MaybeTensor& x,
                               const MaybeTensor& scale, const MaybeTensor& shift,
                               const MaybeTensor& mean, const MaybeTensor& rstd, const Tensor& dx,
-                              bool accumulate) {
+                              bool accumulate, bool) {
   const Geometry g = geometry(dx, dy, weight, stride, padding, dilation);
   const ScalarType dtype = dy.scalar_type();
   expect_dtype("weight", weight, dtype);
@@ -357,7 +357,7 @@ Tensor weight_gradient(const Geometry& g, const Tensor& dy, const Tensor& x,
 
 Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const MaybeTensor& scale,
                                const MaybeTensor& shift, const Ints& stride, const Ints& padding,
-                               const Ints& dilation) {
+                               const Ints& dilation, bool) {
   STD_TORCH_CHECK(dy.dim() == 4 && x.dim() == 4, "conv3x3: expected 4-D images");
   const Tensor shape = torch::stable::empty({dy.size(1), x.size(1), 3, 3}, x.scalar_type());
   const Geometry g = geometry(x, dy, shape, stride, padding, dilation);

@@ -1,0 +1,189 @@
+// The dilated 3x3 convolution as its kernels see it: plain pointers, strides and a walk over tiles.
+//
+// A tile is a rectangle of outputs. Its inputs (the halo) are staged in shared memory once, a chunk
+// of channels at a time, and serve all nine taps. Outputs whose coordinates agree modulo the
+// dilation form a phase: within a phase every convolution has dilation 1, so tiles lie in phases.
+// Rows of tiles run on through phases and images, so small images fill them too.
+#pragma once
+
+#include <cstdint>
+
+#include "device.h"
+
+namespace memdense::conv3x3 {
+
+// of [N, H, W, C], in elements
+struct Strides {
+  int64_t n, h, w, c;
+};
+
+// Output a + dilation*q of phase a reads, by tap t, position
+//   offset + stride*a + dilation*(stride*q + t)
+// of an input with `spread` - 1 zeros between its pixels and zeros around.
+struct Axis {
+  int out, in;
+  int stride, spread, dilation, offset;
+  int phases, steps;  // min(dilation, out) phases with at most `steps` outputs
+};
+
+struct Walk {
+  int images;
+  Axis y, x;
+  int height, width;     // of a tile
+  int halo_width, halo;  // pixels staged for a tile: of a line, and of all at most
+  int pixels;            // rows of the tile's matrix: height * width and some that are not used
+  int across;            // tiles beside each other
+  int tiles;
+};
+
+// mean and variance, eps, gamma and beta of the C channels; the latter in float or in the values'
+// type, or null.
+struct Norm {
+  const float *mean, *var;
+  const void *gamma, *beta;
+  bool gamma_float, beta_float;
+  float eps;
+};
+
+enum class Mode {
+  kPlain,     // out = conv(x) + bias
+  kForward,   // out = conv(relu(s*y + t)) with dropout, and its statistics
+  kGradient,  // dz = conv(dy) * [s*y + t > 0], with its sums
+};
+
+// out[pixel, j] = sum over taps and channels of source[pixel + tap, c] * weight[j, c, tap].
+// The flags say that 16-byte accesses are right.
+struct Convolution {
+  Walk walk;
+  const void* source;
+  Strides source_strides;
+  int channels;
+  bool source_vectors;
+
+  const void* weight;
+  int64_t weight_column, weight_channel, weight_tap[2];
+  bool weight_vectors;
+  bool columns_inner, taps_inner;  // the order in which it is read
+  bool resident;                   // all of it stays in shared memory
+
+  int columns;
+  Strides place;  // the target's pixel (n, h, w) is number n * place.n + ...
+  void* target;
+  int64_t target_row, target_column;
+  bool target_vectors;
+
+  const void* bias;     // kPlain
+  Norm norm;            // kForward: of the source, kGradient: of y
+  const uint8_t* keep;  // kForward: dropout's, or null
+  int64_t keep_row;
+  float factor;
+  bool statistics;
+  const void* y;  // kGradient
+  int64_t y_row;
+  bool y_vectors;
+  // kForward: [mean, m2][column][block] and [block] counts; kGradient: [dbeta,
+  // dgamma][column][block]
+  float* partials;
+};
+
+// partials[split][tap, j, c] = sum over the split's tiles of dy[pixel, j] * z[pixel + tap, c], with
+// z = x or relu(s*x + t).
+struct WeightGradient {
+  Walk walk;
+  const void* source;
+  Strides source_strides;
+  int channels;
+  bool source_vectors;
+
+  const void* dy;
+  Strides dy_strides;
+  int columns;
+  bool dy_vectors;
+
+  Norm norm;  // mean is null without one
+  float* partials;
+};
+
+// The second step: sums of partials in their order.
+struct Reduction {
+  const float* weight_partials;  // [split][9, columns, channels]
+  int splits, columns, channels;
+  float* dweight;  // [columns, channels, 9]
+
+  const float* sums;  // [dbeta, dgamma][channel][block], or null
+  int blocks;
+  const float* var;
+  float eps;
+  float *dbeta, *dgamma;
+};
+
+// Bytes of a pixel's channels that are staged at a time.
+constexpr int kRowBytes = 64;
+constexpr int kRowPieces = kRowBytes / 16;
+constexpr int kTaps = 9;
+constexpr int kWarp = 32;
+// Rows of a tile's matrix that a warp multiplies.
+constexpr int kWarpPixels = 32;
+constexpr int kMaxThreads = 256;
+
+// Shared memory of `convolve`, as offsets in bytes.
+struct ConvolutionMemory {
+  int weights, scratch, vectors, sources, targets, places, bytes;
+
+  MEMDENSE_BOTH static constexpr int padded(int columns) { return columns + 8; }
+
+  MEMDENSE_BOTH ConvolutionMemory(int halo, int pixels, int columns, int channels, int value_bytes,
+                                  bool resident, Mode mode) {
+    const int chunk = kRowBytes / value_bytes, chunks = (channels + chunk - 1) / chunk;
+    const int slots = resident ? chunks : 2;
+    const int vectors_count = mode == Mode::kForward    ? 2 * chunks * chunk
+                              : mode == Mode::kGradient ? 3 * columns
+                                                        : 0;
+    weights = 2 * halo * kRowBytes;
+    scratch = weights + slots * kTaps * columns * kRowBytes;
+    vectors = scratch + pixels / kWarpPixels * 16 * padded(columns) * 4;
+    sources = vectors + vectors_count * 4;
+    targets = sources + 2 * halo * 8;
+    places = targets + 2 * pixels * 8;
+    bytes = places + 2 * pixels * 4;
+  }
+};
+
+// Shared memory of `weight_gradient`, likewise.
+struct WeightGradientMemory {
+  int dy, vectors, sources, targets, places, bytes;
+
+  MEMDENSE_BOTH WeightGradientMemory(int halo, int pixels, int columns, int value_bytes) {
+    dy = 2 * halo * kRowBytes;
+    vectors = dy + 2 * pixels * columns * value_bytes;
+    sources = vectors + 2 * kRowBytes / value_bytes * 4;
+    targets = sources + 2 * halo * 8;
+    places = targets + 2 * pixels * 8;
+    bytes = places + 2 * pixels * 4;
+  }
+};
+
+// mean and biased variance of each column from kForward's partials.
+struct Merge {
+  const float* partials;
+  int columns, blocks;
+  float *mean, *var;
+};
+
+// Launchers, one translation unit a type of value. `columns` are those of a block: 16, 32 or 64,
+// the latter not for plain float arithmetic.
+struct Grid {
+  int x, y, threads, shared;
+};
+void convolve_half(const Convolution&, Mode, int columns, Grid, device::Stream);
+void convolve_bfloat16(const Convolution&, Mode, int columns, Grid, device::Stream);
+void convolve_tf32(const Convolution&, Mode, int columns, Grid, device::Stream);
+void convolve_float(const Convolution&, Mode, int columns, Grid, device::Stream);
+void weight_gradient_half(const WeightGradient&, int columns, Grid, device::Stream);
+void weight_gradient_bfloat16(const WeightGradient&, int columns, Grid, device::Stream);
+void weight_gradient_tf32(const WeightGradient&, int columns, Grid, device::Stream);
+void weight_gradient_float(const WeightGradient&, int columns, Grid, device::Stream);
+void merge_moments(const Merge&, device::Stream);
+void reduce_partials(const Reduction&, device::Stream);
+
+}  // namespace memdense::conv3x3

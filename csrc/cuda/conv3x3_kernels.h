@@ -1,0 +1,941 @@
+// The kernels of conv3x3.h's problems, and their launchers. Included by one .cu a type of value.
+//
+// Blocks stay: each walks every blocks()-th tile and loads the next chunk of channels while it
+// multiplies the present one. Sums and statistics stay in registers until a block is through and
+// leave it as one partial result a column; nothing is added atomically.
+#pragma once
+
+#include "conv3x3.h"
+
+namespace memdense::conv3x3 {
+
+using namespace device;
+
+// ---- types of values
+
+struct HalfKind {
+  using Value = Half;
+  static constexpr bool kTensorCores = true;
+};
+struct BFloat16Kind {
+  using Value = BFloat16;
+  static constexpr bool kTensorCores = true;
+};
+struct Tf32Kind {
+  using Value = float;
+  static constexpr bool kTensorCores = true;
+};
+struct FloatKind {
+  using Value = float;
+  static constexpr bool kTensorCores = false;
+};
+
+template <typename K>
+using Value = typename K::Value;
+template <typename K>
+constexpr int kPerPiece = 16 / sizeof(Value<K>);
+template <typename K>
+constexpr int kChunk = kRowBytes / sizeof(Value<K>);  // channels staged at a time
+constexpr int kStepBytes = 32;                        // of a row, multiplied by one instruction
+
+// Rounded to TF32 where that is the type to multiply in.
+template <typename K>
+MEMDENSE_DEVICE void round_fragment(uint32_t (&words)[4]) {
+  if constexpr (K::kTensorCores && sizeof(Value<K>) == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = round_tf32(words[i]);
+  }
+}
+
+// ---- rows of 16-byte pieces in shared memory
+
+// Offset of a piece; pieces of a row are permuted so that eight rows' same piece meet no bank
+// twice.
+template <int kPieces>
+MEMDENSE_DEVICE int piece_at(int row, int piece) {
+  constexpr int kRowsPerLine = kPieces < 8 ? 8 / kPieces : 1;
+  constexpr int kMask = (kPieces < 8 ? kPieces : 8) - 1;
+  return (row * kPieces + (piece ^ (row / kRowsPerLine & kMask))) * 16;
+}
+
+// The same for the halo. There a tile's outputs follow each other but for two pixels at the end of
+// every line; `turn` makes up for these, so that its outputs are eight such rows wherever they
+// start.
+MEMDENSE_DEVICE int halo_piece_at(int row, int piece, int turn) {
+  return (row * kRowPieces + (piece ^ ((row / 2 - turn) & (kRowPieces - 1)))) * 16;
+}
+
+// A number of a pixel, or -1, with its turn.
+constexpr int kTurns = 4;
+template <typename T>
+MEMDENSE_DEVICE T with_turn(T number, int turn) {
+  return number * kTurns + (turn & (kTurns - 1));
+}
+template <typename T>
+MEMDENSE_DEVICE T number_of(T packed) {
+  return packed >> 2;
+}
+template <typename T>
+MEMDENSE_DEVICE int turn_of(T packed) {
+  return static_cast<int>(packed) & (kTurns - 1);
+}
+
+template <typename V, int kPieces>
+MEMDENSE_DEVICE V* value_at(char* rows, int row, int column) {
+  constexpr int kPer = 16 / sizeof(V);
+  return reinterpret_cast<V*>(rows + piece_at<kPieces>(row, column / kPer)) + column % kPer;
+}
+
+template <typename V>
+MEMDENSE_DEVICE const V* halo_value_at(const char* rows, int row, int column, int turn) {
+  constexpr int kPer = 16 / sizeof(V);
+  return reinterpret_cast<const V*>(rows + halo_piece_at(row, column / kPer, turn)) + column % kPer;
+}
+
+template <typename V>
+MEMDENSE_DEVICE void load_piece(const void* from, float (&to)[16 / sizeof(V)]) {
+  constexpr int kCount = 16 / sizeof(V);
+  union {
+    Piece piece;
+    V values[kCount];
+  };
+  piece = *static_cast<const Piece*>(from);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = to_float(values[i]);
+}
+
+template <typename V>
+MEMDENSE_DEVICE void store_piece(void* to, const V* values) {
+  constexpr int kCount = 16 / sizeof(V);
+  union {
+    Piece piece;
+    V copy[kCount];
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) copy[i] = values[i];
+  *static_cast<Piece*>(to) = piece;
+}
+
+// Eight values a thread handles at the end, of which `count` exist.
+constexpr int kEight = 8;
+
+template <typename V>
+MEMDENSE_DEVICE void load_eight(const V* from, bool vectors, int count, float (&to)[kEight]) {
+  if (vectors && count == kEight) {
+    constexpr int kPer = 16 / sizeof(V);
+#pragma unroll
+    for (int i = 0; i < kEight / kPer; ++i) {
+      float part[kPer];
+      load_piece<V>(from + i * kPer, part);
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) to[i * kPer + e] = part[e];
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) to[e] = e < count ? to_float(from[e]) : 0.f;
+  }
+}
+
+template <typename V>
+MEMDENSE_DEVICE void store_eight(V* to, int64_t stride, bool vectors, int count,
+                                 const V (&values)[kEight]) {
+  if (vectors && count == kEight) {
+    constexpr int kPer = 16 / sizeof(V);
+#pragma unroll
+    for (int i = 0; i < kEight / kPer; ++i) store_piece<V>(to + i * kPer, values + i * kPer);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      if (e < count) to[e * stride] = values[e];
+    }
+  }
+}
+
+// ---- a BatchNorm as a pair (s, t)
+
+struct ScaleShift {
+  float scale, shift;
+};
+
+template <typename V>
+MEMDENSE_DEVICE float parameter(const void* data, bool is_float, int c, float otherwise) {
+  if (!data) return otherwise;
+  return is_float ? static_cast<const float*>(data)[c] : to_float(static_cast<const V*>(data)[c]);
+}
+
+// s = gamma / sqrt(var + eps), t = beta - mean * s
+template <typename V>
+MEMDENSE_DEVICE ScaleShift scale_shift(const Norm& norm, int c) {
+  const float scale = parameter<V>(norm.gamma, norm.gamma_float, c, 1.f) *
+                      quotient(1.f, square_root(norm.var[c] + norm.eps));
+  const float shift = parameter<V>(norm.beta, norm.beta_float, c, 0.f);
+  return {scale, fused_multiply_add(-norm.mean[c], scale, shift)};
+}
+
+// scale[c], shift[c] for c < `count` from channel `first` on; nothing comes of what is beyond.
+template <typename V>
+MEMDENSE_DEVICE void fill_vectors(const Norm& norm, int first, int channels, int count,
+                                  float* scale, float* shift, float* mean) {
+  for (int i = thread(); i < count; i += threads()) {
+    const bool exists = first + i < channels;
+    const ScaleShift pair = exists ? scale_shift<V>(norm, first + i) : ScaleShift{0.f, 0.f};
+    scale[i] = pair.scale;
+    shift[i] = pair.shift;
+    if (mean) mean[i] = exists ? norm.mean[first + i] : 0.f;
+  }
+}
+
+// A NaN passes, as it does PyTorch's relu.
+MEMDENSE_DEVICE float relu(float x) { return x <= 0.f ? 0.f : x; }
+
+// ---- where a tile's pixels lie
+
+// The pixel of `axis` at position v, or -1 where there is zero.
+MEMDENSE_DEVICE int pixel_at(const Axis& axis, int v) {
+  if (axis.spread > 1) {
+    if (v < 0 || v % axis.spread) return -1;
+    v /= axis.spread;
+  }
+  return v >= 0 && v < axis.in ? v : -1;
+}
+
+// sources[i]: offset of the i-th pixel of the halo, -1 for a zero, with its turn. targets[i]:
+// number of the tile's i-th output, -1 if there is none. places[i]: its first tap in the halo, with
+// turn.
+MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& source,
+                                 const Strides& target, int64_t* sources, int64_t* targets,
+                                 int* places) {
+  const Axis &y = walk.y, &x = walk.x;
+  const int widths = (x.steps + walk.width - 1) / walk.width;
+  const int across = tile % walk.across, phase_x = across / widths;
+  const int step_x = across % widths * walk.width;
+  const int line = tile / walk.across * walk.height;  // among all of the phases' and images' lines
+  const int image = line / y.steps, step_y = line % y.steps;
+  // lines of outputs and of halo that fall into the first image, and into a later one
+  const int first = y.steps - step_y;
+  const int first_halo = (first < walk.height ? first : walk.height) * y.stride + 3 - y.stride;
+  const int full_halo = y.steps * y.stride + 3 - y.stride;
+
+  for (int i = thread(); i < walk.halo; i += threads()) {
+    const int row = i / walk.halo_width, column = i % walk.halo_width;
+    const bool later = row >= first_halo;
+    const int rest = row - first_halo;
+    const int segment = later ? 1 + rest / full_halo : 0, at = image + segment;
+    const int u = later ? rest % full_halo : step_y * y.stride + row;
+    const int n = at / y.phases, phase_y = at % y.phases;
+    const int h = pixel_at(y, y.offset + y.stride * phase_y + y.dilation * u);
+    const int w =
+        pixel_at(x, x.offset + x.stride * phase_x + x.dilation * (x.stride * step_x + column));
+    const bool exists = n < walk.images && h >= 0 && w >= 0;
+    sources[i] = with_turn<int64_t>(exists ? n * source.n + h * source.h + w * source.w : -1,
+                                    row + segment * walk.width);
+  }
+  for (int i = thread(); i < walk.pixels; i += threads()) {
+    const int row = i / walk.width, column = i % walk.width;
+    const bool later = row >= first;
+    const int segment = later ? 1 + (row - first) / y.steps : 0;
+    const int q = later ? (row - first) % y.steps : step_y + row;
+    const int n = (image + segment) / y.phases, phase_y = (image + segment) % y.phases;
+    const int h = phase_y + y.dilation * q, w = phase_x + x.dilation * (step_x + column);
+    const bool exists =
+        row < walk.height && n < walk.images && step_x + column < x.steps && h < y.out && w < x.out;
+    targets[i] = exists ? n * target.n + h * target.h + w * target.w : -1;
+    const int line_of_halo = row * y.stride + segment * (3 - y.stride);
+    // outside of the image too, so that those rows meet no other's bank
+    places[i] = row < walk.height ? with_turn(line_of_halo * walk.halo_width + column * x.stride,
+                                              line_of_halo + segment * walk.width)
+                                  : 0;
+  }
+}
+
+// ---- staging
+
+// Channels `first`.. of the halo's pixels as rows of 64 bytes. Without 16-byte accesses a thread
+// gathers its pieces value by value, so any strides are right.
+template <typename K>
+MEMDENSE_DEVICE void stage_halo(const void* source, int64_t channel_stride, bool vectors,
+                                int channels, int first, const int64_t* sources, int halo,
+                                char* rows) {
+  using V = Value<K>;
+  const V* data = static_cast<const V*>(source);
+  for (int i = thread(); i < halo * kRowPieces; i += threads()) {
+    // neighbouring threads take neighbouring values, of a pixel or of a channel
+    const bool by_pixel = channel_stride != 1;
+    const int row = by_pixel ? i % halo : i / kRowPieces;
+    const int piece = by_pixel ? i / halo : i % kRowPieces;
+    const int64_t source_pixel = sources[row], offset = number_of(source_pixel);
+    char* to = rows + halo_piece_at(row, piece, turn_of(source_pixel));
+    const int c = first + piece * kPerPiece<K>;
+    if (vectors) {
+      const bool exists = offset >= 0 && c < channels;
+      copy_async(to, exists ? data + offset + c : data, exists);
+    } else {
+      V values[kPerPiece<K>];
+#pragma unroll
+      for (int e = 0; e < kPerPiece<K>; ++e) {
+        values[e] = offset >= 0 && c + e < channels ? data[offset + (c + e) * channel_stride] : V{};
+      }
+      store_piece<V>(to, values);
+    }
+  }
+}
+
+// relu(s*x + t) in place, by the threads that staged the pieces; a zero of the padding stays zero.
+template <typename K>
+MEMDENSE_DEVICE void normalise_halo(const float* scale, const float* shift, const int64_t* sources,
+                                    int halo, char* rows) {
+  using V = Value<K>;
+  const int piece = thread() % kRowPieces;  // the same in every round
+  float s[kPerPiece<K>], t[kPerPiece<K>];
+#pragma unroll
+  for (int e = 0; e < kPerPiece<K>; ++e) {
+    s[e] = scale[piece * kPerPiece<K> + e];
+    t[e] = shift[piece * kPerPiece<K> + e];
+  }
+  for (int i = thread(); i < halo * kRowPieces; i += threads()) {
+    const int row = i / kRowPieces;
+    if (sources[row] < 0) continue;
+    char* at = rows + halo_piece_at(row, piece, turn_of(sources[row]));
+    float x[kPerPiece<K>];
+    V z[kPerPiece<K>];
+    load_piece<V>(at, x);
+#pragma unroll
+    for (int e = 0; e < kPerPiece<K>; ++e) {
+      z[e] = round_to(V{}, relu(fused_multiply_add(s[e], x[e], t[e])));
+    }
+    store_piece<V>(at, z);
+  }
+}
+
+// Rows [tap, column] of a chunk's channels.
+template <typename K, int kColumns>
+MEMDENSE_DEVICE void stage_weight(const Convolution& a, int first_column, int chunk, char* rows) {
+  using V = Value<K>;
+  const V* data = static_cast<const V*>(a.weight);
+  const int first = chunk * kChunk<K>;
+  if (a.weight_vectors) {
+    for (int i = thread(); i < kTaps * kColumns * kRowPieces; i += threads()) {
+      const int row = i / kRowPieces, piece = i % kRowPieces;
+      const int tap = row / kColumns, j = first_column + row % kColumns;
+      const int c = first + piece * kPerPiece<K>;
+      const bool exists = j < a.columns && c < a.channels;
+      const int64_t offset =
+          j * a.weight_column + c + tap / 3 * a.weight_tap[0] + tap % 3 * a.weight_tap[1];
+      copy_async(rows + piece_at<kRowPieces>(row, piece), exists ? data + offset : data, exists);
+    }
+    return;
+  }
+  const int extent = a.columns_inner ? kColumns : kChunk<K>;
+#pragma unroll 4
+  for (int i = thread(); i < kTaps * kColumns * kChunk<K>; i += threads()) {
+    const int tap = a.taps_inner ? i % kTaps : i / extent % kTaps;
+    const int inner = a.taps_inner ? i / kTaps % extent : i % extent;
+    const int outer = i / kTaps / extent;
+    const int column = a.columns_inner ? inner : outer, channel = a.columns_inner ? outer : inner;
+    const int j = first_column + column, c = first + channel;
+    const int64_t offset = j * a.weight_column + c * a.weight_channel + tap / 3 * a.weight_tap[0] +
+                           tap % 3 * a.weight_tap[1];
+    *value_at<V, kRowPieces>(rows, tap * kColumns + column, channel) =
+        j < a.columns && c < a.channels ? data[offset] : V{};
+  }
+}
+
+// ---- multiplying
+
+// The warp's 32 pixels by kColumns outputs: two fragments of 16 rows, each a column of 8-wide ones.
+// Of a fragment, lane 4g + t holds rows g and g + 8 (values 0, 1 and 2, 3), columns 2t and 2t + 1.
+template <int kColumns>
+using Accumulators = float[2][kColumns / 8][4];
+
+// Where a lane finds its pixels: for tensor cores the rows whose addresses it gives, for plain
+// arithmetic rows g and g + 8 of both fragments.
+struct LanePlaces {
+  int at[4];
+};
+
+template <typename K>
+MEMDENSE_DEVICE LanePlaces lane_places(const int* places) {
+  const int lane = thread() % kWarp;
+  const int* mine = places + thread() / kWarp * kWarpPixels;
+  if constexpr (K::kTensorCores) {
+    return {{mine[lane % 16], mine[16 + lane % 16], 0, 0}};
+  } else {
+    const int g = lane / 4;
+    return {{mine[g], mine[g + 8], mine[g + 16], mine[g + 24]}};
+  }
+}
+
+template <typename K, int kColumns>
+MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int channels, char* halo,
+                              char* weight, Accumulators<kColumns>& sum) {
+  using V = Value<K>;
+  const int lane = thread() % kWarp;
+  const int steps = channels * static_cast<int>(sizeof(V)) > kStepBytes ? 2 : 1;
+  if constexpr (K::kTensorCores) {
+    const uint32_t halo_address = shared_address(halo);
+    // lane 8i + r: row r of pair i / 2, its half i % 2
+    const uint32_t weight_address =
+        shared_address(weight) + piece_at<kRowPieces>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    for (int tap_y = 0; tap_y < 3; ++tap_y) {
+#pragma unroll
+      for (int tap_x = 0; tap_x < 3; ++tap_x) {
+        const int tap = tap_y * 3 + tap_x;
+        uint32_t pixels[2];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const int row = number_of(places.at[m]) + tap_y * halo_width + tap_x;
+          pixels[m] = halo_address + halo_piece_at(row, lane / 16, turn_of(places.at[m]) + tap_y);
+        }
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          if (step == steps) break;
+          uint32_t a[2][4];
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            load_matrices(a[m], pixels[m] ^ (step * kStepBytes));
+            round_fragment<K>(a[m]);
+          }
+#pragma unroll
+          for (int pair = 0; pair < kColumns / 16; ++pair) {
+            uint32_t b[4];
+            load_matrices(b, (weight_address ^ (step * kStepBytes)) +
+                                 (tap * kColumns + pair * 16) * kRowBytes);
+            round_fragment<K>(b);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              multiply_add(V{}, sum[m][2 * pair], a[m], b[0], b[1]);
+              multiply_add(V{}, sum[m][2 * pair + 1], a[m], b[2], b[3]);
+            }
+          }
+        }
+      }
+    }
+  } else {
+    const int t = lane % 4, pieces = 2 * steps;
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const int shift = tap / 3 * halo_width + tap % 3;
+      // a sum of sums: short ones round less
+      Accumulators<kColumns> part = {};
+      for (int piece = 0; piece < pieces; ++piece) {
+        float a[4][4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          load_piece<float>(halo + halo_piece_at(number_of(places.at[m]) + shift, piece,
+                                                 turn_of(places.at[m]) + tap / 3),
+                            a[m]);
+        }
+#pragma unroll
+        for (int f = 0; f < kColumns / 8; ++f) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float b[4];
+            const int row = tap * kColumns + f * 8 + 2 * t + e;
+            load_piece<float>(weight + piece_at<kRowPieces>(row, piece), b);
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+              float& to = part[m / 2][f][m % 2 * 2 + e];
+#pragma unroll
+              for (int c = 0; c < 4; ++c) to = fused_multiply_add(a[m][c], b[c], to);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int f = 0; f < kColumns / 8; ++f) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[m][f][i] += part[m][f][i];
+        }
+      }
+    }
+  }
+}
+
+// ---- sums over a block's pixels
+
+// What a thread knows of eight columns: mean and m2 of `count` values, or dbeta and dgamma.
+struct Sums {
+  float first[kEight], second[kEight];
+  float count;
+};
+
+// Chan's formula: the values of `b` after those of `a`.
+template <typename T>
+MEMDENSE_DEVICE void merge(T& count, T& mean, T& m2, T b_count, T b_mean, T b_m2) {
+  if (b_count == T(0)) return;
+  const T total = count + b_count, delta = b_mean - mean, share = b_count / total;
+  m2 += b_m2 + delta * delta * count * share;
+  mean += delta * share;
+  count = total;
+}
+
+MEMDENSE_DEVICE void add(Sums& a, const Sums& b, bool moments) {
+  float count = a.count;
+#pragma unroll
+  for (int e = 0; e < kEight; ++e) {
+    if (moments) {
+      count = a.count;
+      merge(count, a.first[e], a.second[e], b.count, b.first[e], b.second[e]);
+    } else {
+      a.first[e] += b.first[e];
+      a.second[e] += b.second[e];
+    }
+  }
+  a.count = count;
+}
+
+// The block's partial results: lanes of a warp as a tree, then the warps in their order.
+template <int kColumns>
+MEMDENSE_DEVICE void leave_partials(const Convolution& a, Sums sums, float* shared, bool moments) {
+  constexpr int kLanes = kColumns / kEight;  // of a row
+  const int lane = thread() % kWarp, warp = thread() / kWarp;
+#pragma unroll
+  for (int mask = kWarp / 2; mask >= kLanes; mask /= 2) {
+    Sums other;
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      other.first[e] = exchange(sums.first[e], mask);
+      other.second[e] = exchange(sums.second[e], mask);
+    }
+    other.count = exchange(sums.count, mask);
+    add(sums, other, moments);
+  }
+  float *first = shared, *second = first + kMaxThreads / kWarp * kColumns;
+  float* counts = second + kMaxThreads / kWarp * kColumns;
+  if (lane < kLanes) {
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      first[warp * kColumns + lane * kEight + e] = sums.first[e];
+      second[warp * kColumns + lane * kEight + e] = sums.second[e];
+    }
+    if (lane == 0) counts[warp] = sums.count;
+  }
+  synchronize_block();
+  const int column = thread(), j = block_row() * kColumns + column;
+  if (column >= kColumns || j >= a.columns) return;
+  float count = counts[0], x = first[column], y = second[column];
+  for (int w = 1; w < threads() / kWarp; ++w) {
+    const float x2 = first[w * kColumns + column], y2 = second[w * kColumns + column];
+    if (moments) {
+      merge(count, x, y, counts[w], x2, y2);
+    } else {
+      x += x2;
+      y += y2;
+    }
+  }
+  const int64_t plane = static_cast<int64_t>(a.columns) * blocks();
+  const int64_t at = static_cast<int64_t>(j) * blocks() + block();
+  a.partials[at] = x;
+  a.partials[plane + at] = y;
+  if (moments && j == 0) a.partials[2 * plane + block()] = count;
+}
+
+// ---- the convolution
+
+// A row's eight columns from `column` on, as the mode finishes them.
+template <typename K, Mode kMode>
+MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column, int local,
+                                float (&x)[kEight], const float* vectors, int padded_columns,
+                                Sums& sums) {
+  using V = Value<K>;
+  const int count = a.columns - column < kEight ? a.columns - column : kEight;
+  V stored[kEight];
+  if constexpr (kMode == Mode::kPlain) {
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      if (a.bias && e < count) x[e] += to_float(static_cast<const V*>(a.bias)[column + e]);
+    }
+  } else if constexpr (kMode == Mode::kForward) {
+    if (a.keep) {
+      const uint8_t* keep = a.keep + pixel * a.keep_row + column;
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) x[e] = e < count && keep[e] ? x[e] * a.factor : 0.f;
+    }
+  } else {
+    const float *scale = vectors + local, *shift = scale + padded_columns,
+                *mean = shift + padded_columns;
+    float y[kEight];
+    load_eight<V>(static_cast<const V*>(a.y) + pixel * a.y_row + column, a.y_vectors, count, y);
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      const float z = fused_multiply_add(scale[e], y[e], shift[e]);
+      if (z <= 0.f) x[e] = 0.f;
+      sums.first[e] += x[e];
+      sums.second[e] = fused_multiply_add(x[e], y[e] - mean[e], sums.second[e]);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kEight; ++e) stored[e] = round_to(V{}, x[e]);
+  store_eight<V>(static_cast<V*>(a.target) + pixel * a.target_row + column * a.target_column,
+                 a.target_column, a.target_vectors, count, stored);
+  if constexpr (kMode == Mode::kForward) {
+    if (!a.statistics) return;
+    sums.count += 1.f;
+    const float share = quotient(1.f, sums.count);
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      const float value = to_float(stored[e]), delta = value - sums.first[e];
+      sums.first[e] = fused_multiply_add(delta, share, sums.first[e]);
+      sums.second[e] = fused_multiply_add(delta, value - sums.first[e], sums.second[e]);
+    }
+  }
+}
+
+// What must fit on a multiprocessor: 128 registers a thread, or 255.
+template <typename K, int kColumns>
+constexpr int blocks_of_256() {
+  return K::kTensorCores && kColumns < 64 ? 2 : 1;
+}
+
+template <typename K, int kColumns, Mode kMode>
+MEMDENSE_KERNEL(kMaxThreads, (blocks_of_256<K, kColumns>()))
+convolve(const Convolution a) {
+  using V = Value<K>;
+  const ConvolutionMemory at(a.walk.halo, a.walk.pixels, kColumns, a.channels, sizeof(V),
+                             a.resident, kMode);
+  constexpr int kWeightBytes = kTaps * kColumns * kRowBytes;
+  constexpr int kPadded = ConvolutionMemory::padded(kColumns);
+  constexpr bool kSums = kMode != Mode::kPlain;
+  char* const memory = shared_memory();
+  float* const vectors = reinterpret_cast<float*>(memory + at.vectors);
+  int64_t* const sources = reinterpret_cast<int64_t*>(memory + at.sources);
+  int64_t* const targets = reinterpret_cast<int64_t*>(memory + at.targets);
+  int* const places = reinterpret_cast<int*>(memory + at.places);
+  const int halo = a.walk.halo, pixels = a.walk.pixels;
+  const int chunks = (a.channels + kChunk<K> - 1) / kChunk<K>;
+  const int first_column = block_row() * kColumns;
+  const int lane = thread() % kWarp, warp = thread() / kWarp;
+
+  const auto stage = [&](int slot, int chunk, int buffer) {
+    stage_halo<K>(a.source, a.source_strides.c, a.source_vectors, a.channels, chunk * kChunk<K>,
+                  sources + slot * halo, halo, memory + buffer * halo * kRowBytes);
+    if (!a.resident) {
+      stage_weight<K, kColumns>(a, first_column, chunk,
+                                memory + at.weights + buffer * kWeightBytes);
+    }
+  };
+  const auto fill = [&](int slot, int tile) {
+    fill_tables(a.walk, tile, a.source_strides, a.place, sources + slot * halo,
+                targets + slot * pixels, places + slot * pixels);
+  };
+
+  if constexpr (kMode == Mode::kForward) {
+    fill_vectors<V>(a.norm, 0, a.channels, chunks * kChunk<K>, vectors,
+                    vectors + chunks * kChunk<K>, nullptr);
+  } else if constexpr (kMode == Mode::kGradient) {
+    fill_vectors<V>(a.norm, first_column, a.columns, kColumns, vectors, vectors + kColumns,
+                    vectors + 2 * kColumns);
+  }
+  if (a.resident) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      stage_weight<K, kColumns>(a, first_column, chunk, memory + at.weights + chunk * kWeightBytes);
+    }
+  }
+  int slot = 0, buffer = 0;
+  fill(slot, block());
+  synchronize_block();
+  stage(slot, 0, buffer);
+
+  Sums sums = {};
+  for (int tile = block(); tile < a.walk.tiles; tile += blocks()) {
+    const LanePlaces mine = lane_places<K>(places + slot * pixels);
+    Accumulators<kColumns> sum = {};
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      char* const rows = memory + buffer * halo * kRowBytes;
+      wait_async();
+      if constexpr (kMode == Mode::kForward) {
+        const float* scale = vectors + chunk * kChunk<K>;
+        normalise_halo<K>(scale, scale + chunks * kChunk<K>, sources + slot * halo, halo, rows);
+      }
+      // all see this chunk, and none still reads the last one
+      synchronize_block();
+      if (chunk + 1 < chunks) {
+        stage(slot, chunk + 1, buffer ^ 1);
+      } else if (tile + blocks() < a.walk.tiles) {
+        fill(slot ^ 1, tile + blocks());
+        synchronize_block();
+        stage(slot ^ 1, 0, buffer ^ 1);
+      }
+      multiply<K, kColumns>(mine, a.walk.halo_width, a.channels - chunk * kChunk<K>, rows,
+                            memory + at.weights + (a.resident ? chunk : buffer) * kWeightBytes,
+                            sum);
+      buffer ^= 1;
+    }
+
+    // through shared memory, to handle eight columns of a row a thread
+    float* const scratch = reinterpret_cast<float*>(memory + at.scratch) + warp * 16 * kPadded;
+    constexpr int kLanes = kColumns / kEight;
+    const int local = lane % kLanes * kEight, column = first_column + local;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      synchronize_warp();
+#pragma unroll
+      for (int f = 0; f < kColumns / 8; ++f) {
+        float* to = scratch + lane / 4 * kPadded + f * 8 + lane % 4 * 2;
+        to[0] = sum[m][f][0];
+        to[1] = sum[m][f][1];
+        to[8 * kPadded] = sum[m][f][2];
+        to[8 * kPadded + 1] = sum[m][f][3];
+      }
+      synchronize_warp();
+      for (int row = lane / kLanes; row < 16; row += kWarp / kLanes) {
+        const int64_t pixel = targets[slot * pixels + warp * kWarpPixels + m * 16 + row];
+        if (pixel < 0 || column >= a.columns) continue;
+        float x[kEight];
+        load_eight<float>(scratch + row * kPadded + local, true, kEight, x);
+        finish_row<K, kMode>(a, pixel, column, local, x, vectors, kColumns, sums);
+      }
+    }
+    slot ^= 1;
+  }
+  if (kSums && a.partials) {
+    // the halo's memory is free once all have multiplied
+    synchronize_block();
+    leave_partials<kColumns>(a, sums, reinterpret_cast<float*>(memory), kMode == Mode::kForward);
+  }
+}
+
+// ---- the weight's gradient
+
+// Warps of a block: one a line of taps and 16 channels of the chunk.
+template <typename K>
+constexpr int kWeightWarps = 3 * kChunk<K> / 16;
+
+// dy's columns `first`.. of the tile's pixels, as rows of kColumns values.
+template <typename K, int kColumns>
+MEMDENSE_DEVICE void stage_dy(const WeightGradient& a, int first, const int64_t* targets,
+                              char* rows) {
+  using V = Value<K>;
+  constexpr int kPieces = kColumns / kPerPiece<K>;
+  const V* data = static_cast<const V*>(a.dy);
+  const bool by_pixel = a.dy_strides.c != 1;
+  for (int i = thread(); i < a.walk.pixels * kPieces; i += threads()) {
+    const int row = by_pixel ? i % a.walk.pixels : i / kPieces;
+    const int piece = by_pixel ? i / a.walk.pixels : i % kPieces;
+    char* to = rows + piece_at<kPieces>(row, piece);
+    const int64_t offset = targets[row];
+    const int j = first + piece * kPerPiece<K>;
+    if (a.dy_vectors) {
+      const bool exists = offset >= 0 && j < a.columns;
+      copy_async(to, exists ? data + offset + j : data, exists);
+    } else {
+      V values[kPerPiece<K>];
+#pragma unroll
+      for (int e = 0; e < kPerPiece<K>; ++e) {
+        values[e] =
+            offset >= 0 && j + e < a.columns ? data[offset + (j + e) * a.dy_strides.c] : V{};
+      }
+      store_piece<V>(to, values);
+    }
+  }
+}
+
+// For the warp's line of taps: 3 taps, kColumns outputs in 16s, 16 channels as two fragments.
+template <int kColumns>
+using WeightAccumulators = float[3][kColumns / 16][2][4];
+
+// sum[tap][j, c] += dy[pixel, j] * z[pixel + tap, c] over 16 pixels from `first` on.
+template <typename K, int kColumns>
+MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, int halo_width,
+                                     int half, char* halo, char* dy,
+                                     WeightAccumulators<kColumns>& sum) {
+  using V = Value<K>;
+  constexpr int kPieces = kColumns / kPerPiece<K>;
+  const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
+  if constexpr (sizeof(V) == 2) {
+    const int matrix = lane / 8, row = lane % 8;
+    uint32_t a[kColumns / 16][4];
+#pragma unroll
+    for (int m = 0; m < kColumns / 16; ++m) {
+      const int pixel = first + matrix / 2 * 8 + row;
+      load_matrices_transposed(a[m],
+                               shared_address(dy) + piece_at<kPieces>(pixel, 2 * m + matrix % 2));
+    }
+    const int packed = places[first + matrix % 2 * 8 + row];
+    const int place = number_of(packed) + tap_y * halo_width, turn = turn_of(packed) + tap_y;
+#pragma unroll
+    for (int tap = 0; tap < 3; ++tap) {
+      uint32_t b[4];
+      load_matrices_transposed(
+          b, shared_address(halo) + halo_piece_at(place + tap, half * 2 + matrix / 2, turn));
+#pragma unroll
+      for (int m = 0; m < kColumns / 16; ++m) {
+        multiply_add(V{}, sum[tap][m][0], a[m], b[0], b[1]);
+        multiply_add(V{}, sum[tap][m][1], a[m], b[2], b[3]);
+      }
+    }
+  } else if constexpr (K::kTensorCores) {
+    // ldmatrix transposes 16-bit values only: lanes read their own
+    union Word {
+      float value;
+      uint32_t bits;
+    };
+    const auto tf32 = [](const float* from) {
+      Word word;
+      word.value = *from;
+      return round_tf32(word.bits);
+    };
+#pragma unroll
+    for (int step = 0; step < 16; step += 8) {
+      const int pixel = first + step + t;
+      uint32_t a[kColumns / 16][4];
+#pragma unroll
+      for (int m = 0; m < kColumns / 16; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          a[m][i] = tf32(value_at<V, kPieces>(dy, pixel + i / 2 * 4, m * 16 + g + i % 2 * 8));
+        }
+      }
+      const int packed = places[pixel], packed4 = places[pixel + 4];
+      const int place = number_of(packed) + tap_y * halo_width, turn = turn_of(packed) + tap_y;
+      const int place4 = number_of(packed4) + tap_y * halo_width, turn4 = turn_of(packed4) + tap_y;
+#pragma unroll
+      for (int tap = 0; tap < 3; ++tap) {
+#pragma unroll
+        for (int f = 0; f < 2; ++f) {
+          const uint32_t b0 = tf32(halo_value_at<V>(halo, place + tap, f * 8 + g, turn));
+          const uint32_t b1 = tf32(halo_value_at<V>(halo, place4 + tap, f * 8 + g, turn4));
+#pragma unroll
+          for (int m = 0; m < kColumns / 16; ++m) multiply_add(V{}, sum[tap][m][f], a[m], b0, b1);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int tap = 0; tap < 3; ++tap) {
+      // a sum of sums: short ones round less
+      float part[kColumns / 16][2][4] = {};
+      for (int pixel = first; pixel < first + 16; ++pixel) {
+        const int place = number_of(places[pixel]) + tap_y * halo_width + tap;
+        const int turn = turn_of(places[pixel]) + tap_y;
+        float a[kColumns / 8];
+#pragma unroll
+        for (int m = 0; m < kColumns / 8; ++m) a[m] = *value_at<V, kPieces>(dy, pixel, m * 8 + g);
+#pragma unroll
+        for (int f = 0; f < 2; ++f) {
+          const float* b = halo_value_at<V>(halo, place, f * 8 + 2 * t, turn);
+#pragma unroll
+          for (int m = 0; m < kColumns / 8; ++m) {
+            float* to = part[m / 2][f] + m % 2 * 2;
+            to[0] = fused_multiply_add(a[m], b[0], to[0]);
+            to[1] = fused_multiply_add(a[m], b[1], to[1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kColumns / 16; ++m) {
+#pragma unroll
+        for (int f = 0; f < 2; ++f) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[tap][m][f][i] += part[m][f][i];
+        }
+      }
+    }
+  }
+}
+
+// Block (split, chunk and columns): its tiles' share of 16 to 64 rows of dW by a chunk of channels.
+template <typename K, int kColumns>
+MEMDENSE_KERNEL(kWarp* kWeightWarps<K>, kColumns < 64 ? 2 : 1)
+weight_gradient(const WeightGradient a) {
+  using V = Value<K>;
+  const WeightGradientMemory at(a.walk.halo, a.walk.pixels, kColumns, sizeof(V));
+  char* const memory = shared_memory();
+  float* const scale = reinterpret_cast<float*>(memory + at.vectors);
+  float* const shift = scale + kChunk<K>;
+  int64_t* const sources = reinterpret_cast<int64_t*>(memory + at.sources);
+  int64_t* const targets = reinterpret_cast<int64_t*>(memory + at.targets);
+  int* const places = reinterpret_cast<int*>(memory + at.places);
+  const int halo = a.walk.halo, pixels = a.walk.pixels;
+  const int chunks = (a.channels + kChunk<K> - 1) / kChunk<K>;
+  const int first_channel = block_row() % chunks * kChunk<K>;
+  const int first_column = block_row() / chunks * kColumns;
+  const int lane = thread() % kWarp, tap_y = thread() / kWarp % 3, half = thread() / kWarp / 3;
+  const int used = (a.walk.height * a.walk.width + 15) / 16 * 16;
+
+  const auto fill = [&](int slot, int tile) {
+    fill_tables(a.walk, tile, a.source_strides, a.dy_strides, sources + slot * halo,
+                targets + slot * pixels, places + slot * pixels);
+  };
+  const auto stage = [&](int slot) {
+    stage_halo<K>(a.source, a.source_strides.c, a.source_vectors, a.channels, first_channel,
+                  sources + slot * halo, halo, memory + slot * halo * kRowBytes);
+    stage_dy<K, kColumns>(a, first_column, targets + slot * pixels,
+                          memory + at.dy + slot * pixels * kColumns * sizeof(V));
+  };
+
+  if (a.norm.mean) {
+    fill_vectors<V>(a.norm, first_channel, a.channels, kChunk<K>, scale, shift, nullptr);
+  }
+  int slot = 0;
+  fill(slot, block());
+  synchronize_block();
+  stage(slot);
+
+  WeightAccumulators<kColumns> sum = {};
+  for (int tile = block(); tile < a.walk.tiles; tile += blocks()) {
+    char* const rows = memory + slot * halo * kRowBytes;
+    wait_async();
+    if (a.norm.mean) normalise_halo<K>(scale, shift, sources + slot * halo, halo, rows);
+    synchronize_block();
+    if (tile + blocks() < a.walk.tiles) {
+      fill(slot ^ 1, tile + blocks());
+      synchronize_block();
+      stage(slot ^ 1);
+    }
+    for (int first = 0; first < used; first += 16) {
+      multiply_pixels<K, kColumns>(first, places + slot * pixels, tap_y, a.walk.halo_width, half,
+                                   rows, memory + at.dy + slot * pixels * kColumns * sizeof(V),
+                                   sum);
+    }
+    slot ^= 1;
+  }
+
+  const int64_t plane = static_cast<int64_t>(a.columns) * a.channels;
+  float* const to = a.partials + block() * kTaps * plane;
+#pragma unroll
+  for (int tap = 0; tap < 3; ++tap) {
+#pragma unroll
+    for (int m = 0; m < kColumns / 16; ++m) {
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int j = first_column + m * 16 + lane / 4 + i / 2 * 8;
+          const int c = first_channel + half * 16 + f * 8 + lane % 4 * 2 + i % 2;
+          if (j < a.columns && c < a.channels) {
+            to[(tap_y * 3 + tap) * plane + static_cast<int64_t>(j) * a.channels + c] =
+                sum[tap][m][f][i];
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- launchers
+
+template <typename K>
+void launch_convolution(const Convolution& a, Mode mode, int columns, Grid grid, Stream stream) {
+  const auto of_columns = [&]<int kColumns>() {
+    const auto kernel = mode == Mode::kPlain     ? convolve<K, kColumns, Mode::kPlain>
+                        : mode == Mode::kForward ? convolve<K, kColumns, Mode::kForward>
+                                                 : convolve<K, kColumns, Mode::kGradient>;
+    device::launch<Convolution>(kernel, grid.x, grid.y, grid.threads, grid.shared, stream, a);
+  };
+  if (columns == 16) return of_columns.template operator()<16>();
+  if (columns == 32) return of_columns.template operator()<32>();
+  if constexpr (K::kTensorCores) of_columns.template operator()<64>();
+}
+
+template <typename K>
+void launch_weight_gradient(const WeightGradient& a, int columns, Grid grid, Stream stream) {
+  const auto kernel = columns == 16   ? weight_gradient<K, 16>
+                      : columns == 32 ? weight_gradient<K, 32>
+                                      : weight_gradient<K, 64>;
+  device::launch<WeightGradient>(kernel, grid.x, grid.y, kWarp * kWeightWarps<K>, grid.shared,
+                                 stream, a);
+}
+
+}  // namespace memdense::conv3x3

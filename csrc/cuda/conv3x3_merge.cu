@@ -1,0 +1,81 @@
+// The second steps: what blocks left behind, put together in their order.
+#include "conv3x3.h"
+
+namespace memdense::conv3x3 {
+namespace {
+
+using namespace device;
+
+constexpr int kWarps = 8;
+
+// Chan's formula over a column's blocks: a lane takes every 32nd, then lanes pair up.
+MEMDENSE_KERNEL(kWarps* kWarp, 1) merge_columns(const Merge a) {
+  const int column = block() * kWarps + thread() / kWarp, lane = thread() % kWarp;
+  if (column >= a.columns) return;
+  const int64_t plane = static_cast<int64_t>(a.columns) * a.blocks;
+  const float* means = a.partials + static_cast<int64_t>(column) * a.blocks;
+  const float *m2s = means + plane, *counts = a.partials + 2 * plane;
+  double count = 0, mean = 0, m2 = 0;
+  const auto take = [&](double b_count, double b_mean, double b_m2) {
+    if (b_count == 0) return;
+    const double total = count + b_count, delta = b_mean - mean;
+    m2 += b_m2 + delta * delta * count * b_count / total;
+    mean += delta * b_count / total;
+    count = total;
+  };
+  for (int i = lane; i < a.blocks; i += kWarp) take(counts[i], means[i], m2s[i]);
+  for (int mask = kWarp / 2; mask >= 1; mask /= 2) {
+    const double other = exchange(count, mask), other_mean = exchange(mean, mask);
+    take(other, other_mean, exchange(m2, mask));
+  }
+  if (lane == 0) {
+    a.mean[column] = static_cast<float>(mean);
+    a.var[column] = static_cast<float>(m2 / count);
+  }
+}
+
+// dweight by the first blocks, a thread each value; dbeta and dgamma by the others, a warp each.
+MEMDENSE_KERNEL(kWarps* kWarp, 1) reduce(const Reduction a, int weight_blocks) {
+  if (block() < weight_blocks) {
+    const int64_t plane = static_cast<int64_t>(a.columns) * a.channels, count = kTaps * plane;
+    const int64_t i = static_cast<int64_t>(block()) * threads() + thread();
+    if (i >= count) return;
+    float sum = 0;
+#pragma unroll 8
+    for (int split = 0; split < a.splits; ++split) sum += a.weight_partials[split * count + i];
+    a.dweight[i % plane * kTaps + i / plane] = sum;
+    return;
+  }
+  const int row = (block() - weight_blocks) * kWarps + thread() / kWarp, lane = thread() % kWarp;
+  if (row >= 2 * a.channels) return;
+  const float* values = a.sums + static_cast<int64_t>(row) * a.blocks;
+  double sum = 0;
+  for (int i = lane; i < a.blocks; i += kWarp) sum += values[i];
+  for (int mask = kWarp / 2; mask >= 1; mask /= 2) sum += exchange(sum, mask);
+  if (lane > 0) return;
+  if (row < a.channels) {
+    a.dbeta[row] = static_cast<float>(sum);
+  } else {
+    const int c = row - a.channels;
+    a.dgamma[c] = static_cast<float>(sum / square_root(static_cast<double>(a.var[c]) + a.eps));
+  }
+}
+
+int quotient_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+}  // namespace
+
+void merge_moments(const Merge& a, Stream stream) {
+  device::launch<Merge>(merge_columns, quotient_up(a.columns, kWarps), 1, kWarps * kWarp, 0, stream,
+                        a);
+}
+
+void reduce_partials(const Reduction& a, Stream stream) {
+  const int64_t values = int64_t{kTaps} * a.columns * a.channels;
+  const int weight_blocks = a.dweight ? quotient_up(values, kWarps * kWarp) : 0;
+  const int sum_blocks = a.sums ? quotient_up(2 * a.channels, kWarps) : 0;
+  device::launch<Reduction, int>(reduce, weight_blocks + sum_blocks, 1, kWarps * kWarp, 0, stream,
+                                 a, weight_blocks);
+}
+
+}  // namespace memdense::conv3x3

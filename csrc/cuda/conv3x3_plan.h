@@ -1,0 +1,170 @@
+// Which tiles, which memory and how many blocks a convolution gets. Host code without torch.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+
+#include "conv3x3.h"
+
+namespace memdense::conv3x3 {
+
+inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Axis axis(int64_t out, int64_t in, int64_t stride, int64_t spread, int64_t dilation,
+                 int64_t offset) {
+  // positions are computed in 32 bits
+  constexpr int64_t kLimit = int64_t{1} << 29;
+  if (std::max({out, in}) * std::max(stride, spread) > kLimit || dilation > kLimit / 4 ||
+      std::abs(offset) > kLimit) {
+    throw std::runtime_error("conv3x3: the image, its padding or its dilation is too large");
+  }
+  return {static_cast<int>(out),
+          static_cast<int>(in),
+          static_cast<int>(stride),
+          static_cast<int>(spread),
+          static_cast<int>(dilation),
+          static_cast<int>(offset),
+          static_cast<int>(std::min(dilation, out)),
+          static_cast<int>(quotient_up(out, dilation))};
+}
+
+// Pixels that a tile of `height` by `width` has to stage, at most.
+inline int64_t halo_pixels(const Walk& walk, int64_t height, int64_t width) {
+  // images that so many lines can touch
+  const int64_t images = std::min(height, 1 + quotient_up(height - 1, walk.y.steps));
+  const int64_t more = 3 - walk.y.stride;
+  const int64_t lines = height * walk.y.stride + (more > 0 ? images : 1) * more;
+  return lines * ((width - 1) * walk.x.stride + 3);
+}
+
+// The walk whose tiles of at most `pixels` outputs and `max_halo` inputs cost least; without tiles
+// where none fits.
+inline Walk choose_tiles(int64_t images, const Axis& y, const Axis& x, int pixels,
+                         int64_t max_halo) {
+  Walk walk{static_cast<int>(images), y, x, 0, 0, 0, 0, pixels, 0, 0};
+  const int64_t lines = images * y.phases * y.steps;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  constexpr int kTries = 16;
+  int64_t last = 0;
+  const int64_t fewest = quotient_up(x.steps, pixels);
+  for (int64_t parts = fewest; parts <= x.steps; ++parts) {
+    if (parts >= fewest + kTries && walk.tiles > 0) break;
+    const int64_t width = quotient_up(x.steps, parts);
+    if (width == last) continue;
+    last = width;
+    int64_t height = std::min(pixels / width, lines);
+    while (height > 0 && halo_pixels(walk, height, width) > max_halo) --height;
+    if (height == 0) continue;
+    const int64_t across = x.phases * quotient_up(x.steps, width);
+    const int64_t tiles = across * quotient_up(lines, height);
+    const int64_t halo = halo_pixels(walk, height, width);
+    // the multiplications of a tile and its staging
+    const int64_t cost = tiles * (4 * pixels + halo);
+    if (cost >= least || lines > std::numeric_limits<int>::max() / 2 ||
+        tiles > std::numeric_limits<int>::max() / 2) {
+      continue;
+    }
+    least = cost;
+    walk.height = static_cast<int>(height);
+    walk.width = static_cast<int>(width);
+    walk.halo_width = static_cast<int>((width - 1) * x.stride + 3);
+    walk.halo = static_cast<int>(halo);
+    walk.across = static_cast<int>(across);
+    walk.tiles = static_cast<int>(tiles);
+  }
+  return walk;
+}
+
+// A larger halo than this leaves the multiprocessor to one block.
+constexpr int kHaloFactor = 3;
+// Bytes of shared memory that the system takes of every block.
+constexpr int kReserved = 1024;
+
+struct ConvolutionPlan {
+  Walk walk;
+  int columns;  // of a block
+  bool resident;
+  Grid grid;
+};
+
+// For `columns` outputs of `channels` inputs in values of so many bytes.
+inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axis& x, int channels,
+                                        int columns, int value_bytes, bool tensor_cores, Mode mode,
+                                        const device::Properties& device) {
+  const bool wide = columns > 32 && tensor_cores;
+  for (const bool resident : {true, false}) {
+    for (const int width : {64, 32, 16}) {
+      if (wide ? width == 16 : width != (columns > 16 ? 32 : 16)) continue;
+      ConvolutionPlan best{};
+      for (const int warps : {8, 4, 2}) {
+        const int pixels = warps * kWarpPixels;
+        const ConvolutionMemory fixed(0, pixels, width, channels, value_bytes, resident, mode);
+        const int64_t room = (device.shared_per_block - fixed.bytes) / (2 * (kRowBytes + 8));
+        // without room for the halo of ordinary tiles, less of the weight had better stay
+        if (room < pixels * 3 / 2 + 32) continue;
+        const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
+        const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
+        if (walk.tiles == 0) continue;
+        const int across = static_cast<int>(quotient_up(columns, width));
+        const int bytes =
+            ConvolutionMemory(walk.halo, pixels, width, channels, value_bytes, resident, mode)
+                .bytes;
+        const int threads = warps * kWarp;
+        // by registers: blocks_of_256 asks for 128 a thread, the others take up to 168
+        const int resident_threads = tensor_cores && width < 64 ? 512 : 384;
+        const int fitting =
+            std::max(1, std::min(device.shared_per_multiprocessor / (bytes + kReserved),
+                                 resident_threads / threads));
+        const int most = std::max(1, device.multiprocessors * fitting / across);
+        const int rounds = static_cast<int>(quotient_up(walk.tiles, most));
+        const int blocks = static_cast<int>(quotient_up(walk.tiles, rounds));
+        best = {walk, width, resident, {blocks, across, threads, bytes}};
+        // smaller tiles only where these leave multiprocessors idle
+        if (int64_t{blocks} * across >= device.multiprocessors) break;
+      }
+      if (best.walk.tiles > 0) return best;
+    }
+  }
+  throw std::runtime_error(
+      "conv3x3: so many channels, or lines so far apart, do not fit into the device's shared "
+      "memory");
+}
+
+struct WeightPlan {
+  Walk walk;
+  int columns;
+  Grid grid;  // x: splits
+};
+
+inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis& x, int channels,
+                                       int columns, int value_bytes,
+                                       const device::Properties& device) {
+  const int width = columns > 32 ? 64 : columns > 16 ? 32 : 16;
+  const int chunk = kRowBytes / value_bytes;
+  const int rows = static_cast<int>(quotient_up(channels, chunk) * quotient_up(columns, width));
+  const int most = std::max(1, 2 * device.multiprocessors / rows);
+  // two blocks a multiprocessor, or else one
+  for (const int limit :
+       {device.shared_per_multiprocessor / 2 - kReserved, device.shared_per_block}) {
+    WeightPlan best{};
+    for (const int pixels : {256, 128, 64}) {
+      const WeightGradientMemory fixed(0, pixels, width, value_bytes);
+      const int64_t room = (limit - fixed.bytes) / (2 * (kRowBytes + 8));
+      if (room < pixels * 3 / 2 + 32) continue;
+      const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
+      const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
+      if (walk.tiles == 0) continue;
+      // each split has to write, and somebody to read, a whole dW: two tiles at least
+      const int splits = static_cast<int>(std::min<int64_t>(most, quotient_up(walk.tiles, 2)));
+      const int bytes = WeightGradientMemory(walk.halo, pixels, width, value_bytes).bytes;
+      best = {walk, width, {splits, rows, 0, bytes}};
+      if (splits == most) break;
+    }
+    if (best.walk.tiles > 0) return best;
+  }
+  throw std::runtime_error("conv3x3: the tiles do not fit into the device's shared memory");
+}
+
+}  // namespace memdense::conv3x3

@@ -1,0 +1,345 @@
+"""The CUDA kernels without a GPU: run as plain C++ on an emulation, and read as compiled code.
+
+tests/emulation says what the emulation catches. It shows that the kernels compute what they should,
+not that a GPU runs them, and nothing about time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain
+from test_conv3x3 import CASES
+from torch.library import opcheck
+from torch.utils import cpp_extension
+
+from memdense import _extension
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+SHARED = 100 * 1024  # bytes a block may have
+FLAGS = [
+    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w"),
+    "-Dmemdense=memdense_emulated",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    *("-I", str(ROOT / "tests" / "emulation"), "-I", str(ROOT / "csrc" / "cuda")),
+]
+
+
+def build(directory: Path) -> Path:
+    """The operations of csrc/cuda, of another name and on the CPU, with the emulation inside."""
+    library = directory / "emulated.so"
+    if library.exists():
+        return library
+    sources = [
+        ROOT / "csrc" / "ops.cpp",
+        ROOT / "tests" / "emulation" / "emulation.cpp",
+        *(ROOT / "csrc" / "cuda").glob("*.cu"),
+    ]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+
+    def run(*command: object) -> None:
+        done = subprocess.run([COMPILER, *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def compiled(source: Path) -> Path:
+        target = directory / f"{source.name}.o"
+        run(*FLAGS, *includes, "-x", "c++", "-c", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources))
+    part = library.with_suffix(".part")
+    run("-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", part)
+    part.rename(library)
+    return library
+
+
+class Emulation:
+    """torch.ops.memdense_emulated, and the machine it runs on."""
+
+    def __init__(self, library: Path):
+        torch.ops.load_library(str(library))
+        self.machine = ctypes.CDLL(str(library))
+        self.op = torch.ops.memdense_emulated
+        self.configure()
+
+    def configure(self, multiprocessors: int = 3, shared: int = SHARED, order: int = 0) -> None:
+        """``order`` of a block's threads: 0 ascending, 1 descending, others a shuffle."""
+        self.machine.configure(multiprocessors, shared, order)
+
+    def counters(self) -> tuple[int, int, int]:
+        """Launches, 8x8 matrices read from shared memory and the cycles that takes, till here."""
+        counts = (ctypes.c_int64 * 3)()
+        self.machine.counters(counts)
+        return tuple(counts)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Emulation:
+    if not shutil.which(COMPILER):
+        pytest.skip(f"no C++ compiler: {COMPILER}")
+    directory = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        directory = directory.parent  # once for all workers
+    directory = directory / "emulation"
+    directory.mkdir(exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = build(directory)
+    emulation = Emulation(library)
+    for name in ("bn_relu_conv3x3_into", "bn_relu_conv3x3_backward_into"):
+        torch.library.register_fake(f"memdense_emulated::{name}", _extension._into_fake)
+    return emulation
+
+
+@pytest.fixture
+def emulation(built) -> Emulation:
+    built.configure()
+    yield built
+    built.configure()
+
+
+def assert_same_bits(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_layer(emulation, shape, kind):
+    """Values, and the same bits whichever thread comes first between two barriers."""
+    number = LAYERS.index(shape) + KINDS.index(kind)
+    dropout, aligned = number % 3 == 0, number % 2 == 0
+    memory_format = (torch.contiguous_format, torch.channels_last)[number // 2 % 2]
+    layer = Layer(shape, kind, "cpu", aligned)
+    emulation.counters()
+    found = layer.run(emulation.op, dropout, memory_format)
+    assert emulation.counters()[0] == 5  # two forward, three backward
+    layer.check(found, dropout)
+    emulation.configure(order=1 + number)
+    assert_same_bits(found, layer.run(emulation.op, dropout, memory_format))
+
+
+@pytest.mark.parametrize("number", range(0, len(CASES), 2))
+def test_plain(emulation, number):
+    case = CASES[number].values[0]
+    kind = KINDS[number // 2 % len(KINDS)]
+    how = ("contiguous", "channels last", "slice")[number // 2 % 3]
+    emulation.counters()
+    check_plain(emulation.op, "cpu", case, kind, how)
+    assert emulation.counters()[0] == 4  # one, one, and two for the weight
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("multiprocessors", "shared"),
+    [(1, SHARED), (200, 227 * 1024), (2, 64 * 1024)],
+    ids=["large tiles", "small tiles", "a weight that does not stay"],
+)
+def test_other_devices(emulation, kind, multiprocessors, shared):
+    """What the number of multiprocessors and their memory decide: tiles, splits, weights."""
+    emulation.configure(multiprocessors, shared)
+    for shape in ((2, 14, 14, 128, 40, (1, 1)), (1, 9, 12, 72, 16, (2, 1))):
+        layer = Layer(shape, kind, "cpu", True)
+        layer.check(layer.run(emulation.op, False, torch.contiguous_format), False)
+
+
+def test_without_what_is_optional(emulation):
+    """No gamma, beta, statistics and dweight; gamma and beta in the values' dtype."""
+    kind = Kind(torch.bfloat16)
+    layer = Layer((2, 5, 6, 24, 12, (1, 1)), kind, "cpu", True)
+    size = 2, 5, 6
+    out, dz, dbeta, dgamma = layer.empty(12), layer.empty(24), torch.zeros(24), torch.zeros(24)
+    layer.gamma, layer.beta = torch.ones(24), torch.zeros(24)
+    expected = layer.run(emulation.op, False, torch.contiguous_format)
+    for gamma, beta in ((None, None), (layer.gamma.bfloat16(), layer.beta.bfloat16())):
+        emulation.counters()
+        emulation.op.bn_relu_conv3x3_into(
+            layer.y, layer.mean, layer.var, gamma, beta, layer.eps, layer.weight, (1, 1), *size,
+            None, 1.0, out, None, None,
+        )  # fmt: skip
+        assert emulation.counters()[0] == 1
+        emulation.op.bn_relu_conv3x3_backward_into(
+            layer.dy, layer.weight, (1, 1), layer.y, layer.mean, layer.var, gamma, beta, layer.eps,
+            *size, dz, dbeta, dgamma, None,
+        )  # fmt: skip
+        assert emulation.counters()[0] == 2
+        assert_same_bits([out, dz, dbeta, dgamma], [expected[0], *expected[3:6]])
+
+
+def test_nan_passes_like_relu(emulation):
+    layer = Layer((1, 6, 6, 24, 16, (1, 1)), Kind(torch.float32), "cpu", True)
+    layer.y[14, 3] = torch.nan
+    found = layer.run(emulation.op, False, torch.contiguous_format)
+    expected = layer.reference(False)
+    assert torch.equal(found[0].isnan(), expected[0].isnan())
+    assert 0 < found[0].isnan().sum() < found[0].numel()
+    assert torch.equal(found[5].isnan(), expected[3].isnan())
+    assert found[5].isnan().nonzero().tolist() == [[3]]
+
+
+def test_large_mean_does_not_cancel(emulation):
+    """Statistics of outputs that are far from 0: out = 1000 + a little."""
+    layer = Layer((2, 16, 16, 16, 8, (1, 1)), Kind(torch.float32), "cpu", True)
+    layer.weight.zero_()
+    layer.weight[:, 0, 1, 1] = 1
+    layer.beta.fill_(1000)
+    layer.gamma.fill_(0.1)
+    out, mean, var, *_ = layer.run(emulation.op, False, torch.contiguous_format)
+    exact = out.double()
+    assert ((mean - exact.mean(0)).abs() <= 1e-6 * exact.mean(0)).all()
+    assert ((var / exact.var(0, correction=0) - 1).abs() <= 1e-3).all()
+
+
+def test_empty_batch(emulation):
+    op, geometry = emulation.op, ((1, 1), (1, 1), (1, 1))
+    x, dy, weight = torch.randn(0, 3, 8, 8), torch.randn(0, 4, 8, 8), torch.randn(4, 3, 3, 3)
+    op.conv3x3(x, None, None, weight, None, *geometry, None, 1.0, dy, False)
+    op.conv3x3_input_gradient(dy, weight, *geometry, None, None, None, None, None, x, False)
+    dweight = op.conv3x3_weight_gradient(dy, x, None, None, *geometry)
+    assert torch.equal(dweight, torch.zeros(4, 3, 3, 3))
+
+
+def test_banks_of_shared_memory(emulation):
+    """Eight rows of a matrix lie in different banks, also where a tile's lines end among them."""
+    for size in (7, 14, 28, 56):
+        case = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+        case |= {"x": (98 // size, 32, size, size), "weight": (32, 32, 3, 3)}
+        emulation.counters()
+        check_plain(emulation.op, "cpu", case, Kind(torch.float16), "channels last")
+        _, reads, cycles = emulation.counters()
+        assert reads <= cycles <= 1.1 * reads, size
+
+
+def test_registration(emulation):
+    """Schemas say what is written, and tracing works."""
+    layer = Layer((1, 5, 4, 8, 6, (1, 1)), Kind(torch.float32), "cpu", True)
+    vectors = layer.mean, layer.var, layer.gamma, layer.beta, layer.eps
+    out, dz = torch.zeros(20, 6), torch.zeros(20, 8)
+    opcheck(
+        emulation.op.bn_relu_conv3x3_into.default,
+        (layer.y, *vectors, layer.weight, (1, 1), 1, 5, 4, layer.keep, 2.0, out, torch.zeros(6),
+         torch.zeros(6)),
+    )  # fmt: skip
+    opcheck(
+        emulation.op.bn_relu_conv3x3_backward_into.default,
+        (layer.dy, layer.weight, (1, 1), layer.y, *vectors, 1, 5, 4, dz, torch.zeros(8),
+         torch.zeros(8), torch.zeros(6, 8, 3, 3)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.zeros(20, 5).double()}, "expected float16, bfloat16 or float32 images"),
+        ({"y": torch.zeros(5, 20).t()}, "expected y with unit column stride"),
+        ({"n": 2}, "2 images of 5 by 4 pixels are not 20 rows"),
+        ({"mean": torch.zeros(4)}, "expected mean to be a contiguous vector of 5"),
+        ({"var": torch.zeros(5).half()}, "expected var in Float, got Half"),
+        ({"gamma": torch.zeros(5).half()}, "expected gamma in Float, got Half"),
+        ({"weight": torch.zeros(6, 4, 3, 3)}, r"expected weight of shape \[6, 5, 3, 3\]"),
+        ({"weight": torch.zeros(6, 5, 3, 3).half()}, "expected weight in Float, got Half"),
+        ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),
+        ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
+        ({"out": torch.zeros(20, 6).half()}, "expected out in Float, got Half"),
+        ({"var_out": None}, "expected mean_out and var_out, or neither"),
+    ],
+)
+def test_refuses(emulation, change, message):
+    arguments = {
+        "y": torch.zeros(20, 5),
+        "mean": torch.zeros(5),
+        "var": torch.ones(5),
+        "gamma": None,
+        "beta": None,
+        "eps": 1e-5,
+        "weight": torch.zeros(6, 5, 3, 3),
+        "dilation": (1, 1),
+        "n": 1,
+        "h": 5,
+        "w": 4,
+        "keep": None,
+        "factor": 1.0,
+        "out": torch.zeros(20, 6),
+        "mean_out": torch.zeros(6),
+        "var_out": torch.zeros(6),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        emulation.op.bn_relu_conv3x3_into(*(arguments | change).values())
+
+
+# ---- the compiled code
+
+
+@pytest.fixture(scope="module")
+def binary() -> tuple[Path, Path]:
+    """The library of CUDA kernels, and the directory of tools that read it."""
+    library = Path(_extension.__file__).with_name("_CUDA.abi3.so")
+    if not library.exists():
+        pytest.skip(f"{library.name} was not built")
+    nvidia = pytest.importorskip("triton.backends.nvidia")
+    tools = Path(nvidia.__path__[0]) / "bin"
+    if not (tools / "cuobjdump").exists():
+        pytest.skip("no cuobjdump beside triton")
+    return library, tools
+
+
+def usage(library: Path, tools: Path) -> str:
+    """What each kernel takes of a multiprocessor."""
+    command = [tools / "cuobjdump", "--dump-resource-usage", library]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_registers_and_spills(binary):
+    """Nothing spills, and as many blocks fit by registers as the planner counts on."""
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)"
+    kernels = [use for use in re.findall(pattern, usage(*binary)) if "conv3x3" in use[0]]
+    assert len(kernels) % 47 == 0 and kernels  # 33 + 12 + 2 for each architecture
+    for name, registers, stack, local in kernels:
+        assert (stack, local) == ("0", "0"), name
+        # of 512 threads, or of 384
+        narrow = "KindELi16E" in name or "KindELi32E" in name or "Kind" not in name
+        few = narrow and "9FloatKind" not in name
+        gradient = "weight_gradient" in name  # of blocks of 96 or 192 threads
+        assert int(registers) <= (128 if few else 192 if gradient else 168), name
+
+
+COPY = "LDGSTS.E.BYPASS.128"
+INSTRUCTIONS = {
+    "HalfKind": ("HMMA.16816.F32 ", "LDSM.16.M", COPY),
+    "BFloat16Kind": ("HMMA.16816.F32.BF16", "LDSM.16.M", COPY),
+    "Tf32Kind": ("HMMA.1688.F32.TF32", COPY),
+    "FloatKind": ("FFMA", COPY),
+}
+
+
+def test_instructions(binary):
+    """Tensor cores multiply, copies are asynchronous, nothing is added atomically."""
+    library, tools = binary
+    names = re.findall(r"Function (\S*KindELi32E\S*):", usage(library, tools))
+    listing = subprocess.run(
+        [tools / "cuobjdump", "-sass", "-arch", "sm_90", "-fun", ",".join(set(names)), library],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"},
+        check=True,
+    ).stdout
+    functions = listing.split("Function : ")[1:]
+    assert len(functions) == 16  # three modes of the convolution and the weight's gradient, a kind
+    for text in functions:
+        name = text.split(maxsplit=1)[0]
+        kind = next(kind for kind in INSTRUCTIONS if re.search(rf"\d{kind}", name))
+        assert [i for i in INSTRUCTIONS[kind] if i not in text] == [], name
+        assert ("HMMA" in text) == (kind != "FloatKind"), name
+        assert "ATOM" not in text and "RED." not in text, name
