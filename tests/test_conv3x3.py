@@ -54,7 +54,57 @@ def sample(seed: int) -> dict:
             return case
 
 
+def sample_large(seed: int) -> dict:
+    """One of those that are large enough for the Winograd kernels."""
+    r = random.Random(seed)
+    for _ in range(1000):
+        c, k = (16, 33, 48, 100, 128, 192)[seed % 6], (8, 12, 24, 32, 49)[seed % 5]
+        dilation = r.choice([(1, 1), (2, 2), (4, 4), (r.randint(1, 8), r.randint(1, 8))])
+        padding = r.choice([dilation, dilation, (0, 0), (r.randint(0, 20), r.randint(0, 20))])
+        case = {
+            "x": (r.choice([1, 2, 3]), c, r.randint(8, 60), r.randint(8, 60)),
+            "weight": (k, c, 3, 3),
+            "stride": (1, 1),
+            "padding": padding,
+            "dilation": dilation,
+        }
+        steps = zip(case["x"][2:], padding, dilation, strict=True)
+        h, w = (size + 2 * p - 2 * d for size, p, d in steps)
+        products = case["x"][0] * c * k * h * w
+        if (
+            h > dilation[0]
+            and w > dilation[1]
+            and 1.3e6 < products < 6e6
+            and winograd(case, torch.float64)
+        ):
+            return case
+    raise RuntimeError("no convolution is taken by the Winograd kernels")
+
+
+def winograd(case: dict, dtype: torch.dtype) -> bool | None:
+    """Do the Winograd kernels run? Seen from the rounding of their transformed weights: the weights
+    below a center of 1 are too large to be averaged with it. None where no pixel tells.
+    """
+    size = case["x"][2:]
+    pixel = []
+    for length, p, d in zip(size, case["padding"], case["dilation"], strict=True):
+        y = max(0, p - d)  # an output whose center is inside, and in a whole pair
+        out = length + 2 * p - 2 * d
+        if y >= out or y - p + d >= length or (y // d % 2 == 0 and y + d >= out):
+            return None
+        pixel.append((y, y - p + d))
+    (y, row), (x, column) = pixel
+    image, weight = torch.zeros(case["x"], dtype=dtype), torch.zeros(case["weight"], dtype=dtype)
+    image[:, 0, row, column] = 1
+    weight[:, :, 1, 1] = 1
+    weight[:, :, 0, 1] = 2 / torch.finfo(dtype).eps
+    out = dilated_conv3x3(image, weight, None, case["stride"], case["padding"], case["dilation"])
+    return bool((out[:, :, y, x] != 1).all())
+
+
 CASES = [pytest.param(sample(seed), id=str(seed)) for seed in range(84)]
+if _extension.available():
+    CASES += [pytest.param(sample_large(seed), id=f"large {seed}") for seed in range(30)]
 
 
 def layout(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -134,16 +184,43 @@ def test_error_of_narrow_types(case, dtype):
 
 
 @built
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (((1, 16, 31, 33), (24, 16, 3, 3), 1, 1, 1), False),  # little work
+        (((4, 128, 2, 60), (32, 128, 3, 3), 1, 1, 1), True),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 1, 1), True),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 3, 3), False),  # few taps inside
+        (((4, 128, 28, 28), (32, 128, 3, 3), 1, 4, 4), True),
+        (((4, 128, 28, 28), (32, 128, 3, 3), 2, 1, 1), False),
+        (((4, 15, 60, 60), (32, 15, 3, 3), 1, 1, 1), False),  # few channels
+        (((9, 128, 40, 40), (7, 128, 3, 3), 1, 1, 1), False),
+    ],
+)
+def test_which_kernels_run(case, expected):
+    sizes = {"x": case[0], "weight": case[1]}
+    steps = {
+        name: (v, v) for name, v in zip(("stride", "padding", "dilation"), case[2:], strict=True)
+    }
+    for dtype in (torch.float32, torch.float64):
+        assert winograd(sizes | steps, dtype) is expected
+
+
+@built
+@pytest.mark.parametrize("size", [(9, 11), (35, 41)], ids=["direct", "winograd"])
 @pytest.mark.parametrize("kind", ["contiguous", "channels last", "slice"])
-def test_writes_everything_and_nothing_else(kind):
+def test_writes_everything_and_nothing_else(kind, size):
     """Poisoned outputs: each value is written, none beside the slice."""
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 19, 9, 11), torch.randn(13, 19, 3, 3)
+    x, weight = torch.randn(2, 45, *size), torch.randn(38, 45, 3, 3)
     geometry = (1, 1), (2, 2), (2, 2)
+    case = {"x": x.shape, "weight": weight.shape, "stride": (1, 1)}
+    steps = {"padding": (2, 2), "dilation": (2, 2)}
+    assert winograd(case | steps, torch.float32) is (size == (35, 41))
     expected = F.conv2d(x, weight, None, *geometry)
     out = layout(torch.full_like(expected, torch.nan), kind)
     torch.ops.memdense.conv3x3(x, None, None, weight, None, *geometry, None, 1.0, out, False)
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     dx = layout(torch.full_like(x, torch.nan), kind)
     vectors = (None,) * 5
     torch.ops.memdense.conv3x3_input_gradient(expected, weight, *geometry, *vectors, dx, False)
@@ -154,9 +231,10 @@ def test_writes_everything_and_nothing_else(kind):
 
 
 @built
-def test_bitwise_repeatable():
+@pytest.mark.parametrize("size", [8, 29], ids=["direct", "winograd"])
+def test_bitwise_repeatable(size):
     torch.manual_seed(0)
-    layer = random_layer(4, 28, 28, 48, 12, torch.float32)
+    layer = random_layer(4, size, size, 48, 12, torch.float32)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -217,6 +295,20 @@ def test_gradcheck(geometry):
     )
 
 
+@built
+def test_gradcheck_of_large_images():
+    """Along random directions, on a case that the Winograd kernels take."""
+    torch.manual_seed(0)
+    case = sample_large(1)
+    x, weight = (torch.randn(case[name], dtype=torch.float64) for name in ("x", "weight"))
+    bias = torch.randn(len(weight), dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    geometry = case["stride"], case["padding"], case["dilation"]
+    assert torch.autograd.gradcheck(
+        lambda *a: dilated_conv3x3(*a, *geometry), leaves, fast_mode=True
+    )
+
+
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(_extension, "available", lambda: False)
     torch.manual_seed(0)
@@ -263,13 +355,13 @@ def test_empty_batch():
 
 
 @built
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_other_instruction_sets(isa):
-    """A few cases by what older machines run; MEMDENSE_ISA is read once, so in a process."""
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability):
+    """A few cases by what older machines run; the variable is read once, so in a process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-k", "layer_in_float64 or repeatable"],
-        env=os.environ | {"MEMDENSE_ISA": isa},
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
     )
@@ -385,6 +477,13 @@ LAYERS = [
     (5, 1, 1, 20, 7, (1, 1)),
     (1, 3, 2, 33, 65, (4, 4)),
     (2, 9, 70, 100, 12, (1, 2)),
+    # by the Winograd kernels
+    (2, 14, 14, 128, 32, (1, 1)),
+    (5, 7, 7, 128, 32, (1, 1)),
+    (2, 28, 27, 64, 24, (4, 4)),
+    (2, 2, 75, 192, 48, (1, 2)),
+    (1, 37, 70, 100, 12, (1, 5)),
+    (3, 30, 35, 17, 33, (2, 3)),
 ]
 
 
@@ -422,10 +521,12 @@ def test_layer_in_float32(shape):
 
 
 @built
-def test_nan_passes_like_relu():
+@pytest.mark.parametrize("size", [6, 41], ids=["direct", "winograd"])
+def test_nan_passes_like_relu(size):
     torch.manual_seed(0)
-    layer = random_layer(1, 6, 6, 20, 16, torch.float64)
-    layer.x[14, 3] = torch.nan
+    layer = random_layer(1, size, size, 40, 16, torch.float64)
+    for pixel in (0, 14, size * size - 1):
+        layer.x[pixel, 3] = torch.nan
     found, expected = (run_layer(b, layer, (1, 1), None) for b in (Native(), Reference()))
     for i in (0, 3):
         assert torch.equal(found[i].isnan(), expected[i].isnan())
@@ -463,7 +564,6 @@ def test_network(bn_size, monkeypatch):
         ({"scale": torch.zeros(4)}, "expected scale to be a contiguous vector of 5"),
         ({"shift": torch.zeros(5).double()}, "expected shift in Float, got Double"),
         ({"mask": torch.zeros(1, 4, 7, 7)}, "expected mask in Bool, got Float"),
-        ({"statistics": True}, "statistics need an output whose channels are its fastest axis"),
         ({"padding": (0, 0), "dilation": (4, 4)}, "is smaller than the kernel with dilation 4"),
         ({"x": torch.zeros(1, 5, 7, 7).half()}, "expected weight in Half, got Float"),
     ],

@@ -1,6 +1,7 @@
-// The dilated 3x3 convolution on the CPU: operations around the kernels of conv3x3.h.
+// The dilated 3x3 convolution on the CPU: operations around the kernels of conv3x3.h (direct) and
+// winograd3x3.h.
 //
-// Tasks own a fixed share of the bands and their own scratch, sums and partial gradients; what they
+// Tasks own a fixed share of the work and their own scratch, sums and partial gradients; what they
 // leave is merged in their order, so the same number of threads gives the same bits.
 #include "conv3x3.h"
 
@@ -14,6 +15,8 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+
+#include "winograd3x3.h"
 
 namespace memdense {
 namespace conv3x3 {
@@ -137,23 +140,88 @@ void for_tasks(int64_t tasks, int64_t count, const F& f) {
   });
 }
 
-// weight[tap, reduced, column] as the kernels want it; `transposed`: C is the columns
-template <typename S, typename T>
-Scratch<T> pack(const Tensor& weight, const Geometry& g, const Blocks<T>& blocks, bool transposed) {
-  const int64_t reduced = transposed ? g.k : g.c;
-  Scratch<T> packed(packed_values(reduced, blocks));
+// f(walk) with the kernels for the geometry: of outputs, or `backward` of the inputs' gradient.
+template <typename T, typename F>
+auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
+  const auto axis = backward ? Axis::backward : Axis::forward;
+  const auto paired = backward ? winograd::PairedAxis::backward : winograd::PairedAxis::forward;
+  const int64_t channels = backward ? g.k : g.c, columns = backward ? g.c : g.k;
+  if (winograd::pays(g)) {
+    return f(winograd::Walk<T>(paired(g, 0), paired(g, 1), channels, columns, g.n, backward));
+  }
+  return f(Walk<T>(axis(g, 0), axis(g, 1), channels, columns, g.n, tasks));
+}
+
+// Runs a walk in tasks; task t hands its results to emits[t].
+template <typename S, typename T, typename Walk, typename Emit>
+void run_walk(const Walk& walk, bool backward, const Tensor& images, Reading<T> read,
+              const Tensor& weight, std::vector<Emit>& emits) {
+  const Scratch<T> packed(walk.packed_values());
+  const int64_t channel_stride = weight.stride(backward ? 0 : 1);
+  const int64_t column_stride = weight.stride(backward ? 1 : 0);
   const int64_t taps[2] = {weight.stride(2), weight.stride(3)};
   const S* data = static_cast<const S*>(weight.const_data_ptr());
-  torch::stable::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      pack_block(data, taps, weight.stride(transposed ? 0 : 1), weight.stride(transposed ? 1 : 0),
-                 reduced, blocks, block, packed.data);
-    }
+  torch::stable::parallel_for(
+      0, weight.size(backward ? 0 : 1), 16, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          walk.pack(data + r * channel_stride, taps, column_stride, r, packed.data);
+        }
+      });
+
+  const int64_t tasks = static_cast<int64_t>(emits.size()), share = aligned(walk.scratch_values());
+  const Scratch<T> scratch(tasks * share);
+  const Images<const S> source = read_images<S>(images);
+  for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
+    walk.run(begin, end, source, read, packed.data, scratch.data + task * share, emits[task]);
   });
-  return packed;
 }
 
 // ---- forward
+
+// A task's outputs, on their way to bias, dropout and memory, and their statistics.
+template <typename S, typename T>
+struct Outputs {
+  const Blocks<T>& blocks;
+  const S* bias;
+  Images<const uint8_t> mask;  // may have no data
+  T factor;
+  Images<S> out;
+  std::vector<double> mean, m2;  // [channel]; empty where nobody asks
+  std::vector<int64_t> counts;   // of pixels, for each block
+
+  Outputs(const Blocks<T>& blocks, const S* bias, Images<const uint8_t> mask, T factor,
+          Images<S> out, bool statistics)
+      : blocks(blocks),
+        bias(bias),
+        mask(mask),
+        factor(factor),
+        out(out),
+        mean(statistics ? blocks.columns : 0),
+        m2(mean.size()),
+        counts(blocks.count) {}
+
+  void results(int64_t n, int64_t y, int64_t x, int64_t step, int64_t block,
+               const Result<T>& result) const {
+    const int64_t j = blocks.start(block);
+    const auto first = [&](const auto& images) {
+      return images.line(n, y) + x * images.strides.w + j * images.strides.c;
+    };
+    const auto strides_of = [&](Strides strides) {
+      strides.w *= step;
+      return strides;
+    };
+    store_tile<S, T>(result, bias ? bias + j : nullptr, mask.data ? first(mask) : nullptr,
+                     strides_of(mask.strides), factor, first(out), strides_of(out.strides));
+  }
+
+  void stored(int64_t block, const T* values, int64_t count) {
+    if (mean.empty()) return;
+    const int64_t j = blocks.start(block);
+    merge_rows<T, T>(values, {count, blocks.columns_of(block), blocks.width(block)}, counts[block],
+                     &mean[j], &m2[j]);
+    counts[block] += count;
+  }
+};
 
 template <typename S>
 std::tuple<Tensor, Tensor> forward(const Geometry& g, const Tensor& x, const MaybeTensor& scale,
@@ -161,59 +229,27 @@ std::tuple<Tensor, Tensor> forward(const Geometry& g, const Tensor& x, const May
                                    const MaybeTensor& bias, const MaybeTensor& mask, double factor,
                                    const Tensor& out, bool statistics) {
   using T = Compute<S>;
-  const Reading<T> read = reading<T>(scale, shift, g.c);
-  const Walk<T> walk(Axis::forward(g, 0), Axis::forward(g, 1), g.c, g.k);
-  const int64_t tasks = task_count(g.n * g.out[0]);
-  const Bands bands = walk.bands(g.n, tasks);
-  const Scratch<T> packed = pack<S, T>(weight, g, walk.blocks, false);
-  const int64_t share = aligned(walk.scratch_values(bands));
-  const Scratch<T> scratch(tasks * share);
-
-  const Images<const S> source = read_images<S>(x);
-  const Images<S> target = write_images<S>(out);
-  const S* bias_data = bias ? static_cast<const S*>(bias->const_data_ptr()) : nullptr;
-  const Images<const uint8_t> kept =
-      mask ? read_images<uint8_t>(*mask) : Images<const uint8_t>{nullptr, {}};
-
-  std::vector<double> moments(statistics ? 2 * tasks * g.k : 0);  // [task][mean, m2][channel]
-  std::vector<int64_t> counts(tasks);
-  for_tasks(tasks, bands.count(), [&](int64_t task, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Band band = bands[i];
-      walk.template run<S>(
-          band, source, read, packed.data, scratch.data + task * share,
-          [&](int64_t y, int64_t x, int64_t, int64_t block, const Result<T>& result) {
-            const int64_t j = walk.blocks.start(block);
-            store_tile<S, T>(
-                result, bias_data ? bias_data + j : nullptr,
-                mask ? kept.line(band.n, y) + x * kept.strides.w + j * kept.strides.c : nullptr,
-                kept.strides, static_cast<T>(factor),
-                target.line(band.n, y) + x * target.strides.w + j * target.strides.c,
-                target.strides);
-          });
-      if (statistics) {
-        const int64_t rows = (band.end - band.begin) * g.out[1];
-        double* mean = &moments[2 * task * g.k];
-        merge_rows<S, T>(target.line(band.n, band.begin), {rows, g.k, target.strides.w},
-                         counts[task], mean, mean + g.k);
-        counts[task] += rows;
-      }
-    }
-  });
-
-  const int64_t channels = statistics ? g.k : 0;
+  const int64_t channels = statistics ? g.k : 0, tasks = task_count(g.n * g.out[0]);
   Tensor mean = torch::stable::empty({channels}, dtype_of<T>);
   Tensor var = torch::stable::empty({channels}, dtype_of<T>);
-  for (int64_t j = 0; j < channels; ++j) {
-    double total_mean = 0, total_m2 = 0, count = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      const double* part = &moments[2 * task * g.k + j];
-      if (counts[task] > 0) merge(count, total_mean, total_m2, counts[task], part[0], part[g.k]);
-      count += counts[task];
+  with_walk<T>(g, false, tasks, [&](const auto& walk) {
+    const Outputs<S, T> outputs(
+        walk.blocks, bias ? static_cast<const S*>(bias->const_data_ptr()) : nullptr,
+        mask ? read_images<uint8_t>(*mask) : Images<const uint8_t>{nullptr, {}},
+        static_cast<T>(factor), write_images<S>(out), statistics);
+    std::vector<Outputs<S, T>> emits(tasks, outputs);
+    run_walk<S>(walk, false, x, reading<T>(scale, shift, g.c), weight, emits);
+    for (int64_t j = 0; j < channels; ++j) {
+      double total_mean = 0, total_m2 = 0, count = 0;
+      for (const auto& part : emits) {
+        const double n = static_cast<double>(part.counts[0]);
+        if (n > 0) merge(count, total_mean, total_m2, n, part.mean[j], part.m2[j]);
+        count += n;
+      }
+      static_cast<T*>(mean.mutable_data_ptr())[j] = static_cast<T>(total_mean);
+      static_cast<T*>(var.mutable_data_ptr())[j] = static_cast<T>(total_m2 / count);
     }
-    static_cast<T*>(mean.mutable_data_ptr())[j] = static_cast<T>(total_mean);
-    static_cast<T*>(var.mutable_data_ptr())[j] = static_cast<T>(total_m2 / count);
-  }
+  });
   return {mean, var};
 }
 
@@ -237,10 +273,6 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const MaybeTensor& scale,
     for (int i = 0; same && i < 4; ++i) same = mask->size(i) == out.size(i);
     STD_TORCH_CHECK(same, "conv3x3: expected mask in the shape of out");
   }
-  const bool rows =
-      out.stride(1) == 1 && (g.out[0] == 1 || out.stride(2) == g.out[1] * out.stride(3));
-  STD_TORCH_CHECK(!statistics || rows || g.k == 1,
-                  "conv3x3: statistics need an output whose channels are its fastest axis");
   return dispatch(dtype, [&](auto value) {
     return forward<decltype(value)>(g, x, scale, shift, weight, bias, mask, factor, out,
                                     statistics);
@@ -249,55 +281,67 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const MaybeTensor& scale,
 
 // ---- gradient of the input
 
+// A task's gradients of z, on their way through the relu into memory, and their two sums.
+template <typename S, typename T>
+struct Gradients {
+  const Blocks<T>& blocks;
+  Images<const S> x;  // without data: dx is all that is wanted
+  const T *scale, *shift, *mean, *rstd;
+  Images<S> dx;
+  bool accumulate;
+  std::vector<double> dbeta, dgamma;
+
+  void results(int64_t n, int64_t y, int64_t px, int64_t step, int64_t block,
+               const Result<T>& result) {
+    const int64_t c = blocks.start(block);
+    Strides strides = dx.strides;
+    strides.w *= step;
+    S* to = dx.line(n, y) + px * dx.strides.w + c * strides.c;
+    if (x.data) {
+      memdense::dispatch<AnswerTile<S, T>>(AnswerTile<S, T>{
+          result, x.line(n, y) + px * x.strides.w + c, step * x.strides.w, scale + c, shift + c,
+          mean + c, rstd + c, &dbeta[c], &dgamma[c], to, strides.w, accumulate});
+    } else {
+      store_tile<S, T>(result, nullptr, nullptr, {}, T{1}, to, strides);
+    }
+  }
+
+  void stored(int64_t, const T*, int64_t) const {}
+};
+
 template <typename S>
 Tensor input_gradient(const Geometry& g, const Tensor& dy, const Tensor& weight,
                       const MaybeTensor& x, const MaybeTensor& scale, const MaybeTensor& shift,
                       const MaybeTensor& mean, const MaybeTensor& rstd, const Tensor& dx,
                       bool accumulate) {
   using T = Compute<S>;
-  const T *s = vector<T>("scale", scale, g.c), *t = vector<T>("shift", shift, g.c);
-  const T *mu = vector<T>("mean", mean, g.c), *r = vector<T>("rstd", rstd, g.c);
-  const Walk<T> walk(Axis::backward(g, 0), Axis::backward(g, 1), g.k, g.c);
-  const int64_t tasks = task_count(g.n * g.in[0]);
-  const Bands bands = walk.bands(g.n, tasks);
-  const Scratch<T> packed = pack<S, T>(weight, g, walk.blocks, true);
-  const int64_t share = aligned(walk.scratch_values(bands));
-  const Scratch<T> scratch(tasks * share);
-
-  const Images<const S> source = read_images<S>(dy);
-  const Images<const S> input = x ? read_images<S>(*x) : Images<const S>{nullptr, {}};
-  const Images<S> target = write_images<S>(dx);
-  std::vector<double> sums(x ? 2 * tasks * g.c : 0);  // [task][dbeta, dgamma][channel]
-  for_tasks(tasks, bands.count(), [&](int64_t task, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Band band = bands[i];
-      walk.template run<S>(
-          band, source, Reading<T>{}, packed.data, scratch.data + task * share,
-          [&](int64_t y, int64_t px, int64_t step, int64_t block, const Result<T>& result) {
-            const int64_t c = walk.blocks.start(block);
-            S* to = target.line(band.n, y) + px * target.strides.w + c * target.strides.c;
-            if (x) {
-              double* dbeta = &sums[2 * task * g.c + c];
-              answer_tile<S, T>(result, input.line(band.n, y) + px * input.strides.w + c,
-                                step * input.strides.w, s + c, t + c, mu + c, r + c, dbeta,
-                                dbeta + g.c, to, step * target.strides.w, accumulate);
-            } else {
-              Strides strides = target.strides;
-              strides.w *= step;
-              store_tile<S, T>(result, nullptr, nullptr, {}, T{1}, to, strides);
-            }
-          });
+  const int64_t channels = x ? g.c : 0, tasks = task_count(g.n * g.in[0]);
+  Tensor total = torch::stable::empty({2, channels}, dtype_of<T>);
+  with_walk<T>(g, true, tasks, [&](const auto& walk) {
+    const std::vector<double> zeros(channels);
+    const Gradients<S, T> gradients{walk.blocks,
+                                    x ? read_images<S>(*x) : Images<const S>{nullptr, {}},
+                                    vector<T>("scale", scale, g.c),
+                                    vector<T>("shift", shift, g.c),
+                                    vector<T>("mean", mean, g.c),
+                                    vector<T>("rstd", rstd, g.c),
+                                    write_images<S>(dx),
+                                    accumulate,
+                                    zeros,
+                                    zeros};
+    std::vector<Gradients<S, T>> emits(tasks, gradients);
+    run_walk<S>(walk, true, dy, Reading<T>{}, weight, emits);
+    T* total_data = static_cast<T*>(total.mutable_data_ptr());
+    for (int64_t c = 0; c < channels; ++c) {
+      double dbeta = 0, dgamma = 0;
+      for (const auto& part : emits) {
+        dbeta += part.dbeta[c];
+        dgamma += part.dgamma[c];
+      }
+      total_data[c] = static_cast<T>(dbeta);
+      total_data[channels + c] = static_cast<T>(dgamma);
     }
   });
-
-  const int64_t channels = x ? g.c : 0;
-  Tensor total = torch::stable::empty({2, channels}, dtype_of<T>);
-  T* total_data = static_cast<T*>(total.mutable_data_ptr());
-  for (int64_t i = 0; i < 2 * channels; ++i) {
-    double sum = 0;
-    for (int64_t task = 0; task < tasks; ++task) sum += sums[2 * task * g.c + i];
-    total_data[i] = static_cast<T>(sum);
-  }
   return total;
 }
 
@@ -328,30 +372,48 @@ Tensor conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints
 
 // ---- gradient of the weight
 
+// Output pixels whose sum is taken before it is added to the rest: short chains round less.
+constexpr int64_t kPartialPixels = 4096;
+
+template <typename T>
+MEMDENSE_SIMD void add(const T* __restrict__ values, int64_t count, T* __restrict__ to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += values[i];
+}
+
 template <typename S>
 Tensor weight_gradient(const Geometry& g, const Tensor& dy, const Tensor& x,
                        const MaybeTensor& scale, const MaybeTensor& shift) {
   using T = Compute<S>;
   const Reading<T> read = reading<T>(scale, shift, g.c);
-  const WeightWalk<T> walk(g);
   const int64_t tasks = task_count(g.n * g.out[0]);
-  const Bands bands = walk.bands(tasks);
-  const int64_t share = aligned(walk.scratch_values(bands)), partial = walk.partial_values();
-  const Scratch<T> scratch(tasks * share), partials(tasks * partial);
-  const Images<const S> gradient = read_images<S>(dy), source = read_images<S>(x);
-  for_tasks(tasks, bands.count(), [&](int64_t task, int64_t begin, int64_t end) {
-    T* mine = partials.data + task * partial;
-    std::fill_n(mine, partial, T{0});
-    for (int64_t i = begin; i < end; ++i) {
-      walk.template run<S>(bands[i], gradient, source, read, scratch.data + task * share, mine);
-    }
-  });
-
   Tensor dweight = torch::stable::empty({g.k, g.c, 3, 3}, dtype_of<T>);
-  T* out = static_cast<T*>(dweight.mutable_data_ptr());
-  torch::stable::parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) reduce_weight(walk, partials.data, tasks, j, out);
-  });
+  const auto run = [&](const auto& walk) {
+    const int64_t share = aligned(walk.scratch_values()), partial = walk.partial_values();
+    const Scratch<T> scratch(tasks * share), partials(tasks * partial);
+    const Images<const S> gradient = read_images<S>(dy), source = read_images<S>(x);
+    for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
+      T* mine = partials.data + task * partial;
+      std::fill_n(mine, partial, T{0});
+      const int64_t units = std::max<int64_t>(1, kPartialPixels / walk.pixels_of_unit());
+      const Scratch<T> group(end - begin > units ? partial : 0);
+      for (int64_t first = begin, last; first < end; first = last) {
+        // a last group may be a little larger
+        last = end - first < 2 * units ? end : first + units;
+        T* sums = mine;
+        if (first > begin) {
+          sums = group.data;
+          std::fill_n(sums, partial, T{0});
+        }
+        walk.run(first, last, gradient, source, read, scratch.data + task * share, sums);
+        if (first > begin) add(sums, partial, mine);
+      }
+    });
+    T* out = static_cast<T*>(dweight.mutable_data_ptr());
+    torch::stable::parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) walk.reduce(partials.data, tasks, j, out);
+    });
+  };
+  winograd::pays(g) ? run(winograd::WeightWalk<T>(g)) : run(WeightWalk<T>(g, tasks));
   return dweight;
 }
 

@@ -12,12 +12,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "simd.h"
 #include "statistics.h"
 #include "tile.h"
+#include "vector.h"
 
 namespace memdense {
 namespace conv3x3 {
@@ -140,7 +142,17 @@ struct Blocks {
   int max_rows(int64_t block) const { return kernels.max_rows[vectors_of(block)]; }
   int64_t width(int64_t block) const { return vectors_of(block) * lanes; }
   int64_t columns_of(int64_t block) const { return std::min(width(block), columns - start(block)); }
+  int64_t max_width() const { return width(count - 1) > width(0) ? width(count - 1) : width(0); }
   int64_t padded() const { return vectors * lanes; }
+
+  // A block's columns of one row of a matrix, padded with zeros.
+  template <typename S>
+  void gather(const S* row, int64_t stride, int64_t block, T* out) const {
+    const int64_t real = columns_of(block);
+    row += start(block) * stride;
+    for (int64_t j = 0; j < real; ++j) out[j] = load(row[j * stride]);
+    std::fill(out + real, out + width(block), T{0});
+  }
 };
 
 // Values from one staged pixel to the next: whole vectors, and not a multiple of what would send
@@ -149,32 +161,6 @@ template <typename T>
 int64_t pixel_stride(int64_t channels) {
   const Blocks<T> blocks(channels);
   return (blocks.vectors % 16 == 0 ? blocks.vectors + 1 : blocks.vectors) * blocks.lanes;
-}
-
-// ---- weights: [block of columns][tap][reduced channel][column], columns padded with zeros
-
-template <typename T>
-int64_t packed_values(int64_t reduced, const Blocks<T>& blocks) {
-  return 9 * reduced * blocks.padded();
-}
-
-// weight[tap, reduced, column] by their strides
-template <typename S, typename T>
-void pack_block(const S* weight, const int64_t (&tap_stride)[2], int64_t reduced_stride,
-                int64_t column_stride, int64_t reduced, const Blocks<T>& blocks, int64_t block,
-                T* packed) {
-  const int64_t width = blocks.width(block), columns = blocks.columns_of(block);
-  const S* source = weight + blocks.start(block) * column_stride;
-  T* target = packed + 9 * reduced * blocks.start(block);
-  for (int64_t r = 0; r < reduced; ++r) {
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      T* row = target + (tap * reduced + r) * width;
-      const S* from =
-          source + r * reduced_stride + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1];
-      for (int64_t j = 0; j < width; ++j)
-        row[j] = j < columns ? load(from[j * column_stride]) : T{0};
-    }
-  }
 }
 
 // ---- loops over values: reading, storing, answering
@@ -186,8 +172,8 @@ inline T relu(T value) {
 
 // z of `pixels` pixels of a line, to [pixel][stride]; the channels that pad a vector become 0.
 template <typename S, typename T>
-MEMDENSE_SIMD void stage_line(const S* x, Strides strides, int64_t pixels, int64_t channels,
-                              Reading<T> read, T* z, int64_t stride) {
+MEMDENSE_SIMD void stage_line(const S* x, const Strides& strides, int64_t pixels, int64_t channels,
+                              const Reading<T>& read, T* z, int64_t stride) {
   if (strides.c != 1) {
     for (int64_t c = 0; c < channels; ++c) {
       const T scale = read.scale ? read.scale[c] : T{1}, shift = read.scale ? read.shift[c] : T{0};
@@ -200,78 +186,130 @@ MEMDENSE_SIMD void stage_line(const S* x, Strides strides, int64_t pixels, int64
       std::fill(z + p * stride + channels, z + (p + 1) * stride, T{0});
     return;
   }
-  for (int64_t p = 0; p < pixels; ++p, x += strides.w, z += stride) {
-    if (read.scale) {
-      for (int64_t c = 0; c < channels; ++c) {
-        z[c] = relu(load(x[c]) * read.scale[c] + read.shift[c]);
-      }
+  const int64_t step = strides.w;
+  const T *scale = read.scale, *shift = read.shift;
+  for (int64_t p = 0; p < pixels; ++p, x += step, z += stride) {
+    if (scale) {
+#pragma GCC ivdep
+      for (int64_t c = 0; c < channels; ++c) z[c] = relu(load(x[c]) * scale[c] + shift[c]);
     } else {
+#pragma GCC ivdep
       for (int64_t c = 0; c < channels; ++c) z[c] = load(x[c]);
     }
     for (int64_t c = channels; c < stride; ++c) z[c] = T{0};
   }
 }
 
-// A tile of results on its way out: rows of pixels, columns of channels.
+// Results on their way out: rows of pixels, columns of channels.
 template <typename T>
 struct Result {
-  const T* values;
+  T* values;
   int64_t row;  // values from one row to the next
   int64_t rows, columns;
 };
 
-// out = (values + bias) * (mask ? factor : 0); bias and mask may be missing.
+// out = (values + bias) * (mask ? factor : 0); bias and mask may be missing. Leaves in values what
+// it stored.
 template <typename S, typename T>
-MEMDENSE_SIMD void store_tile(Result<T> tile, const S* bias, const uint8_t* mask,
-                              Strides mask_strides, T factor, S* out, Strides strides) {
+MEMDENSE_SIMD void store_tile(const Result<T>& tile, const S* bias, const uint8_t* mask,
+                              const Strides& mask_strides, T factor, S* out,
+                              const Strides& strides) {
   for (int64_t i = 0; i < tile.rows; ++i) {
-    const T* from = tile.values + i * tile.row;
-    S* to = out + i * strides.w;
-    if (strides.c == 1 && !bias && !mask) {
-      for (int64_t j = 0; j < tile.columns; ++j) store(to[j], from[j]);
-      continue;
+    T* __restrict__ values = tile.values + i * tile.row;
+    S* __restrict__ to = out + i * strides.w;
+    if (bias) {
+      for (int64_t j = 0; j < tile.columns; ++j) values[j] += load(bias[j]);
     }
-    for (int64_t j = 0; j < tile.columns; ++j) {
-      T value = from[j];
-      if (bias) value += load(bias[j]);
-      if (mask) value *= mask[i * mask_strides.w + j * mask_strides.c] ? factor : T{0};
-      store(to[j * strides.c], value);
+    if (mask) {
+      const uint8_t* kept = mask + i * mask_strides.w;
+      for (int64_t j = 0; j < tile.columns; ++j) {
+        values[j] *= kept[j * mask_strides.c] ? factor : T{0};
+      }
+    }
+    if (strides.c == 1) {
+      __builtin_prefetch(to + tile.columns, 1);  // the next block of channels, which comes soon
+      for (int64_t j = 0; j < tile.columns; ++j) store(to[j], values[j]);
+    } else {
+      for (int64_t j = 0; j < tile.columns; ++j) store(to[j * strides.c], values[j]);
+    }
+    if constexpr (!std::is_same_v<S, T>) {
+      for (int64_t j = 0; j < tile.columns; ++j) values[j] = load(to[j * strides.c]);
     }
   }
+}
+
+template <typename Vec, typename S>
+MEMDENSE_INLINE Vec load_as(const S* from) {
+  using T = std::remove_reference_t<decltype(Vec{}[0])>;
+  if constexpr (std::is_same_v<S, std::remove_const_t<T>>) return memdense::load<Vec>(from);
+  Vec values;
+  for (size_t i = 0; i < sizeof(Vec) / sizeof(T); ++i) values[i] = load(from[i]);
+  return values;
+}
+
+template <typename S, typename Vec>
+MEMDENSE_INLINE void store_as(S* to, const Vec& values) {
+  using T = std::remove_reference_t<decltype(Vec{}[0])>;
+  if constexpr (std::is_same_v<S, std::remove_const_t<T>>) return memdense::store(to, values);
+  for (size_t i = 0; i < sizeof(Vec) / sizeof(T); ++i) store(to[i], values[i]);
 }
 
 // dz = values * [scale * x + shift > 0], x_hat = (x - mean) * rstd: dbeta += dz, dgamma += dz *
 // x_hat, and out = dz, or out += scale * dz. Pointers begin at the tile's first pixel and channel.
 template <typename S, typename T>
-MEMDENSE_SIMD void answer_tile(Result<T> tile, const S* x, int64_t x_row, const T* scale,
-                               const T* shift, const T* mean, const T* rstd, double* dbeta,
-                               double* dgamma, S* out, int64_t out_row, bool accumulate) {
-  constexpr int64_t kColumns = 32;
-  T sum[kColumns], product[kColumns];
-  for (int64_t start = 0; start < tile.columns; start += kColumns) {
-    const int64_t columns = std::min(kColumns, tile.columns - start);
-    std::fill_n(sum, columns, T{0});
-    std::fill_n(product, columns, T{0});
-    for (int64_t i = 0; i < tile.rows; ++i) {
-      const T* from = tile.values + i * tile.row + start;
-      const S* __restrict__ pixel = x + i * x_row + start;
-      S* __restrict__ to = out + i * out_row + start;
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t c = start + j;
-        const T value = load(pixel[j]);
-        // not "z > 0": where z is NaN, PyTorch lets the gradient pass
-        const T dz = value * scale[c] + shift[c] <= 0 ? T{0} : from[j];
-        sum[j] += dz;
-        product[j] += dz * ((value - mean[c]) * rstd[c]);
-        store(to[j], accumulate ? load(to[j]) + scale[c] * dz : dz);
-      }
-    }
-    for (int64_t j = 0; j < columns; ++j) {
-      dbeta[start + j] += sum[j];
-      dgamma[start + j] += product[j];
-    }
+struct AnswerTile {
+  Result<T> tile;
+  const S* x;
+  int64_t x_row;
+  const T *scale, *shift, *mean, *rstd;
+  double *dbeta, *dgamma;
+  S* out;
+  int64_t out_row;
+  bool accumulate;
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const AnswerTile& a) {
+    for_columns<T, kBytes, 2>(
+        0, a.tile.columns, [&]<typename Vec, int kVectors>(int64_t c) MEMDENSE_INLINE_LAMBDA {
+          constexpr int64_t kLanes = sizeof(Vec) / sizeof(T);
+          Vec scale[kVectors], shift[kVectors], mean[kVectors], sum[kVectors], product[kVectors];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            scale[v] = memdense::load<Vec>(a.scale + c + v * kLanes);
+            shift[v] = memdense::load<Vec>(a.shift + c + v * kLanes);
+            mean[v] = memdense::load<Vec>(a.mean + c + v * kLanes);
+            sum[v] = product[v] = Vec{};
+          }
+          for (int64_t i = 0; i < a.tile.rows; ++i) {
+            const S* pixel = a.x + i * a.x_row + c;
+            S* to = a.out + i * a.out_row + c;
+            // the next block of channels, which comes soon
+            __builtin_prefetch(pixel + a.tile.columns);
+            __builtin_prefetch(to + a.tile.columns, 1);
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) {
+              const Vec value = load_as<Vec>(pixel + v * kLanes);
+              const Vec z = value * scale[v] + shift[v];
+              const Vec da = memdense::load<Vec>(a.tile.values + i * a.tile.row + c + v * kLanes);
+              // not "z > 0": where z is NaN, PyTorch lets the gradient pass
+              const Vec dz = z <= T{0} ? Vec{} : da;
+              sum[v] += dz;
+              product[v] += dz * (value - mean[v]);
+              store_as(to + v * kLanes,
+                       a.accumulate ? load_as<Vec>(to + v * kLanes) + scale[v] * dz : dz);
+            }
+          }
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) {
+            for (int64_t i = 0; i < kLanes; ++i) {
+              const int64_t j = c + v * kLanes + i;
+              a.dbeta[j] += sum[v][i];
+              a.dgamma[j] += static_cast<double>(product[v][i]) * a.rstd[j];
+            }
+          }
+        });
   }
-}
+};
 
 // ---- the walk
 
@@ -304,15 +342,16 @@ inline Bands make_bands(int64_t images, const Axis& vertical, int64_t line_bytes
   return {images, vertical.destination, lines};
 }
 
-// Walks bands of destinations over `channels` source channels and `blocks` of packed weights.
+// Walks bands of destinations over `channels` source channels and `columns` of packed weights.
 template <typename T>
 struct Walk {
   Axis vertical, horizontal;
   int64_t channels, stride;  // stride: of staged pixels
   Blocks<T> blocks;
   int64_t left, width;  // zero columns before a staged line; its pixels, zero columns included
+  Bands bands;
 
-  Walk(Axis v, Axis h, int64_t channels, int64_t columns)
+  Walk(Axis v, Axis h, int64_t channels, int64_t columns, int64_t images, int64_t tasks)
       : vertical(v),
         horizontal(h),
         channels(channels),
@@ -321,31 +360,58 @@ struct Walk {
     const auto [low, high] = h.reach(0, h.destination);
     left = std::max<int64_t>(0, -low);
     width = left + std::max(high, h.source);
+    bands = make_bands(images, vertical, line_values() * sizeof(T), tasks);
   }
 
+  int64_t units() const { return bands.count(); }
   int64_t line_values() const { return width * stride; }
+  int64_t result_values() const { return horizontal.phases[0].count * blocks.max_width(); }
 
-  Bands bands(int64_t images, int64_t tasks) const {
-    return make_bands(images, vertical, line_values() * sizeof(T), tasks);
-  }
-
-  int64_t scratch_values(const Bands& bands) const {
+  int64_t scratch_values() const {
     int64_t lines = 0;
     for (int64_t begin = 0; begin < bands.height; begin += bands.lines) {
       const auto [low, high] =
           vertical.reach_inside(begin, std::min(begin + bands.lines, bands.height));
       lines = std::max(lines, high - low);
     }
-    return lines * line_values();
+    return lines * line_values() + result_values();
   }
 
-  // emit(y, x, x_step, block, result) takes each tile; x is its first pixel.
+  // ---- weights: [block of columns][tap][channel][column], columns padded with zeros
+
+  int64_t packed_values() const { return 9 * channels * blocks.padded(); }
+
+  // channel r's; weight[tap, column] by their strides
+  template <typename S>
+  void pack(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, int64_t r,
+            T* packed) const {
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
+                      block,
+                      packed + 9 * channels * blocks.start(block) +
+                          (tap * channels + r) * blocks.width(block));
+      }
+    }
+  }
+
+  // Bands [begin, end). emit.results(n, y, x, x_step, block, result) takes each line of one phase,
+  // x its first pixel; emit.stored(block, values, count) what it left of `count` pixels.
   template <typename S, typename Emit>
-  void run(const Band& band, Images<const S> source, Reading<T> read, const T* packed, T* scratch,
-           const Emit& emit) const {
+  void run(int64_t begin, int64_t end, const Images<const S>& source, const Reading<T>& read,
+           const T* packed, T* scratch, Emit& emit) const {
+    for (int64_t i = begin; i < end; ++i) {
+      run_band(bands[i], source, read, packed, scratch, scratch + result_values(), emit);
+    }
+  }
+
+ private:
+  template <typename S, typename Emit>
+  void run_band(const Band& band, const Images<const S>& source, const Reading<T>& read,
+                const T* packed, T* results, T* staged, Emit& emit) const {
     const auto [low, high] = vertical.reach_inside(band.begin, band.end);
     for (int64_t y = low; y < high; ++y) {
-      T* line = scratch + (y - low) * line_values();
+      T* line = staged + (y - low) * line_values();
       T* inside = line + left * stride;
       std::fill(line, inside, T{0});
       stage_line<S, T>(source.line(band.n, y), source.strides, horizontal.source, channels, read,
@@ -368,26 +434,25 @@ struct Walk {
               const int64_t tap = rows.tap[ty].index * 3 + columns.tap[tx].index;
               column[count] = tx;
               taps[count++] = {
-                  scratch + (line - low) * line_values() + (left + columns.tap[tx].shift) * stride,
+                  staged + (line - low) * line_values() + (left + columns.tap[tx].shift) * stride,
                   weights + tap * channels * blocks.width(block)};
             }
           }
-          run_line(taps, column, count, columns, block, [&](int64_t x, const Result<T>& result) {
-            emit(y, columns.first + x * horizontal.destination_step, horizontal.destination_step,
-                 block, result);
-          });
+          if (columns.count == 0) continue;
+          run_line(taps, column, count, columns, block, results);
+          emit.results(
+              band.n, y, columns.first, horizontal.destination_step, block,
+              Result<T>{results, blocks.width(block), columns.count, blocks.columns_of(block)});
+          emit.stored(block, results, columns.count);
         }
       }
     }
   }
 
- private:
   // One line's pixels of one phase, in tiles of about the same size.
-  template <typename Emit>
   void run_line(const Segment<T> (&taps)[9], const int64_t (&columns)[9], int64_t count,
-                const Phase& phase, int64_t block, const Emit& emit) const {
+                const Phase& phase, int64_t block, T* results) const {
     const int64_t step = horizontal.source_step * stride, width = blocks.width(block);
-    alignas(64) T values[kMaxTileValues];
     Segment<T> shifted[9];
     for (int64_t begin = 0, end; begin < phase.count; begin = end) {
       end = piece_end(phase, begin);
@@ -401,10 +466,9 @@ struct Walk {
           if (tap.first < x_end && x < tap.last)
             shifted[used++] = {taps[s].a + x * step, taps[s].b};
         }
-        const int rows = static_cast<int>(x_end - x);
-        blocks.kernels.run(rows, blocks.vectors_of(block),
-                           {shifted, used, channels, step, 1, width, values, width, false});
-        emit(x, Result<T>{values, width, rows, blocks.columns_of(block)});
+        blocks.kernels.run(
+            static_cast<int>(x_end - x), blocks.vectors_of(block),
+            {shifted, used, channels, step, 1, width, results + x * width, width, false});
       }
     }
   }
@@ -433,24 +497,24 @@ struct WeightWalk {
   Axis vertical, horizontal;
   Blocks<T> blocks;
   int64_t z_stride, dy_stride;
+  Bands bands;
 
-  explicit WeightWalk(const Geometry& g)
+  WeightWalk(const Geometry& g, int64_t tasks)
       : g(g),
         vertical(Axis::forward(g, 0)),
         horizontal(Axis::forward(g, 1)),
         blocks(g.c),
         z_stride(pixel_stride<T>(g.c)),
-        dy_stride(pixel_stride<T>(g.k)) {}
+        dy_stride(pixel_stride<T>(g.k)),
+        bands(make_bands(g.n, vertical, (z_line() + dy_line()) * sizeof(T), tasks)) {}
 
+  int64_t units() const { return bands.count(); }
+  int64_t pixels_of_unit() const { return bands.lines * g.out[1]; }
   int64_t partial_values() const { return 9 * g.k * blocks.padded(); }
   int64_t z_line() const { return g.in[1] * z_stride; }
   int64_t dy_line() const { return g.out[1] * dy_stride; }
 
-  Bands bands(int64_t tasks) const {
-    return make_bands(g.n, vertical, (z_line() + dy_line()) * sizeof(T), tasks);
-  }
-
-  int64_t scratch_values(const Bands& bands) const {
+  int64_t scratch_values() const {
     int64_t lines = 0;
     for (int64_t begin = 0; begin < bands.height; begin += bands.lines) {
       const auto [low, high] =
@@ -460,9 +524,34 @@ struct WeightWalk {
     return lines * z_line() + bands.lines * dy_line();
   }
 
+  // Bands [begin, end)
   template <typename S>
-  void run(const Band& band, Images<const S> dy, Images<const S> x, Reading<T> read, T* scratch,
-           T* partial) const {
+  void run(int64_t begin, int64_t end, const Images<const S>& dy, const Images<const S>& x,
+           const Reading<T>& read, T* scratch, T* partial) const {
+    for (int64_t i = begin; i < end; ++i) run_band(bands[i], dy, x, read, scratch, partial);
+  }
+
+  // dweight[j, c, ky, kx] of one j: the tasks' partial sums, added in their order
+  void reduce(const T* partials, int64_t tasks, int64_t j, T* dweight) const {
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t width = blocks.width(block);
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const T* from = partials + 9 * g.k * blocks.start(block) + (tap * g.k + j) * width;
+        for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
+          T sum = from[c];
+          for (int64_t t = 1; t < tasks; ++t) sum += from[t * partial_values() + c];
+          dweight[(j * g.c + blocks.start(block) + c) * 9 + tap] = sum;
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kMaxGroup = 64;
+
+  template <typename S>
+  void run_band(const Band& band, const Images<const S>& dy, const Images<const S>& x,
+                const Reading<T>& read, T* scratch, T* partial) const {
     const auto [low, high] = vertical.reach_inside(band.begin, band.end);
     T* z = scratch;
     T* d = scratch + (high - low) * z_line();
@@ -485,9 +574,6 @@ struct WeightWalk {
       }
     }
   }
-
- private:
-  static constexpr int64_t kMaxGroup = 64;
 
   void run_tap(const Band& band, int64_t begin, int64_t end, int64_t low, int64_t block,
                int64_t tap, const T* z, const T* d, T* out) const {
@@ -515,24 +601,6 @@ struct WeightWalk {
     }
   }
 };
-
-// dweight[j, c, ky, kx] of one j: the tasks' partial sums, added in their order
-template <typename T>
-void reduce_weight(const WeightWalk<T>& walk, const T* partials, int64_t tasks, int64_t j,
-                   T* dweight) {
-  const Blocks<T>& blocks = walk.blocks;
-  for (int64_t block = 0; block < blocks.count; ++block) {
-    const int64_t width = blocks.width(block);
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      const T* from = partials + 9 * walk.g.k * blocks.start(block) + (tap * walk.g.k + j) * width;
-      for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
-        T sum = from[c];
-        for (int64_t t = 1; t < tasks; ++t) sum += from[t * walk.partial_values() + c];
-        dweight[(j * walk.g.c + blocks.start(block) + c) * 9 + tap] = sum;
-      }
-    }
-  }
-}
 
 }  // namespace conv3x3
 }  // namespace memdense

@@ -1,16 +1,19 @@
 #include "tile.h"
 
-#include <cstdlib>
-#include <cstring>
+#include <algorithm>
 #include <utility>
+
+#include "vector.h"
 
 namespace memdense {
 namespace {
 
 // Products that a sum takes in before it is added to the result, of all there are: short chains
-// round less, and a quarter costs little.
+// round less, and a few cost little.
 constexpr int64_t chain(int64_t products) {
-  return products < 4 * 48 ? 48 : products > 4 * 256 ? 256 : products / 4;
+  const int64_t longest = std::clamp<int64_t>(products / 4, 32, 256);
+  const int64_t chains = (products + longest - 1) / longest;
+  return chains < 2 ? products : (products + chains - 1) / chains;
 }
 
 // 12 sums, 2 columns and a broadcast value are in 16 registers
@@ -40,32 +43,13 @@ constexpr int kVectorBytes = 64, kMaxVectors = 3, kMaxRows[] = {0, 14, 14, 9};
 #pragma GCC pop_options
 #endif
 
-enum class Isa { baseline, avx2, avx512 };
-
-Isa best() {
-#ifdef MEMDENSE_X86_TILES
-  const char* asked = std::getenv("MEMDENSE_ISA");
-  const bool any = !asked || !std::strcmp(asked, "avx512");
-  if (any && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
-    return Isa::avx512;
-  }
-  if ((any || !std::strcmp(asked, "avx2")) && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
-    return Isa::avx2;
-  }
-#endif
-  return Isa::baseline;
-}
-
 }  // namespace
 
 template <typename T>
 const TileKernels<T>& tile_kernels() {
-  static const Isa isa = best();
 #ifdef MEMDENSE_X86_TILES
-  if (isa == Isa::avx512) return avx512::kernels<T>;
-  if (isa == Isa::avx2) return avx2::kernels<T>;
+  if (register_bytes() == 64) return avx512::kernels<T>;
+  if (register_bytes() == 32) return avx2::kernels<T>;
 #endif
   return baseline::kernels<T>;
 }

@@ -24,8 +24,6 @@ struct Tile {
   bool accumulate;
 };
 
-constexpr int kMaxTileValues = 14 * 32;
-
 template <typename T>
 struct TileKernels {
   int lanes;        // values in a vector
@@ -34,7 +32,7 @@ struct TileKernels {
   void (*run)(int rows, int vectors, const Tile<T>& tile);
 };
 
-// The best of this machine; MEMDENSE_ISA = baseline, avx2 or avx512 asks for less.
+// For the width of register_bytes().
 template <typename T>
 const TileKernels<T>& tile_kernels();
 

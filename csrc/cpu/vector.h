@@ -78,17 +78,17 @@ inline int register_bytes() {
 
 #if MEMDENSE_X86
 template <typename Kernel, typename... Args>
-__attribute__((target("arch=x86-64-v4"))) void run_v4(Args... args) {
+__attribute__((target("arch=x86-64-v4"))) void run_v4(const Args&... args) {
   Kernel::template run<64>(args...);
 }
 template <typename Kernel, typename... Args>
-__attribute__((target("arch=x86-64-v3"))) void run_v3(Args... args) {
+__attribute__((target("arch=x86-64-v3"))) void run_v3(const Args&... args) {
   Kernel::template run<32>(args...);
 }
 #endif
 
 template <typename Kernel, typename... Args>
-void dispatch(Args... args) {
+void dispatch(const Args&... args) {
 #if MEMDENSE_X86
   if (register_bytes() == 64) return run_v4<Kernel, Args...>(args...);
   if (register_bytes() == 32) return run_v3<Kernel, Args...>(args...);

@@ -1,0 +1,773 @@
+// Dilated 3x3 convolution of stride 1 with fewer multiplications (Winograd; Lavin & Gray, 2016).
+//
+// A pair of outputs, `dilation` apart, reads four inputs d, as far apart. Along one axis
+//
+//   z = (d0 - d2, d1 + d2, d2 - d1, d3 - d1)               of the inputs
+//   u = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)   of the three weights
+//   out = (m0 + m1 + m2, m1 - m2 + m3)                     of their products m = z * u
+//
+// takes 4 multiplications in place of 6, and along both axes a tile of 2x2 outputs takes 16 in
+// place of 36: 16 products of matrices, [tile, channel] by [channel, column]. The gradient of the
+// weight sums over tiles instead. With the same z,
+//
+//   u = (e0, (e0 + e1) / 2, (e0 - e1) / 2, e1)             of the outputs' gradients
+//   g = (m0 + m1 + m2, m1 - m2, m1 + m2 + m3)              of the sums m of z * u
+//
+// Where an axis ends in half a pair, its one output is a plain sum of z = (d0, d1, d2) times
+// u = (g0, g1, g2): g1 is the fifth of the transformed weights, and e0 * d1 the fifth of the sums.
+//
+// All coefficients are powers of two and no output reads beyond its own taps, so errors stay about
+// those of the direct sum, and a NaN goes no further. A task takes a chunk of tiles at a time,
+// whose transformed values stay in its core's L2.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "conv3x3.h"
+#include "vector.h"
+
+namespace memdense {
+namespace conv3x3 {
+namespace winograd {
+
+constexpr int64_t kChunkBytes = 448 << 10;  // of transformed values, beside weights in L2
+constexpr int64_t kMinTiles = 28, kMinProducts = 1 << 22;  // that are worth the transforms
+constexpr int64_t kSkew = 80;  // values between matrices: their lines fall into other cache sets
+constexpr int kMaxWidth = 48;  // of a block of columns: three vectors
+
+// ---- tiles
+
+// Outputs `first` and, if whole, first + dilation.
+struct Pair {
+  int64_t first;
+  bool whole;
+};
+
+// A term of a product: which of z, and which of u.
+struct Term {
+  int z, u;
+};
+
+// Destination y reads sources y - padding + (0, 1, 2) * dilation.
+struct PairedAxis {
+  int64_t source, destination, dilation, padding;
+  std::vector<Pair> pairs;  // phase (y mod dilation) by phase
+  int half_taps = 0;        // of half a pair, as far as any lie inside; 0: there is none
+
+  PairedAxis(int64_t source, int64_t destination, int64_t dilation, int64_t padding)
+      : source(source), destination(destination), dilation(dilation), padding(padding) {
+    for (int64_t phase = 0; phase < std::min(dilation, destination); ++phase) {
+      for (int64_t y = phase; y < destination; y += 2 * dilation) {
+        pairs.push_back({y, y + dilation < destination});
+        if (pairs.back().whole) continue;
+        half_taps = std::max(half_taps, source_of(pairs.back(), 2) < source ? 3 : 2);
+      }
+    }
+  }
+
+  static PairedAxis forward(const Geometry& g, int a) {
+    return {g.in[a], g.out[a], g.dilation[a], g.padding[a]};
+  }
+  // the same with the weights turned round
+  static PairedAxis backward(const Geometry& g, int a) {
+    return {g.out[a], g.in[a], g.dilation[a], 2 * g.dilation[a] - g.padding[a]};
+  }
+
+  int64_t count() const { return static_cast<int64_t>(pairs.size()); }
+  int64_t source_of(const Pair& pair, int r) const { return pair.first - padding + r * dilation; }
+
+  // How many u there are; and z, products and terms of each, of whole and half pairs.
+  int weights() const { return half_taps ? 5 : 4; }
+  int inputs(bool whole) const { return whole ? 4 : half_taps; }
+  static constexpr int products(bool whole) { return whole ? 4 : 1; }
+  int terms(bool whole) const { return whole ? 1 : half_taps; }
+  static Term term(bool whole, int product, int i) {
+    return whole ? Term{product, product} : Term{i, i == 1 ? 4 : i == 2 ? 3 : 0};
+  }
+
+  // of one image, for each product of channels
+  int64_t multiplications() const {
+    int64_t sum = 0;
+    for (const Pair& pair : pairs) sum += products(pair.whole) * terms(pair.whole);
+    return sum;
+  }
+};
+
+// Is this the way for the geometry? Where few taps of a tile lie inside the image, or little work
+// shares the transforms, the direct kernel has less to do.
+inline bool pays(const Geometry& g) {
+  if (g.stride[0] != 1 || g.stride[1] != 1 || g.c < 16 || g.k < 8) return false;
+  int64_t direct = 1, here = 1, tiles = g.n;
+  for (int a = 0; a < 2; ++a) {
+    const Axis axis = Axis::forward(g, a);
+    int64_t taps = 0;
+    for (const Tap& tap : axis.phases[0].tap) taps += std::max<int64_t>(0, tap.last - tap.first);
+    const PairedAxis paired = PairedAxis::forward(g, a);
+    direct *= taps;
+    here *= paired.multiplications();
+    tiles *= paired.count();
+  }
+  return 4 * direct > 5 * here && tiles >= kMinTiles && g.n * here * g.c * g.k >= kMinProducts;
+}
+
+// Both ways, is a tile whole or half?
+struct Kind {
+  bool rows, columns;
+
+  static Kind of(int index) { return {index / 2 == 0, index % 2 == 0}; }
+  int index() const { return (rows ? 0 : 2) + (columns ? 0 : 1); }
+};
+
+// Consecutive tiles of one kind in one line of tiles: columns[first], columns[first + 1], ...
+struct Run {
+  int64_t image;
+  Kind kind;
+  Pair row;
+  int64_t first, count;
+  int64_t slot;  // of the first one's transformed values
+};
+
+// Hands the tiles [begin, end) of images, each of rows x columns of pairs, to take(run) in runs;
+// whenever it took `tiles` of a kind, and at the end, to flush(kind, runs, count).
+template <typename Take, typename Flush>
+void for_tiles(const PairedAxis& rows, const PairedAxis& columns, int64_t begin, int64_t end,
+               int64_t tiles, const Take& take, const Flush& flush) {
+  std::vector<Run> runs[4];
+  int64_t counts[4] = {};
+  const auto flush_kind = [&](int k) {
+    if (counts[k] > 0) flush(Kind::of(k), runs[k], counts[k]);
+    runs[k].clear();
+    counts[k] = 0;
+  };
+  for (int64_t i = begin; i < end;) {
+    const int64_t line = i / columns.count(), first = i % columns.count();
+    const Pair &row = rows.pairs[line % rows.count()], &left = columns.pairs[first];
+    const Kind kind{row.whole, left.whole};
+    const int k = kind.index();
+    const int64_t limit = std::min({end - i, columns.count() - first, tiles - counts[k]});
+    int64_t count = 1;
+    while (count < limit && columns.pairs[first + count].whole == left.whole &&
+           columns.pairs[first + count].first == left.first + 2 * count * columns.dilation) {
+      ++count;
+    }
+    runs[k].push_back({line / rows.count(), kind, row, first, count, counts[k]});
+    take(runs[k].back());
+    i += count;
+    counts[k] += count;
+    if (counts[k] == tiles) flush_kind(k);
+  }
+  for (int k = 0; k < 4; ++k) flush_kind(k);
+}
+
+// As many tiles as fit with `values` in each matrix, a multiple of `rows`.
+template <typename T>
+int64_t chunk_tiles(int64_t values, int64_t rows) {
+  const int64_t fit = kChunkBytes / (16 * values * static_cast<int64_t>(sizeof(T)));
+  return std::max<int64_t>(1, fit / rows) * rows;
+}
+
+// Transformed values of a chunk of each kind of tiles, `of(kind).count` matrices of [tile][value].
+struct Matrices {
+  int64_t size;      // of one, in values
+  int64_t start[5];  // of each kind, and the end
+
+  // count(kind): how many
+  template <typename Count>
+  Matrices(int64_t size, const Count& count) : size(size), start{} {
+    for (int k = 0; k < 4; ++k) start[k + 1] = start[k] + count(Kind::of(k)) * size;
+  }
+  int64_t values() const { return start[4]; }
+  int64_t at(Kind kind, int64_t matrix) const { return start[kind.index()] + matrix * size; }
+};
+
+// ---- staged lines
+
+// The lines that a row of tiles reads, each through BatchNorm and ReLU once and between columns of
+// zeros; the next row of tiles finds two of them again.
+template <typename T>
+struct Lines {
+  int64_t height, width, left, right, channels, stride;
+
+  int64_t values() const { return (left + width + right) * stride; }
+  int64_t scratch_values() const { return 5 * values(); }
+
+  struct Held {
+    T* data;          // four lines and one of zeros
+    int64_t line[4];  // of all images', which is held
+  };
+
+  Held hold(T* scratch) const {
+    std::fill_n(scratch, scratch_values(), T{0});
+    return {scratch, {-1, -1, -1, -1}};
+  }
+
+  // Pixel 0 of line y of an image, the i-th in steps of the dilation.
+  template <typename S>
+  const T* line(Held& held, const Images<const S>& images, const Reading<T>& read, int64_t n,
+                int64_t y, int64_t i) const {
+    const int64_t slot = y < 0 || y >= height ? 4 : i % 4;
+    T* inside = held.data + slot * values() + left * stride;
+    if (slot < 4 && held.line[slot] != n * height + y) {
+      stage_line<S, T>(images.line(n, y), images.strides, width, channels, read, inside, stride);
+      held.line[slot] = n * height + y;
+    }
+    return inside;
+  }
+};
+
+// ---- transforms of vectors of channels
+
+template <bool kWhole, typename V>
+MEMDENSE_INLINE void inputs(const V (&d)[4], V (&z)[4]) {
+  if constexpr (kWhole) {
+    z[0] = d[0] - d[2];
+    z[1] = d[1] + d[2];
+    z[2] = d[2] - d[1];
+    z[3] = d[3] - d[1];
+  } else {
+    for (int i = 0; i < 3; ++i) z[i] = d[i];
+  }
+}
+
+template <typename V>
+MEMDENSE_INLINE void weights(const V& g0, const V& g1, const V& g2, V (&u)[5]) {
+  const V half = (g0 + g2) * 0.5, middle = g1 * 0.5;
+  u[0] = g0;
+  u[1] = half + middle;
+  u[2] = half - middle;
+  u[3] = g2;
+  u[4] = g1;
+}
+
+template <bool kWhole, typename V>
+MEMDENSE_INLINE void gradients(const V (&e)[2], V (&u)[4]) {
+  u[0] = e[0];
+  if constexpr (kWhole) {
+    constexpr auto half = decltype(e[0][0] + 0)(0.5);
+    u[1] = (e[0] + e[1]) * half;
+    u[2] = (e[0] - e[1]) * half;
+    u[3] = e[1];
+  }
+}
+
+template <bool kWhole, typename V>
+MEMDENSE_INLINE void outputs(const V (&m)[4], V (&out)[2]) {
+  if constexpr (kWhole) {
+    out[0] = m[0] + m[1] + m[2];
+    out[1] = m[1] - m[2] + m[3];
+  } else {
+    out[0] = m[0];
+  }
+}
+
+template <typename V>
+MEMDENSE_INLINE void sums(const V (&m)[5], V (&g)[3]) {
+  const V both = m[1] + m[2];
+  g[0] = m[0] + both;
+  g[1] = (m[1] - m[2]) + m[4];
+  g[2] = both + m[3];
+}
+
+// Kernel::tiles<kBytes, whole rows, whole columns>(work)
+template <typename Kernel>
+struct OfKind {
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const Kernel& work, Kind kind) {
+    if (kind.rows) {
+      kind.columns ? Kernel::template tiles<kBytes, true, true>(work)
+                   : Kernel::template tiles<kBytes, true, false>(work);
+    } else {
+      kind.columns ? Kernel::template tiles<kBytes, false, true>(work)
+                   : Kernel::template tiles<kBytes, false, false>(work);
+    }
+  }
+};
+
+// z of `count` tiles that are 2 * step apart: out[row][column][tile][channel]
+template <typename T>
+struct TransformInputs {
+  const T* lines[4];  // at the first tile's first pixel
+  int rows, columns;  // of z
+  int64_t step;       // values from one pixel of a tile to the next
+  int64_t count, channels;
+  T* out;
+  int64_t out_matrix;
+
+  template <int kBytes, bool kRows, bool kColumns>
+  static MEMDENSE_INLINE void tiles(const TransformInputs& a) {
+    constexpr int kR = kRows ? 4 : 3, kS = kColumns ? 4 : 3;  // of half pairs 2 may do
+    const int kept = kColumns ? 4 : a.columns;
+    for (int64_t tile = 0; tile < a.count; ++tile) {
+      const int64_t at = 2 * tile * a.step;
+      T* to = a.out + tile * a.channels;
+      for_columns<T, kBytes, 1>(0, a.channels,
+                                [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
+                                  Vec d[4], columns[4][4], z[4];
+#pragma GCC unroll 4
+                                  for (int s = 0; s < kS; ++s) {
+#pragma GCC unroll 4
+                                    for (int r = 0; r < kR; ++r)
+                                      d[r] = load<Vec>(a.lines[r] + at + s * a.step + c);
+                                    inputs<kRows>(d, columns[s]);
+                                  }
+#pragma GCC unroll 4
+                                  for (int r = 0; r < kR; ++r) {
+                                    if (!kRows && r >= a.rows) continue;
+#pragma GCC unroll 4
+                                    for (int s = 0; s < kS; ++s) d[s] = columns[s][r];
+                                    inputs<kColumns>(d, z);
+#pragma GCC unroll 4
+                                    for (int s = 0; s < kS; ++s) {
+                                      if (kColumns || s < kept)
+                                        store(to + (r * kept + s) * a.out_matrix + c, z[s]);
+                                    }
+                                  }
+                                });
+    }
+  }
+};
+
+// u of the gradients of `count` tiles, likewise
+template <typename T>
+struct TransformGradients {
+  const T* lines[2];
+  int64_t step;
+  int64_t count, channels;
+  T* out;
+  int64_t out_matrix;
+
+  template <int kBytes, bool kRows, bool kColumns>
+  static MEMDENSE_INLINE void tiles(const TransformGradients& a) {
+    constexpr int kI = kRows ? 2 : 1, kJ = kColumns ? 2 : 1;
+    constexpr int kR = PairedAxis::products(kRows), kS = PairedAxis::products(kColumns);
+    for (int64_t tile = 0; tile < a.count; ++tile) {
+      const int64_t at = 2 * tile * a.step;
+      T* to = a.out + tile * a.channels;
+      for_columns<T, kBytes, 1>(0, a.channels,
+                                [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
+                                  Vec e[2], columns[2][4], u[4];
+#pragma GCC unroll 2
+                                  for (int j = 0; j < kJ; ++j) {
+#pragma GCC unroll 2
+                                    for (int i = 0; i < kI; ++i)
+                                      e[i] = load<Vec>(a.lines[i] + at + j * a.step + c);
+                                    gradients<kRows>(e, columns[j]);
+                                  }
+#pragma GCC unroll 4
+                                  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 2
+                                    for (int j = 0; j < kJ; ++j) e[j] = columns[j][r];
+                                    gradients<kColumns>(e, u);
+#pragma GCC unroll 4
+                                    for (int s = 0; s < kS; ++s)
+                                      store(to + (kS * r + s) * a.out_matrix + c, u[s]);
+                                  }
+                                });
+    }
+  }
+};
+
+// u of weights[tap][column] of one channel, rounded once: out[rows][columns][column]
+template <typename T>
+struct TransformWeights {
+  const T* weights;
+  int64_t width;
+  int rows, columns;  // wanted of u
+  T* out;
+  int64_t out_matrix;
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const TransformWeights& a) {
+    for_columns<double, kBytes, 1>(
+        0, a.width, [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
+          using Stored = typename Simd<T, sizeof(Vec) / sizeof(double) * sizeof(T)>::Vec;
+          Vec g[9], columns[3][5], u[5];
+#pragma GCC unroll 9
+          for (int tap = 0; tap < 9; ++tap) {
+            g[tap] = __builtin_convertvector(load<Stored>(a.weights + tap * a.width + j), Vec);
+          }
+#pragma GCC unroll 3
+          for (int s = 0; s < 3; ++s) winograd::weights(g[s], g[3 + s], g[6 + s], columns[s]);
+#pragma GCC unroll 5
+          for (int r = 0; r < 5; ++r) {
+            if (r >= a.rows) continue;
+            winograd::weights(columns[0][r], columns[1][r], columns[2][r], u);
+#pragma GCC unroll 5
+            for (int s = 0; s < 5; ++s) {
+              if (s >= a.columns) continue;
+              store(a.out + (a.columns * r + s) * a.out_matrix + j,
+                    __builtin_convertvector(u[s], Stored));
+            }
+          }
+        });
+  }
+};
+
+// Outputs of `count` tiles from products[row][column of tiles][tile][column]:
+// out[line][pixel][column], with as many lines and columns of pixels as the tiles have.
+template <typename T>
+struct TransformOutputs {
+  const T* products;
+  int64_t matrix, width, count;
+  T* out;
+  int64_t out_line;
+
+  template <int kBytes, bool kRows, bool kColumns>
+  static MEMDENSE_INLINE void tiles(const TransformOutputs& a) {
+    constexpr int kI = kRows ? 2 : 1, kJ = kColumns ? 2 : 1;
+    constexpr int kR = PairedAxis::products(kRows), kS = PairedAxis::products(kColumns);
+    for (int64_t tile = 0; tile < a.count; ++tile) {
+      for_columns<T, kBytes, 1>(
+          0, a.width, [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
+            const T* from = a.products + tile * a.width + c;
+            Vec m[4], columns[4][2], out[2];
+#pragma GCC unroll 4
+            for (int s = 0; s < kS; ++s) {
+#pragma GCC unroll 4
+              for (int r = 0; r < kR; ++r) m[r] = load<Vec>(from + (kS * r + s) * a.matrix);
+              outputs<kRows>(m, columns[s]);
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+              for (int s = 0; s < kS; ++s) m[s] = columns[s][i];
+              outputs<kColumns>(m, out);
+#pragma GCC unroll 2
+              for (int j = 0; j < kJ; ++j) {
+                store(a.out + i * a.out_line + (tile * kJ + j) * a.width + c, out[j]);
+              }
+            }
+          });
+    }
+  }
+};
+
+// g of sums[row][column of m][column], of all tasks in their order: out[tap][column]
+template <typename T>
+struct TransformSums {
+  const T* sums;
+  int64_t tasks, task, matrix;  // values from one task's to the next, from one matrix to the next
+  int rows, columns;            // there are of m
+  int64_t width;
+  T* out;
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const TransformSums& a) {
+    for_columns<T, kBytes, 1>(0, a.width, [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
+      Vec m[5], columns[5][3], g[3];
+#pragma GCC unroll 5
+      for (int s = 0; s < 5; ++s) {
+#pragma GCC unroll 5
+        for (int r = 0; r < 5; ++r) {
+          m[r] = Vec{};
+          if (r >= a.rows || s >= a.columns) continue;
+          const T* from = a.sums + (a.columns * r + s) * a.matrix + c;
+          m[r] = load<Vec>(from);
+          for (int64_t t = 1; t < a.tasks; ++t) m[r] += load<Vec>(from + t * a.task);
+        }
+        winograd::sums(m, columns[s]);
+      }
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+#pragma GCC unroll 5
+        for (int s = 0; s < 5; ++s) m[s] = columns[s][r];
+        winograd::sums(m, g);
+#pragma GCC unroll 3
+        for (int s = 0; s < 3; ++s) store(a.out + (3 * r + s) * a.width + c, g[s]);
+      }
+    });
+  }
+};
+
+// ---- outputs, or inputs' gradients
+
+// The same walk as conv3x3::Walk, over tiles in place of bands.
+template <typename T>
+struct Walk {
+  PairedAxis rows, columns;
+  Lines<T> lines;
+  Blocks<T> blocks;
+  int64_t images, tiles;  // tiles: of a chunk
+  Matrices z;
+  bool turned;  // the weights
+
+  Walk(PairedAxis r, PairedAxis c, int64_t channels, int64_t outputs, int64_t images, bool turned)
+      : rows(r),
+        columns(c),
+        lines(lines_of(r, c, channels)),
+        blocks(outputs),
+        images(images),
+        tiles(chunk_tiles<T>(lines.stride + blocks.max_width(), blocks.max_rows(0))),
+        z(inputs_of(rows, columns, tiles * lines.stride + kSkew)),
+        turned(turned) {}
+
+  static Lines<T> lines_of(const PairedAxis& rows, const PairedAxis& columns, int64_t channels) {
+    int64_t reach = 0;
+    for (const Pair& pair : columns.pairs) reach = std::max(reach, columns.source_of(pair, 3) + 1);
+    return {rows.source,
+            columns.source,
+            std::max<int64_t>(0, columns.padding),
+            std::max<int64_t>(0, reach - columns.source),
+            channels,
+            pixel_stride<T>(channels)};
+  }
+
+  static Matrices inputs_of(const PairedAxis& rows, const PairedAxis& columns, int64_t size) {
+    return Matrices(
+        size, [&](Kind kind) { return rows.inputs(kind.rows) * columns.inputs(kind.columns); });
+  }
+
+  int64_t units() const { return images * rows.count() * columns.count(); }
+  int64_t product_matrix() const { return tiles * blocks.max_width() + kSkew; }
+  int64_t scratch_values() const {
+    return lines.scratch_values() + z.values() + 16 * product_matrix() +
+           4 * tiles * blocks.max_width();
+  }
+
+  // ---- weights: [block of columns][u][channel][column], columns padded with zeros
+
+  int64_t matrices() const { return rows.weights() * columns.weights(); }
+  int64_t packed_values() const { return matrices() * lines.channels * blocks.padded(); }
+
+  // channel r's; weight[tap, column] by their strides
+  template <typename S>
+  void pack(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, int64_t r,
+            T* packed) const {
+    T taps[9 * kMaxWidth];
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t width = blocks.width(block);
+      for (int64_t i = 0; i < 9; ++i) {
+        const int64_t tap = turned ? 8 - i : i;
+        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
+                      block, taps + i * width);
+      }
+      T* out = packed + matrices() * lines.channels * blocks.start(block) + r * width;
+      memdense::dispatch<TransformWeights<T>>(TransformWeights<T>{
+          taps, width, rows.weights(), columns.weights(), out, lines.channels * width});
+    }
+  }
+
+  // Tiles [begin, end) of all images', to emit as conv3x3::Walk does.
+  template <typename S, typename Emit>
+  void run(int64_t begin, int64_t end, const Images<const S>& source, const Reading<T>& read,
+           const T* packed, T* scratch, Emit& emit) const {
+    auto held = lines.hold(scratch);
+    T* inputs = scratch + lines.scratch_values();
+    T* products = inputs + z.values();
+    T* results = products + 16 * product_matrix();
+    for_tiles(
+        rows, columns, begin, end, tiles,
+        [&](const Run& run) {
+          transform(rows, columns, lines, z, run, held, source, read, inputs);
+        },
+        [&](Kind kind, const std::vector<Run>& runs, int64_t count) {
+          for (int64_t block = 0; block < blocks.count; ++block) {
+            multiply(kind, count, block, packed, inputs, products);
+            T* next = results;
+            for (const Run& run : runs) next = finish(run, block, products, next, emit);
+            emit.stored(block, results, (next - results) / blocks.width(block));
+          }
+        });
+  }
+
+  // z of a run of tiles
+  template <typename S>
+  static void transform(const PairedAxis& rows, const PairedAxis& columns, const Lines<T>& lines,
+                        const Matrices& z, const Run& run, typename Lines<T>::Held& held,
+                        const Images<const S>& source, const Reading<T>& read, T* inputs) {
+    const int64_t x = columns.source_of(columns.pairs[run.first], 0);
+    TransformInputs<T> work{{},
+                            rows.inputs(run.kind.rows),
+                            columns.inputs(run.kind.columns),
+                            columns.dilation * lines.stride,
+                            run.count,
+                            lines.stride,
+                            inputs + z.at(run.kind, 0) + run.slot * lines.stride,
+                            z.size};
+    for (int r = 0; r < (run.kind.rows ? 4 : 3); ++r) {
+      work.lines[r] = lines.line(held, source, read, run.image, rows.source_of(run.row, r),
+                                 run.row.first / rows.dilation + r) +
+                      x * lines.stride;
+    }
+    memdense::dispatch<OfKind<TransformInputs<T>>>(work, run.kind);
+  }
+
+ private:
+  void multiply(Kind kind, int64_t count, int64_t block, const T* packed, const T* inputs,
+                T* products) const {
+    const int64_t width = blocks.width(block), channels = lines.channels;
+    const T* weights = packed + matrices() * channels * blocks.start(block);
+    const int64_t pieces = (count + blocks.max_rows(block) - 1) / blocks.max_rows(block);
+    for (int a = 0; a < PairedAxis::products(kind.rows); ++a) {
+      for (int b = 0; b < PairedAxis::products(kind.columns); ++b, products += product_matrix()) {
+        Segment<T> terms[9];
+        int64_t used = 0;
+        for (int i = 0; i < rows.terms(kind.rows); ++i) {
+          const Term row = PairedAxis::term(kind.rows, a, i);
+          for (int j = 0; j < columns.terms(kind.columns); ++j) {
+            const Term column = PairedAxis::term(kind.columns, b, j);
+            const int matrix = row.z * columns.inputs(kind.columns) + column.z;
+            terms[used++] = {inputs + z.at(kind, matrix),
+                             weights + (row.u * columns.weights() + column.u) * channels * width};
+          }
+        }
+        for (int64_t i = 0; i < pieces; ++i) {
+          const int64_t from = i * count / pieces, to = (i + 1) * count / pieces;
+          Segment<T> shifted[9];
+          for (int64_t t = 0; t < used; ++t) {
+            shifted[t] = {terms[t].a + from * lines.stride, terms[t].b};
+          }
+          blocks.kernels.run(static_cast<int>(to - from), blocks.vectors_of(block),
+                             {shifted, used, channels, lines.stride, 1, width,
+                              products + from * width, width, false});
+        }
+      }
+    }
+  }
+
+  // Results of a run to [line][pixel][column]; where they end.
+  template <typename Emit>
+  T* finish(const Run& run, int64_t block, const T* products, T* results, Emit& emit) const {
+    const int64_t width = blocks.width(block), pixels = run.count * (run.kind.columns ? 2 : 1);
+    memdense::dispatch<OfKind<TransformOutputs<T>>>(
+        TransformOutputs<T>{products + run.slot * width, product_matrix(), width, run.count,
+                            results, pixels * width},
+        run.kind);
+    for (int i = 0; i < (run.kind.rows ? 2 : 1); ++i, results += pixels * width) {
+      emit.results(run.image, run.row.first + i * rows.dilation, columns.pairs[run.first].first,
+                   columns.dilation, block,
+                   Result<T>{results, width, pixels, blocks.columns_of(block)});
+    }
+    return results;
+  }
+};
+
+// ---- the weight gradient
+
+// The transformed gradient of weight[j, c], summed over tiles: partial[block of c][m][j][c].
+template <typename T>
+struct WeightWalk {
+  PairedAxis rows, columns;
+  Lines<T> x_lines, dy_lines;
+  Blocks<T> blocks;  // of c
+  int64_t images, tiles;
+  Matrices z, u;
+
+  explicit WeightWalk(const Geometry& g)
+      : rows(PairedAxis::forward(g, 0)),
+        columns(PairedAxis::forward(g, 1)),
+        x_lines(Walk<T>::lines_of(rows, columns, g.c)),
+        dy_lines{g.out[0], g.out[1], 0, 0, g.k, pixel_stride<T>(g.k)},
+        blocks(g.c),
+        images(g.n),
+        tiles(chunk_tiles<T>(x_lines.stride + dy_lines.stride, 1)),
+        z(Walk<T>::inputs_of(rows, columns, tiles * x_lines.stride + kSkew)),
+        u(tiles * dy_lines.stride + kSkew, [&](Kind kind) {
+          const bool there = rows.inputs(kind.rows) * columns.inputs(kind.columns) > 0;
+          return there ? PairedAxis::products(kind.rows) * PairedAxis::products(kind.columns) : 0;
+        }) {}
+
+  int64_t units() const { return images * rows.count() * columns.count(); }
+  int64_t pixels_of_unit() const { return 4; }
+  int64_t matrices() const { return rows.weights() * columns.weights(); }
+  int64_t partial_values() const { return matrices() * dy_lines.channels * blocks.padded(); }
+  int64_t scratch_values() const {
+    return x_lines.scratch_values() + dy_lines.scratch_values() + z.values() + u.values();
+  }
+
+  // Tiles [begin, end) of all images'
+  template <typename S>
+  void run(int64_t begin, int64_t end, const Images<const S>& dy, const Images<const S>& x,
+           const Reading<T>& read, T* scratch, T* partial) const {
+    auto x_held = x_lines.hold(scratch);
+    auto dy_held = dy_lines.hold(scratch + x_lines.scratch_values());
+    T* inputs = scratch + x_lines.scratch_values() + dy_lines.scratch_values();
+    T* gradients = inputs + z.values();
+    for_tiles(
+        rows, columns, begin, end, tiles,
+        [&](const Run& run) {
+          Walk<T>::transform(rows, columns, x_lines, z, run, x_held, x, read, inputs);
+          transform(run, dy_held, dy, gradients);
+        },
+        [&](Kind kind, const std::vector<Run>&, int64_t count) {
+          multiply(kind, count, inputs, gradients, partial);
+        });
+  }
+
+  // dweight[j, c, ky, kx] of one j: the tasks' partial sums, added in their order
+  void reduce(const T* partials, int64_t tasks, int64_t j, T* dweight) const {
+    T taps[9 * kMaxWidth];
+    const int64_t outputs = dy_lines.channels, channels = x_lines.channels;
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t width = blocks.width(block);
+      memdense::dispatch<TransformSums<T>>(TransformSums<T>{
+          partials + matrices() * blocks.start(block) * outputs + j * width, tasks,
+          partial_values(), outputs * width, rows.weights(), columns.weights(), width, taps});
+      for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          dweight[(j * channels + blocks.start(block) + c) * 9 + tap] = taps[tap * width + c];
+        }
+      }
+    }
+  }
+
+ private:
+  template <typename S>
+  void transform(const Run& run, typename Lines<T>::Held& held, const Images<const S>& dy,
+                 T* gradients) const {
+    TransformGradients<T> work{{},
+                               columns.dilation * dy_lines.stride,
+                               run.count,
+                               dy_lines.stride,
+                               gradients + u.at(run.kind, 0) + run.slot * dy_lines.stride,
+                               u.size};
+    for (int i = 0; i < (run.kind.rows ? 2 : 1); ++i) {
+      work.lines[i] =
+          dy_lines.line(held, dy, Reading<T>{}, run.image, run.row.first + i * rows.dilation,
+                        run.row.first / rows.dilation + i) +
+          columns.pairs[run.first].first * dy_lines.stride;
+    }
+    memdense::dispatch<OfKind<TransformGradients<T>>>(work, run.kind);
+  }
+
+  void multiply(Kind kind, int64_t count, const T* inputs, const T* gradients, T* partial) const {
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      T* sums = partial + matrices() * dy_lines.channels * blocks.start(block);
+      const T* z_block = inputs + blocks.start(block);
+      for (int a = 0; a < PairedAxis::products(kind.rows); ++a) {
+        for (int b = 0; b < PairedAxis::products(kind.columns); ++b) {
+          const T* e = gradients + u.at(kind, a * PairedAxis::products(kind.columns) + b);
+          for (int i = 0; i < rows.terms(kind.rows); ++i) {
+            const Term row = PairedAxis::term(kind.rows, a, i);
+            for (int j = 0; j < columns.terms(kind.columns); ++j) {
+              const Term column = PairedAxis::term(kind.columns, b, j);
+              const int matrix = row.z * columns.inputs(kind.columns) + column.z;
+              accumulate(block, count, e, z_block + z.at(kind, matrix),
+                         sums + (row.u * columns.weights() + column.u) * dy_lines.channels *
+                                    blocks.width(block));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // sums[j][c] += sum over tiles of e[tile][j] * z[tile][c], for a block of c
+  void accumulate(int64_t block, int64_t count, const T* e, const T* z, T* sums) const {
+    const int64_t outputs = dy_lines.channels, width = blocks.width(block);
+    const int64_t pieces = (outputs + blocks.max_rows(block) - 1) / blocks.max_rows(block);
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t j = i * outputs / pieces, j_end = (i + 1) * outputs / pieces;
+      const Segment<T> segment{e + j, z};
+      blocks.kernels.run(
+          static_cast<int>(j_end - j), blocks.vectors_of(block),
+          {&segment, 1, count, 1, dy_lines.stride, x_lines.stride, sums + j * width, width, true});
+    }
+  }
+};
+
+}  // namespace winograd
+}  // namespace conv3x3
+}  // namespace memdense
