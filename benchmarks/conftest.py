@@ -3,48 +3,15 @@
 import shlex
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import report
 import torch
 from measure import Refused, ceilings, default_device, describe
+from options import Options, options_of
 from rich.console import Console
-from variants import ARCHS, Setting
-
-
-@dataclass(frozen=True)
-class Options:
-    device: torch.device
-    dtype: torch.dtype
-    quick: bool
-    compile: str
-    archs: tuple[str, ...]
-    batch: int | None
-    size: int | None
-    seconds: float
-
-    def setting(self, name: str, inference: bool) -> Setting:
-        """What is run of a network; batch and size as fit the machine unless they were given."""
-        arch = ARCHS[name]
-        size = arch.size
-        if self.quick and not arch.small_inputs:
-            size = 64
-        if self.size is not None and not arch.small_inputs:
-            size = self.size
-        batch = self.batch or self._batch(name, size)
-        return Setting(arch, name, batch, size, self.dtype, self.device, inference)
-
-    def _batch(self, name: str, size: int) -> int:
-        if self.quick:
-            return 2
-        if self.device.type == "cpu":
-            return 32 if ARCHS[name].small_inputs else 4 if name == "densenet121" else 2
-        # the plain modules' float32 step in a third of the memory; a power of two
-        memory = torch.cuda.get_device_properties(self.device).total_memory / 3
-        image = 1e6 * ARCHS[name].megabytes_per_image * (size / ARCHS[name].size) ** 2
-        return 1 << min(8, max(0, int(memory / image).bit_length() - 1))
+from variants import ARCHS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,19 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="default: float32 on a CPU, bfloat16 (autocast) on a GPU")  # fmt: skip
     group.addoption("--device", type=torch.device, default=default_device())
     group.addoption("--compile", choices=("auto", "all", "none"), default="auto",
-                    help="torch.compile, which takes minutes: of one network, all, none")  # fmt: skip
+                    help="torch.compile takes minutes: of one network, all, none")  # fmt: skip
     group.addoption("--seconds", type=float, default=10.0, help="for the rounds of a network")
-
-
-def options_of(config: pytest.Config) -> Options:
-    get = config.getoption
-    quick, device = get("--quick"), get("--device")
-    dtype = get("--dtype") or ("bfloat16" if device.type == "cuda" else "float32")
-    return Options(
-        device, getattr(torch, dtype), quick, "none" if quick else get("--compile"),
-        tuple(get("--arch") or ARCHS), get("--batch"), get("--size"),
-        0.5 if quick else get("--seconds"),
-    )  # fmt: skip
 
 
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
@@ -80,11 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS], config.stash[LEFT_OUT] = [], {}
     if config.getoption("benchmark_columns", None) is None:
         config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "arch" in metafunc.fixturenames:
-        metafunc.parametrize("arch", options_of(metafunc.config).archs)
 
 
 @pytest.fixture(scope="session")

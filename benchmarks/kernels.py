@@ -50,9 +50,7 @@ TF32_LIMIT = 2e-3  # PyTorch's convolutions use it on CUDA unless told otherwise
 Records = dict[str, dict[str, Any] | Refused]
 
 
-def disagreement(
-    found: tuple[Tensor, ...], exact: tuple[Tensor, ...], dtype: torch.dtype
-) -> str:
+def disagreement(found: tuple[Tensor, ...], exact: tuple[Tensor, ...], dtype: torch.dtype) -> str:
     """What is wrong with a kernel's outputs, where it works in ``dtype``; empty where each is near
     enough. NaN is not.
     """

@@ -1,4 +1,4 @@
-"""How everything here is timed: checked first, side by side, and against what the machine can do."""
+"""How everything here is timed: checked first, side by side, against what the machine can do."""
 
 import platform
 import statistics

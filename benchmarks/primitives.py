@@ -374,9 +374,7 @@ def pool_conv1x1(geometry: Geometry, c: int, b: int) -> Case:
         return lambda: (F.avg_pool2d(F.conv2d(norm(x).relu_(), weight), 2),)
 
     shape = f"{geometry.n} x {geometry.h}x{geometry.w}, {c} -> {b}"
-    return Case(
-        "bn_relu_pool_conv1x1", shape, arguments, lambda _, y: (small.images(y),), separate
-    )
+    return Case("bn_relu_pool_conv1x1", shape, arguments, lambda _, y: (small.images(y),), separate)
 
 
 def pool_conv1x1_backward(geometry: Geometry, c: int, b: int) -> Case:
@@ -552,9 +550,10 @@ def normalised(geometry: Geometry, c: int) -> Case:
 
 
 def cases(batch: int, every: bool = False, quick: bool = False) -> list[Case]:
-    """The primitives at the shapes of DenseNet-121 at 224 x 224: those of a middle layer of the
-    first and the third block; ``every`` block and dilation, and a layer of BC-100-12; or, ``quick``,
-    a few pixels.
+    """The primitives at the shapes of DenseNet-121 at 224 x 224.
+
+    Those of a dense layer for a middle one of the first and the third block; with ``every``, of
+    each block and dilation, and of BC-100-12. ``quick``: a few pixels.
     """
     k, b = 32, 128
     found = []
@@ -582,7 +581,11 @@ def cases(batch: int, every: bool = False, quick: bool = False) -> list[Case]:
     at, c = Geometry(batch, stem[0], stem[0]), stem[1]
     found += [statistics(at, c), maxpool(at, c), maxpool_backward(at, c), normalised(at, c)]
     at, c = Geometry(batch, transition[0], transition[0]), transition[1]
-    found += [pack(at, c // 4, c), pool_conv1x1(at, c, c // 2), pool_conv1x1_backward(at, c, c // 2)]
+    found += [
+        pack(at, c // 4, c),
+        pool_conv1x1(at, c, c // 2),
+        pool_conv1x1_backward(at, c, c // 2),
+    ]
     at, c = Geometry(batch, head[0], head[0]), head[1]
     found += [
         norm_relu(at, c),

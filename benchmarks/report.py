@@ -50,8 +50,11 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """What pytest-benchmark (or step.py) wrote."""
-    data = json.loads(path.read_text())
+    return parse(json.loads(path.read_text()))
+
+
+def parse(data: dict[str, Any]) -> Results:
+    """What pytest-benchmark, or step.py, wrote."""
     records = [
         {
             "group": b["group"],
@@ -128,12 +131,12 @@ def steps(results: Results, kind: str) -> list[Table]:
             if kind != "training":
                 del cells[5]
             rows.append(bold(cells) if r["variant"] == OURS else cells)
-        for variant, why in results.left_out.get(group, {}).items():
-            rows.append([variant, f"not measured: {why}", *[""] * (len(rows[0]) - 2)])
+        left_out = results.left_out.get(group, {}).items()
+        note = "; ".join(f"{variant} not measured: {why}" for variant, why in left_out)
         head = ["", "time", "a step", "images/s", "peak / image", "kept / image", "memory"]
         if kind != "training":
             head = [*head[:2], "a batch", *head[3:5], head[6]]
-        tables.append(Table(group, head, rows))
+        tables.append(Table(group, head, rows, note))
     return tables
 
 
@@ -147,7 +150,9 @@ STEP_NOTE = (
 def headline(results: Results) -> list[Table]:
     """DenseNet-121's training step, with its origin."""
     found = [t for t in steps(results, "training") if t.title.startswith("densenet121")]
-    return [t._replace(note=f"{results.place}. {STEP_NOTE}") for t in found[:1]]
+    return [
+        t._replace(title="", note=f"{t.title}. {results.place}. {STEP_NOTE}") for t in found[:1]
+    ]
 
 
 def summary(results: Results) -> list[Table]:
@@ -190,13 +195,11 @@ def profile(results: Results) -> list[Table]:
         ]
         if whole:
             rest = max(0.0, whole["seconds"] - sum(r["seconds"] for r in parts))
-            share = f"{rest / whole['seconds']:.0%}"
-            rows.append(["the rest: first convolution, classifier, Python", "", seconds(rest), share,
-                         *[""] * 4])  # fmt: skip
-            rows.append(bold(["step", "", seconds(whole["seconds"]), "", "", "",
-                              seconds(whole["floor"]),
-                              f"{whole['floor'] / whole['seconds']:.0%}"]))  # fmt: skip
-            rows[-1] = [cell if cell != "****" else "" for cell in rows[-1]]
+            share, near = rest / whole["seconds"], whole["floor"] / whole["seconds"]
+            label = "the rest: first convolution, classifier, Python"
+            rows.append([label, "", seconds(rest), f"{share:.0%}", *[""] * 4])
+            total, floor = bold([seconds(whole["seconds"]), seconds(whole["floor"])])
+            rows.append(["**step**", "", total, "", "", "", floor, f"**{near:.0%}**"])
         head = ["primitive", "calls", "time", "of the step", "GFLOP", "GB", "floor", "floor / time"]
         tables.append(Table(group, head, rows, ceiling_note(results)))
     return tables
@@ -326,13 +329,15 @@ def capacity(results: Results) -> list[Table]:
         image, fixed = 3 * 4 * records[0]["size"] ** 2, records[0]["fixed bytes"]
         batches = [f"{largest_batch(line, image, fixed, b << 30):,}" for b in BUDGETS]
         side = records[0]["size"]
-        cells = [f"{arch}, {side} x {side}", variant, megabytes(line.slope), *batches]
+        measured = "batch " + ", ".join(str(r["value"]) for r in records)
+        cells = [f"{arch}, {side} x {side}", variant, f"{measured} (R² {line.r2:.4f})",
+                 megabytes(line.slope), *batches]  # fmt: skip
         rows.append(bold(cells) if variant == OURS else cells)
-    head = ["", "", "an image"] + [f"{b} GiB" for b in BUDGETS]
+    head = ["", "", "measured", "an image"] + [f"{b} GiB" for b in BUDGETS]
     note = (
-        "Extrapolated, not run: a line through the peaks measured at the batches above, plus images, "
-        "parameters, gradients and momentum in float32. What a device's libraries and a fragmented "
-        f"allocator take is not in it. {results.place}"
+        "Extrapolated, not run: a line through the measured peaks, plus images, and parameters, "
+        "gradients and momentum in float32. What a device's libraries and a fragmented allocator "
+        f"take is not in it. {results.place}"
     )
     return [Table("Largest batch, extrapolated", head, rows, note)] if rows else []
 

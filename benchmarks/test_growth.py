@@ -4,8 +4,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import options_of
 from growth import GROWN, Point, fixed_bytes, points
+from options import options_of
 from variants import measure
 
 

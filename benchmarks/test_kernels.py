@@ -4,9 +4,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import Options, options_of
 from kernels import DILATIONS, convolutions, measure_case, measure_convolution
 from measure import Clock, Refused, ceilings
+from options import Options, options_of
 from primitives import LAYOUTS, Case, backends, cases
 
 SECONDS = 1.0
@@ -16,7 +16,8 @@ PEERS = [f"PyTorch, {layout}" for layout in LAYOUTS]
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = options_of(metafunc.config)
     if "case" in metafunc.fixturenames:
-        batch = options.batch or (1 if options.quick else 64 if options.device.type == "cuda" else 4)
+        cuda = options.device.type == "cuda"
+        batch = options.batch or (1 if options.quick else 64 if cuda else 4)
         found = cases(batch, quick=options.quick)
         metafunc.parametrize("case", found, ids=[f"{c.primitive}: {c.shape}" for c in found])
         ours = [f"memdense, {name}" for name in backends(options.device)]

@@ -7,24 +7,36 @@ from typing import Any
 
 import pytest
 from measure import Clock, ceilings
+from options import options_of
 from primitives import PRIMITIVES, Profile
-from variants import ARCHS, VARIANTS, Setting, inputs, left_out, measure, memdense_model, step
+from variants import ARCHS, Setting, inputs, left_out, measure, memdense_model, names, step
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "setting" in metafunc.fixturenames:
+        options = options_of(metafunc.config)
+        found = [
+            (setting, variant)
+            for name in options.archs
+            for setting in (options.setting(name, False), options.setting(name, True))
+            for variant in names(setting)
+        ]
+        what = {False: "training", True: "inference"}
+        ids = [f"{setting.name}-{what[setting.inference]}-{variant}" for setting, variant in found]
+        metafunc.parametrize(("setting", "variant"), found, ids=ids)
 
 
 @cache
 def measured(setting: Setting, compile: str, seconds: float) -> dict[str, Any]:
-    names = [name for name in VARIANTS if not left_out(name, setting, compile)]
-    return measure(setting, names, seconds)
+    chosen = [name for name in names(setting) if not left_out(name, setting, compile)]
+    return measure(setting, chosen, seconds)
 
 
-@pytest.mark.parametrize("inference", [False, True], ids=["training", "inference"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_step(options, give, leave_out, arch: str, inference: bool, variant: str) -> None:
-    setting = options.setting(arch, inference)
+def test_step(options, give, leave_out, setting: Setting, variant: str) -> None:
     if why := left_out(variant, setting, options.compile):
         leave_out(str(setting), variant, why)
     records = measured(setting, options.compile, options.seconds)
-    about = {"kind": "inference" if inference else "training", "arch": arch}
+    about = {"kind": "inference" if setting.inference else "training", "arch": setting.name}
     size = {"batch": setting.batch, "size": setting.size}
     give(str(setting), variant, records[variant], **about, **size)
 

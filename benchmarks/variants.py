@@ -134,23 +134,29 @@ VARIANTS = {
 BASE = next(iter(VARIANTS))
 
 
+def names(setting: Setting) -> list[str]:
+    """The variants that differ in what they do here."""
+    found = list(VARIANTS)
+    if backend_for(setting.device).name != "native":
+        found.remove("memdense without extension")
+    if setting.arch.small_inputs:
+        found.remove("memdense, recompute_stem=False")
+    if setting.inference:  # nothing is kept, so there is nothing to recompute
+        switches = "memory_efficient", "checkpointed", "recompute", "keep"
+        found = [name for name in found if not any(switch in name for switch in switches)]
+    return found
+
+
 def left_out(name: str, setting: Setting, compile: str) -> str:
-    """Why a variant is not measured here; empty where it is. ``compile``: auto, all or none."""
-    if "torch.compile" in name:
-        # a minute or more to compile the smallest, several for the others
-        chosen = "densenet121" if setting.device.type == "cuda" else "bc100-12"
-        if compile == "none" or (compile == "auto" and setting.name != chosen):
-            return "compiles for minutes; --compile all"
-        if setting.device.type == "cpu" and not shutil.which("c++"):
-            return "needs a C++ compiler"
-    if "without extension" in name and backend_for(setting.device).name != "native":
-        return "the same as memdense here"
-    if "recompute_stem" in name and setting.arch.small_inputs:
-        return "no stem to recompute"
-    if setting.inference and ("recompute" in name or "keep" in name or "checkpoint" in name):
-        return "nothing is kept in inference"
-    if setting.inference and "memory_efficient" in name:
-        return "the same as torchvision in inference"
+    """Why a variant is not measured; empty where it is. ``compile``: auto, all or none."""
+    if "torch.compile" not in name:
+        return ""
+    # a minute or more to compile the smallest on a CPU, several for the others
+    chosen = "densenet121" if setting.device.type == "cuda" else "bc100-12"
+    if compile == "none" or (compile == "auto" and setting.name != chosen):
+        return "compiles for minutes: --compile all"
+    if setting.device.type == "cpu" and not shutil.which("c++"):
+        return "needs a C++ compiler"
     return ""
 
 
@@ -215,7 +221,7 @@ def complaint(found: dict[str, float], plain: dict[str, float]) -> str:
 
 
 def measure(
-    setting: Setting, names: Sequence[str], seconds: float, least: int = 3
+    setting: Setting, variants: Sequence[str], seconds: float, least: int = 3
 ) -> dict[str, dict[str, Any] | Refused]:
     """By variant: its times, its ratio to the first and its memory; or why it was refused.
 
@@ -243,11 +249,12 @@ def measure(
 
     x, target = inputs(setting)
     models, images, found = {}, {}, {}
-    for name in names:
+    for name in variants:
         variant = VARIANTS[name]
-        model = variant.make(setting.arch)
-        model.load_state_dict(weights)
-        model = variant.finish(model.to(setting.device).train(not setting.inference))
+        with torch.device("meta"):  # initialising millions of weights takes longer than a step
+            model = variant.make(setting.arch)
+        model.to_empty(device=setting.device).load_state_dict(weights)
+        model = variant.finish(model.train(not setting.inference))
         if not hasattr(model, "_orig_mod"):
             with backend(name):
                 reason = complaint(errors(outcome(model, small), exact), tolerated)
@@ -274,7 +281,7 @@ def measure(
 
     runs = {name: partial(run, name) for name in models}
     found |= interleaved(runs, check, Clock(setting.device), seconds, (least, 50))
-    records = with_ratios({name: found[name] for name in names})
+    records = with_ratios({name: found[name] for name in variants})
     for name, record in records.items():
         if not isinstance(record, Refused):
             part = partial(forward, models[name], images[name], target, setting)
