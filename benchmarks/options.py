@@ -12,7 +12,7 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     quick: bool
-    compile: str
+    compiled: tuple[str, ...]
     archs: tuple[str, ...]
     batch: int | None
     size: int | None
@@ -47,8 +47,11 @@ def options_of(config: pytest.Config) -> Options:
     get = config.getoption
     quick, device = get("--quick"), get("--device")
     dtype = get("--dtype") or ("bfloat16" if device.type == "cuda" else "float32")
+    compiled = get("--compile")
+    if compiled is None:
+        compiled = ["densenet121"] if device.type == "cuda" and not quick else []
     return Options(
-        device, getattr(torch, dtype), quick, "none" if quick else get("--compile"),
+        device, getattr(torch, dtype), quick, tuple(compiled),
         tuple(get("--arch") or (QUICK_ARCHS if quick else ARCHS)), get("--batch"), get("--size"),
         0.5 if quick else get("--seconds"),
     )  # fmt: skip

@@ -27,15 +27,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @cache
-def measured(setting: Setting, compile: str, seconds: float) -> dict[str, Any]:
-    chosen = [name for name in names(setting) if not left_out(name, setting, compile)]
+def measured(setting: Setting, compiled: tuple[str, ...], seconds: float) -> dict[str, Any]:
+    chosen = [name for name in names(setting) if not left_out(name, setting, compiled)]
     return measure(setting, chosen, seconds)
 
 
 def test_step(options, give, leave_out, setting: Setting, variant: str) -> None:
-    if why := left_out(variant, setting, options.compile):
+    if why := left_out(variant, setting, options.compiled):
         leave_out(str(setting), variant, why)
-    records = measured(setting, options.compile, options.seconds)
+    records = measured(setting, options.compiled, options.seconds)
     about = {"kind": "inference" if setting.inference else "training", "arch": setting.name}
     size = {"batch": setting.batch, "size": setting.size}
     give(str(setting), variant, records[variant], **about, **size)
