@@ -147,12 +147,13 @@ def ceilings(device: torch.device, dtype: torch.dtype, quick: bool = False) -> C
 def describe(device: torch.device) -> dict[str, str | int]:
     """Where a figure comes from."""
     root = Path(__file__).resolve().parent.parent
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if cuda
-        else torch.backends.cpu.get_cpu_capability(),
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        where = {"device": name, "driver": driver}
+    else:
+        where = {"device": _cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    return where | {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

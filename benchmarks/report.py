@@ -14,6 +14,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -373,22 +374,27 @@ def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
     figure, axes = plt.subplots(1, columns, figsize=(width, height), dpi=150, squeeze=False)
     for ax in axes[0]:
         ax.grid(alpha=0.3)
+        ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]
 
 
 def _place(results: Results) -> str:
     about = results.about
-    return f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
+    return f"{about['device']}, threads: {about['threads']}, torch {about['torch']}"
 
 
-def plot_step(results: Results, path: Path) -> bool:
-    """Time against peak memory of every peer: down and to the left is better."""
+def plot_step(results: Results, path: Path, first: bool = True) -> bool:
+    """Time against peak memory of every peer: down and to the left is better. Of the first network
+    or of all.
+    """
     found = results.groups("training")
-    groups = sorted(found.values(), key=lambda rs: ORDER.index(rs[0]["arch"]))[:5]
+    groups = sorted(found.values(), key=lambda rs: ORDER.index(rs[0]["arch"]))
+    groups = groups[:1] if first else groups
     if not groups:
         return False
-    figure, axes = _figure(len(groups), 2.2 + 2.7 * len(groups), 3.8)
+    panel = 5.4 if first else 2.7
+    figure, axes = _figure(len(groups), 2.2 + panel * len(groups), 3.6)
     for ax, records in zip(axes, groups, strict=True):
         for r in records:
             if "ratio" in r:
@@ -396,8 +402,8 @@ def plot_step(results: Results, path: Path) -> bool:
                     r["peak bytes"] / r["batch"] / 1e6, r["ratio"], s=60, zorder=3,
                     color=COLOURS.get(r["variant"], "#000000"), label=r["variant"],
                 )  # fmt: skip
-        ax.set_xlim(left=0)
-        ax.set_ylim(bottom=0)
+        ax.set_xlim(0, 1.08 * ax.get_xlim()[1])
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.set_title(records[0]["group"].replace(" training step, ", "\n"), fontsize=8, loc="left")
         ax.set_xlabel("peak MB per image", fontsize=8)
     axes[0].set_ylabel("time of a training step, torchvision = 1", fontsize=8)
@@ -474,6 +480,7 @@ def plot_floors(results: Results, path: Path) -> bool:
 
 PLOTS: dict[str, tuple[Callable[[Results, Path], bool], str]] = {
     "step": (plot_step, "Time against peak memory of a training step"),
+    "steps": (partial(plot_step, first=False), "Time against peak memory, all networks"),
     "depth": (plot_depth, "Peak memory against depth"),
     "floors": (plot_floors, "Share of the floor, kernel by kernel"),
 }
@@ -528,7 +535,7 @@ def page(results: Results, pieces: dict[str, str]) -> str:
         "profile": "Where a training step's time goes", "kernels": "Kernels",
         "convolution": "Dilated convolution", "growth": "Growth", "capacity": "Largest batch",
     }  # fmt: skip
-    plots = {"training": "plot step", "kernels": "plot floors", "growth": "plot depth"}
+    plots = {"training": "plot steps", "kernels": "plot floors", "growth": "plot depth"}
     parts = [f"# Results: {results.about['device']}", results.place + ".", STEP_NOTE]
     for name, heading in headings.items():
         if name in pieces:

@@ -35,7 +35,8 @@ def measured(setting: Setting, compiled: tuple[str, ...], seconds: float) -> dic
 def test_step(options, give, leave_out, setting: Setting, variant: str) -> None:
     if why := left_out(variant, setting, options.compiled):
         leave_out(str(setting), variant, why)
-    records = measured(setting, options.compiled, options.seconds)
+    seconds = options.seconds / 2 if setting.inference else options.seconds
+    records = measured(setting, options.compiled, seconds)
     about = {"kind": "inference" if setting.inference else "training", "arch": setting.name}
     size = {"batch": setting.batch, "size": setting.size}
     give(str(setting), variant, records[variant], **about, **size)
