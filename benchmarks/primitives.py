@@ -619,14 +619,16 @@ def convolution(
         return run
 
     def deterministic(run: Run) -> tuple[Tensor, ...]:
-        # without the NaN that this mode fills empty memory with
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        mode, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
+        before = filled.fill_uninitialized_memory
+        # filling is for finding bugs, and would be timed
+        filled.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True)
         try:
             return run()
         finally:
-            torch.use_deterministic_algorithms(False)
-            torch.utils.deterministic.fill_uninitialized_memory = True
+            torch.use_deterministic_algorithms(mode)
+            filled.fill_uninitialized_memory = before
 
     found = {f"PyTorch, {name}": step(F.conv2d, layout) for name, layout in LAYOUTS.items()}
     for name, layout in LAYOUTS.items():
