@@ -124,6 +124,6 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
             key.replace(" ", "_"): value for key, value in about_run(config).items()
         },
     )  # fmt: skip
-    console = Console(width=130)
+    console = Console(width=150)
     for table in report.all_tables(results):
         console.print(report.as_rich(table))

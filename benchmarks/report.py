@@ -88,7 +88,7 @@ def as_rich(table: Table) -> rich_table.Table:
     plain = [re.sub(r"[*`]", "", cell) for cell in (table.title, table.note)]
     found = rich_table.Table(title=plain[0], caption=plain[1], title_justify="left")
     for i, heading in enumerate(table.head):
-        found.add_column(heading, justify="right" if i else "left")
+        found.add_column(heading, justify="right" if i else "left", overflow="fold")
     for cells in table.rows:
         found.add_row(*(re.sub(r"[*`]", "", cell) for cell in cells))
     return found

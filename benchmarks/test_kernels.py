@@ -20,13 +20,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         batch = options.batch or (1 if options.quick else 64 if cuda else 4)
         found = cases(batch, quick=options.quick)
         metafunc.parametrize("case", found, ids=[f"{c.primitive}: {c.shape}" for c in found])
-        ours = [f"memdense, {name}" for name in backends(options.device)]
+        ours = [f"memdense, {backend}" for backend in backends(options.device)]
         metafunc.parametrize("variant", PEERS + ours)
     elif "shape" in metafunc.fixturenames:
         shapes = convolutions(options.device, options.quick)
         metafunc.parametrize("shape", shapes, ids=str)
         metafunc.parametrize("dilation", DILATIONS)
-        variants = PEERS + [f"{name}, deterministic" for name in PEERS] + ["memdense"]
+        variants = PEERS + [f"{peer}, deterministic" for peer in PEERS] + ["memdense"]
         metafunc.parametrize("variant", variants)
 
 
@@ -58,10 +58,14 @@ def with_floor(records: dict[str, Any], options: Options) -> dict[str, Any]:
     return records
 
 
+def name(options: Options) -> str:
+    return str(options.dtype).removeprefix("torch.")
+
+
 def test_primitive(options, give, case: Case, variant: str) -> None:
     about = {"kind": "kernel", "primitive": case.primitive, "shape": case.shape}
     record = measured(case, options)[variant]
-    give(f"{case.primitive}: {case.shape}", variant, record, **about)
+    give(f"{case.primitive}: {case.shape}, {name(options)}", variant, record, **about)
 
 
 def test_dilated_convolution(options, give, shape, dilation: int, variant: str) -> None:
@@ -69,5 +73,5 @@ def test_dilated_convolution(options, give, shape, dilation: int, variant: str) 
     label = f"{n} x {side}x{side}, {c} -> {k}"
     record = measured_convolution(shape, dilation, options)[variant]
     about = {"kind": "convolution", "shape": label, "dilation": dilation}
-    group = f"convolution, forward + backward: {label}, dilation {dilation}"
+    group = f"convolution, forward + backward: {label}, dilation {dilation}, {name(options)}"
     give(group, variant, record, **about)
