@@ -75,21 +75,29 @@ def interleaved(
 
     First each runs once, and ``check(name, result)`` says what is wrong with its result, nothing
     if it is right. What is wrong, or raises RuntimeError, is refused. A second, untimed round warms
-    up and tells how many rounds fit into ``seconds``, at least and at most ``rounds`` of them.
+    up and tells how many rounds fit into ``seconds``, at least and at most ``rounds`` of them; runs
+    that are longer than that need no second one.
     """
     found: dict[str, list[float] | Refused] = {}
+    longest = 0.0
     for name, run in variants.items():
+        start = time.perf_counter()
         try:
-            reason = check(name, run())
+            result = run()
+            # of the first alone: others may compile in here
+            longest = longest or time.perf_counter() - start
+            reason = check(name, result)
         except RuntimeError as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         found[name] = Refused(reason) if reason else []
     ready = [name for name, times in found.items() if not isinstance(times, Refused)]
-    start = time.perf_counter()
-    for name in ready:
-        clock.time(variants[name])
     least, most = rounds
-    count = int(seconds / max(time.perf_counter() - start, 1e-9))
+    count = least
+    if longest * len(ready) < max(seconds, 1.0):
+        start = time.perf_counter()
+        for name in ready:
+            clock.time(variants[name])
+        count = int(seconds / max(time.perf_counter() - start, 1e-9))
     for i in range(max(least, min(count, most))):
         for name in ready[i % len(ready) :] + ready[: i % len(ready)] if ready else ():
             found[name].append(clock.time(variants[name]))
