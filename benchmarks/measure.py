@@ -79,13 +79,13 @@ def interleaved(
     that are longer than that need no second one.
     """
     found: dict[str, list[float] | Refused] = {}
-    longest = 0.0
+    first = 0.0
     for name, run in variants.items():
         start = time.perf_counter()
         try:
             result = run()
-            # of the first alone: others may compile in here
-            longest = longest or time.perf_counter() - start
+            # of one variant alone: others may compile in here
+            first = first or time.perf_counter() - start
             reason = check(name, result)
         except RuntimeError as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -93,7 +93,7 @@ def interleaved(
     ready = [name for name, times in found.items() if not isinstance(times, Refused)]
     least, most = rounds
     count = least
-    if longest * len(ready) < max(seconds, 1.0):
+    if first * len(ready) < max(seconds, 1.0):
         start = time.perf_counter()
         for name in ready:
             clock.time(variants[name])
