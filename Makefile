@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+# The name that results are kept under.
+RESULTS ?= cpu
 # One thread: for 8x8 images a second gains little, and costs much where other work runs.
 DEMO_FLAGS ?= --compare --plot demo.png --threads 1
 
@@ -12,7 +14,7 @@ CLANG_FORMAT = find csrc tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o 
 	$(PY) -c 'import clang_format, sys; sys.exit(clang_format.clang_format())'
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: test demo lint format bench gpu sanitize clean
+.PHONY: test demo lint format bench results report gpu sanitize clean
 .NOTPARALLEL:
 
 # One thread a worker: two workers with two threads each fight over two cores.
@@ -35,6 +37,16 @@ format: .venv/test
 
 bench: .venv/test .venv/extension
 	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
+
+# Measures again what README.md and docs/ show, and writes it there. For a quiet machine.
+results: .venv/test .venv/extension
+	$(PY) -m pytest benchmarks --benchmark-only --compile densenet121 \
+		--benchmark-json=benchmarks/results/$(RESULTS).json $(BENCH_FLAGS)
+	$(MAKE) report
+
+report: .venv/test
+	$(PY) benchmarks/report.py benchmarks/results/$(RESULTS).json --out docs/$(RESULTS) \
+		--into README.md docs/roofline.md
 
 # On a GPU machine, with the torch of its own python3: no venv, no network.
 gpu:

@@ -1,4 +1,5 @@
-"""The primitives in Triton (float32, float16, bfloat16 on CUDA); the rest is the reference's.
+"""The primitives in Triton (float32, float16, bfloat16 on CUDA), the dense layers' 3x3 in CUDA C++
+where the extension has it; the rest is the reference's.
 
 Specification: :class:`memdense.backends.reference.Reference`, method by method.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import _extension
 from ...buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 from ..reference import Reference
 from . import cast, conv1x1, conv3x3, pools, settle, statistics
@@ -30,7 +32,9 @@ def _answers(g: Tensor) -> bool:
 class Triton(Reference):
     """Each method has its twin's contract; what its kernel does not take goes to the twin."""
 
-    name = "triton"
+    @property
+    def name(self) -> str:
+        return "triton and CUDA 3x3" if _extension.cuda_available() else "triton"
 
     # ---- producing channels
 
@@ -69,6 +73,12 @@ class Triton(Reference):
     ) -> None:
         fits = _fits(x, out) and weight.dtype == x.dtype
         fits = fits and (keep is None or keep[0].stride(-1) == 1)
+        if fits and x.is_cuda and _extension.cuda_runs_on(x.device):
+            mean, var = (None, None) if moments is None else moments
+            return torch.ops.memdense.bn_relu_conv3x3_into(
+                x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation,
+                *geometry, *(keep or (None, 1.0)), out, mean, var, _extension.tf32(),
+            )  # fmt: skip
         if not fits or not conv3x3.reachable(geometry, dilation, x.stride(0)):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
         conv3x3.forward(x, read, weight, dilation, geometry, out, keep, moments)
@@ -123,6 +133,15 @@ class Triton(Reference):
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
         fits = _fits(x, dy) and weight.dtype == x.dtype
         fits = fits and (into is None or _answers(into.g))
+        if fits and into is None and x.is_cuda and _extension.cuda_runs_on(x.device):
+            dz = x.new_empty(x.shape)
+            sums = Sums(torch.empty_like(read.mean), torch.empty_like(read.mean))
+            dweight = weight.new_empty(weight.shape, dtype=torch.float32) if need_weight else None
+            torch.ops.memdense.bn_relu_conv3x3_backward_into(
+                dy, weight, dilation, x, read.mean, read.var, read.weight, read.bias, read.eps,
+                *geometry, dz, *sums, dweight, _extension.tf32(),
+            )  # fmt: skip
+            return dz, sums, dweight
         if not fits or not conv3x3.reachable(geometry, dilation, dy.stride(0)):
             return super().bn_relu_conv3x3_backward(
                 dy, weight, dilation, x, read, geometry, into, need_weight

@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ... import _extension
+
 ALIGNMENT = 16  # bytes that Triton's widest loads want
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -156,11 +158,6 @@ def readable_slice(matrix: Tensor) -> int:
     return c if matrix.storage_offset() else readable(c, matrix.stride(0))
 
 
-def tf32() -> bool:
-    """Whether PyTorch lets convolutions round float32 operands to TF32."""
-    return torch.backends.cudnn.allow_tf32
-
-
 def precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s ``input_precision``."""
-    return "tf32" if dtype != torch.float32 or tf32() else "ieee"
+    return "tf32" if dtype != torch.float32 or _extension.tf32() else "ieee"
