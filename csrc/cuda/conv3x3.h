@@ -26,6 +26,13 @@ struct Axis {
   int phases, steps;  // min(dilation, out) phases with at most `steps` outputs
 };
 
+// For dividing by a number that is known before the launch: (n * factor / 2^32 + n) / 2^shift.
+struct Divisor {
+  int value;
+  uint32_t factor;
+  int shift;
+};
+
 struct Walk {
   int images;
   Axis y, x;
@@ -34,6 +41,10 @@ struct Walk {
   int pixels;            // rows of the tile's matrix: height * width and some that are not used
   int across;            // tiles beside each other
   int tiles;
+  Divisor by_width, by_halo_width;
+  Divisor by_widths, by_across;  // tiles beside each other in a phase, in all
+  // output lines and halo lines of an image's phase, phases
+  Divisor by_steps, by_halo_lines, by_phases;
 };
 
 // mean and variance, eps, gamma and beta of the C channels; the latter in float or in the values'

@@ -190,6 +190,15 @@ MEMDENSE_DEVICE float relu(float x) { return x <= 0.f ? 0.f : x; }
 
 // ---- where a tile's pixels lie
 
+struct Division {
+  int quotient, remainder;
+};
+
+MEMDENSE_DEVICE Division divide(int n, const Divisor& by) {
+  const int quotient = (high_product(n, by.factor) + n) >> by.shift;
+  return {quotient, n - quotient * by.value};
+}
+
 // The pixel of `axis` at position v, or -1 where there is zero.
 MEMDENSE_DEVICE int pixel_at(const Axis& axis, int v) {
   if (axis.spread > 1) {
@@ -206,44 +215,48 @@ MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& sour
                                  const Strides& target, int64_t* sources, int64_t* targets,
                                  int* places) {
   const Axis &y = walk.y, &x = walk.x;
-  const int widths = (x.steps + walk.width - 1) / walk.width;
-  const int across = tile % walk.across, phase_x = across / widths;
-  const int step_x = across % widths * walk.width;
-  const int line = tile / walk.across * walk.height;  // among all of the phases' and images' lines
-  const int image = line / y.steps, step_y = line % y.steps;
-  // lines of outputs and of halo that fall into the first image, and into a later one
+  const Division place = divide(tile, walk.by_across);
+  const Division across = divide(place.remainder, walk.by_widths);
+  const int phase_x = across.quotient, step_x = across.remainder * walk.width;
+  // among the lines of all phases and images
+  const Division line = divide(place.quotient * walk.height, walk.by_steps);
+  const int image = line.quotient, step_y = line.remainder;
+  // lines of outputs and of halo that fall into the first image
   const int first = y.steps - step_y;
   const int first_halo = (first < walk.height ? first : walk.height) * y.stride + 3 - y.stride;
-  const int full_halo = y.steps * y.stride + 3 - y.stride;
 
   for (int i = thread(); i < walk.halo; i += threads()) {
-    const int row = i / walk.halo_width, column = i % walk.halo_width;
+    const Division at = divide(i, walk.by_halo_width);
+    const int row = at.quotient, column = at.remainder;
     const bool later = row >= first_halo;
-    const int rest = row - first_halo;
-    const int segment = later ? 1 + rest / full_halo : 0, at = image + segment;
-    const int u = later ? rest % full_halo : step_y * y.stride + row;
-    const int n = at / y.phases, phase_y = at % y.phases;
-    const int h = pixel_at(y, y.offset + y.stride * phase_y + y.dilation * u);
+    const Division rest = divide(later ? row - first_halo : 0, walk.by_halo_lines);
+    const int segment = later ? 1 + rest.quotient : 0;
+    const int u = later ? rest.remainder : step_y * y.stride + row;
+    const Division n = divide(image + segment, walk.by_phases);
+    const int h = pixel_at(y, y.offset + y.stride * n.remainder + y.dilation * u);
     const int w =
         pixel_at(x, x.offset + x.stride * phase_x + x.dilation * (x.stride * step_x + column));
-    const bool exists = n < walk.images && h >= 0 && w >= 0;
-    sources[i] = with_turn<int64_t>(exists ? n * source.n + h * source.h + w * source.w : -1,
-                                    row + segment * walk.width);
+    const bool exists = n.quotient < walk.images && h >= 0 && w >= 0;
+    sources[i] =
+        with_turn<int64_t>(exists ? n.quotient * source.n + h * source.h + w * source.w : -1,
+                           row + segment * walk.width);
   }
   for (int i = thread(); i < walk.pixels; i += threads()) {
-    const int row = i / walk.width, column = i % walk.width;
+    const Division at = divide(i, walk.by_width);
+    const int row = at.quotient, column = at.remainder;
     const bool later = row >= first;
-    const int segment = later ? 1 + (row - first) / y.steps : 0;
-    const int q = later ? (row - first) % y.steps : step_y + row;
-    const int n = (image + segment) / y.phases, phase_y = (image + segment) % y.phases;
-    const int h = phase_y + y.dilation * q, w = phase_x + x.dilation * (step_x + column);
-    const bool exists =
-        row < walk.height && n < walk.images && step_x + column < x.steps && h < y.out && w < x.out;
-    targets[i] = exists ? n * target.n + h * target.h + w * target.w : -1;
-    const int line_of_halo = row * y.stride + segment * (3 - y.stride);
+    const Division rest = divide(later ? row - first : 0, walk.by_steps);
+    const int segment = later ? 1 + rest.quotient : 0;
+    const int q = later ? rest.remainder : step_y + row;
+    const Division n = divide(image + segment, walk.by_phases);
+    const int h = n.remainder + y.dilation * q, w = phase_x + x.dilation * (step_x + column);
+    const bool exists = row < walk.height && n.quotient < walk.images &&
+                        step_x + column < x.steps && h < y.out && w < x.out;
+    targets[i] = exists ? n.quotient * target.n + h * target.h + w * target.w : -1;
     // outside of the image too, so that those rows meet no other's bank
-    places[i] = row < walk.height ? with_turn(line_of_halo * walk.halo_width + column * x.stride,
-                                              line_of_halo + segment * walk.width)
+    const int halo_line = row * y.stride + segment * (3 - y.stride);
+    places[i] = row < walk.height ? with_turn(halo_line * walk.halo_width + column * x.stride,
+                                              halo_line + segment * walk.width)
                                   : 0;
   }
 }

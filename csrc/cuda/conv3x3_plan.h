@@ -30,6 +30,14 @@ inline Axis axis(int64_t out, int64_t in, int64_t stride, int64_t spread, int64_
           static_cast<int>(quotient_up(out, dilation))};
 }
 
+// For numbers below 2^31.
+inline Divisor divisor(int64_t value) {
+  int shift = 0;
+  while (int64_t{1} << shift < value) ++shift;
+  const uint64_t factor = (((uint64_t{1} << shift) - value) << 32) / value + 1;
+  return {static_cast<int>(value), static_cast<uint32_t>(factor), shift};
+}
+
 // Pixels that a tile of `height` by `width` has to stage, at most.
 inline int64_t halo_pixels(const Walk& walk, int64_t height, int64_t width) {
   // images that so many lines can touch
@@ -43,7 +51,11 @@ inline int64_t halo_pixels(const Walk& walk, int64_t height, int64_t width) {
 // where none fits.
 inline Walk choose_tiles(int64_t images, const Axis& y, const Axis& x, int pixels,
                          int64_t max_halo) {
-  Walk walk{static_cast<int>(images), y, x, 0, 0, 0, 0, pixels, 0, 0};
+  Walk walk{};
+  walk.images = static_cast<int>(images);
+  walk.y = y;
+  walk.x = x;
+  walk.pixels = pixels;
   const int64_t lines = images * y.phases * y.steps;
   int64_t least = std::numeric_limits<int64_t>::max();
   constexpr int kTries = 16;
@@ -73,6 +85,15 @@ inline Walk choose_tiles(int64_t images, const Axis& y, const Axis& x, int pixel
     walk.halo = static_cast<int>(halo);
     walk.across = static_cast<int>(across);
     walk.tiles = static_cast<int>(tiles);
+  }
+  if (walk.tiles > 0) {
+    walk.by_width = divisor(walk.width);
+    walk.by_halo_width = divisor(walk.halo_width);
+    walk.by_widths = divisor(quotient_up(x.steps, walk.width));
+    walk.by_across = divisor(walk.across);
+    walk.by_steps = divisor(y.steps);
+    walk.by_halo_lines = divisor(y.steps * y.stride + 3 - y.stride);
+    walk.by_phases = divisor(y.phases);
   }
   return walk;
 }
@@ -112,8 +133,8 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
             ConvolutionMemory(walk.halo, pixels, width, channels, value_bytes, resident, mode)
                 .bytes;
         const int threads = warps * kWarp;
-        // by registers: blocks_of_256 asks for 128 a thread, the others take up to 168
-        const int resident_threads = tensor_cores && width < 64 ? 512 : 384;
+        // by registers: up to 128 a thread, up to 168, more
+        const int resident_threads = !tensor_cores ? 256 : width < 64 ? 512 : 384;
         const int fitting =
             std::max(1, std::min(device.shared_per_multiprocessor / (bytes + kReserved),
                                  resident_threads / threads));
@@ -144,10 +165,12 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
   const int width = columns > 32 ? 64 : columns > 16 ? 32 : 16;
   const int chunk = kRowBytes / value_bytes;
   const int rows = static_cast<int>(quotient_up(channels, chunk) * quotient_up(columns, width));
-  const int most = std::max(1, 2 * device.multiprocessors / rows);
-  // two blocks a multiprocessor, or else one
+  // by registers: six warps with up to 96 sums a lane, or less of either
+  const int together = width == 64 && value_bytes == 2 ? 1 : 2;
+  const int most = std::max(1, together * device.multiprocessors / rows);
   for (const int limit :
-       {device.shared_per_multiprocessor / 2 - kReserved, device.shared_per_block}) {
+       {std::min(device.shared_per_multiprocessor / together - kReserved, device.shared_per_block),
+        device.shared_per_block}) {
     WeightPlan best{};
     for (const int pixels : {256, 128, 64}) {
       const WeightGradientMemory fixed(0, pixels, width, value_bytes);

@@ -159,6 +159,9 @@ MEMDENSE_DEVICE uint32_t round_tf32(uint32_t bits) {
   return rounded;
 }
 
+// The upper half of a product.
+MEMDENSE_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
 MEMDENSE_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 MEMDENSE_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 MEMDENSE_DEVICE double square_root(double x) { return __dsqrt_rn(x); }

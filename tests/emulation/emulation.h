@@ -3,7 +3,8 @@
 //
 // Whatever depends on luck on a GPU is made to fail here: shared memory starts as NaN, asynchronous
 // copies land when they are waited for and not before, and the order of threads between two
-// barriers can be reversed or shuffled (the results' bits must not notice). Matrix instructions
+// barriers can be reversed or shuffled, each warp running ahead of the next as far as barriers let
+// it (the results' bits must not notice). Matrix instructions
 // follow the fragment layouts of the PTX ISA; a warp whose lanes disagree about the next one, a
 // barrier that not all threads reach and an address outside shared memory are errors.
 #pragma once
@@ -164,6 +165,19 @@ class Machine {
     setcontext(&fiber.start);
   }
 
+  // Each lane up to where it waits; whether any could run.
+  bool run_lanes(int first, const std::vector<int>& lanes) {
+    bool any = false;
+    for (const int lane : lanes) {
+      const Fiber& fiber = fibers_[first + lane];
+      if (!fiber.ready || fiber.done) continue;
+      any = true;
+      resume(first + lane);
+      if (!error_.empty()) throw std::runtime_error("emulation: " + error_);
+    }
+    return any;
+  }
+
   void run_block(int shared) {
     constexpr int kGuard = 4096;
     shared_bytes_ = shared;
@@ -186,17 +200,18 @@ class Machine {
       fiber.ready = true;
       fiber.copies.clear();
     }
-    std::vector<int> turns(threads_);
-    std::iota(turns.begin(), turns.end(), 0);
-    if (order == 1) std::reverse(turns.begin(), turns.end());
-    if (order > 1) std::shuffle(turns.begin(), turns.end(), std::mt19937(order));
+    std::vector<int> warps(threads_ / kLanes), lanes(kLanes);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::iota(lanes.begin(), lanes.end(), 0);
+    for (auto* turns : {&warps, &lanes}) {
+      if (order == 1) std::reverse(turns->begin(), turns->end());
+      if (order > 1) std::shuffle(turns->begin(), turns->end(), std::mt19937(order));
+    }
     while (finished_ < threads_) {
       bool progress = false;
-      for (const int thread : turns) {
-        if (!fibers_[thread].ready || fibers_[thread].done) continue;
-        progress = true;
-        resume(thread);
-        if (!error_.empty()) throw std::runtime_error("emulation: " + error_);
+      // a warp runs as far as it gets before the next one starts
+      for (const int warp : warps) {
+        while (run_lanes(warp * kLanes, lanes)) progress = true;
       }
       if (!progress) throw std::runtime_error("emulation: threads wait for each other");
     }
@@ -416,6 +431,10 @@ inline float round_to(float, float x) { return x; }
 // To nearest, ties away from zero.
 inline uint32_t round_tf32(uint32_t bits) {
   return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~uint32_t{0x1fff};
+}
+
+inline uint32_t high_product(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }
 
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
