@@ -32,8 +32,8 @@ import memdense
 from memdense import DenseNet
 
 try:
+    import comparison
     import numpy as np
-    import report
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -427,8 +427,8 @@ def main(argv: list[str] | None = None) -> list[Run]:
     if options.compare:
         images, labels = (part.to(device) for part in next(iter(loader)))
         with autocast(device, options):
-            measured = report.measure(options.arch, model, images, labels)
-        models = report.plain_and_efficient(model)
+            measured = comparison.measure(options.arch, model, images, labels)
+        models = comparison.plain_and_efficient(model)
     steps = options.epochs * len(loader)
     runs = [Run(name, twin, steps, options) for name, twin in models.items()]
     if options.resume:
@@ -436,9 +436,9 @@ def main(argv: list[str] | None = None) -> list[Run]:
     train(runs, loader, test_loader, rank)
 
     if rank == 0 and measured:
-        report.print_comparison(*runs, measured, f"{where}, batch {options.batch_size}")
+        comparison.print_comparison(*runs, measured, f"{where}, batch {options.batch_size}")
     if rank == 0 and options.plot:
-        report.draw(runs, measured, options.plot)
+        comparison.draw(runs, measured, options.plot)
         print(f"plot: {options.plot.absolute()}")
     if is_distributed():
         distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import report  # noqa: E402
+import comparison  # noqa: E402
 import train  # noqa: E402
 
 SMALL = ["--device", "cpu", "--arch", "bc10-12"]
@@ -193,7 +193,7 @@ def test_bc100_12_is_the_paper_s():
 
 
 def test_the_comparison_is_measured_and_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "densenet121", lambda: train.DenseNet(8, (2, 2), 16))
+    monkeypatch.setattr(comparison, "densenet121", lambda: train.DenseNet(8, (2, 2), 16))
     monkeypatch.setenv("COLUMNS", "100")
     file = tmp_path / "run.png"
     plain, efficient = train.main(
