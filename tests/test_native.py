@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from exactness import assert_same_step, into_of, randomise, reader_of, twins
-from primitives import SHAPES, Inputs, assert_errs_no_more, poisoned, rms
+from inputs import SHAPES, Inputs, assert_errs_no_more, poisoned, rms
 
 import memdense
 from memdense import _extension

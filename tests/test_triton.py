@@ -3,7 +3,7 @@
 import pytest
 import torch
 from exactness import into_of, reader_of
-from primitives import Inputs, assert_errs_no_more, poisoned
+from inputs import Inputs, assert_errs_no_more, poisoned
 from torch import Tensor
 
 pytest.importorskip("triton")
