@@ -235,6 +235,12 @@ def test_cuda_kernels_of_older_sources_are_not_used(monkeypatch):
     assert "built from older sources and lacks pack" in _extension._load_cuda()
 
 
+def test_tf32_is_what_torch_says(monkeypatch):
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        assert _extension.tf32() == (precision == "tf32")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of what an installation needs, in a directory with a space in its name."""
