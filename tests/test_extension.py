@@ -235,6 +235,17 @@ def test_cuda_kernels_of_older_sources_are_not_used(monkeypatch):
     assert "built from older sources and lacks pack" in _extension._load_cuda()
 
 
+def test_tf32_is_what_torch_says():
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            convolution.fp32_precision = precision
+            assert _extension.tf32() == (precision == "tf32")
+    finally:
+        convolution.fp32_precision = before
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of what an installation needs, in a directory with a space in its name."""
