@@ -30,6 +30,7 @@ statistics), three backward (two without dweight). The same bits on the same dev
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +43,9 @@ _HOW = (
     "(MEMDENSE_BUILD=require shows why it fails)"
 )
 
+
+# bfloat16 and TF32 on tensor cores: what CUDA and Triton kernels ask of a device
+CAPABILITY = (8, 0)
 
 # what csrc/ops.cpp defines
 OPERATIONS = (
@@ -75,37 +79,31 @@ CUDA_OPERATIONS = (
 )
 
 
-def _load() -> str:
-    """Load the library; returns why that could not be done, or nothing."""
-    path = Path(__file__).with_name("_C.abi3.so")
+def _load_library(name: str, operations: Sequence[str], has: Callable[[str], bool]) -> str:
+    """Load memdense/NAME.abi3.so; returns why that could not be done, or nothing."""
+    path = Path(__file__).with_name(f"{name}.abi3.so")
     if not path.exists():
         return f"not built: {path.name} is missing; {_HOW}"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"failed to load {path.name}: {error}; {_HOW}"
-    missing = [name for name in OPERATIONS if not hasattr(torch.ops.memdense, name)]
+    missing = [operation for operation in operations if not has(operation)]
     if missing:
         return f"{path.name} was built from older sources and lacks {', '.join(missing)}; {_HOW}"
     return ""
+
+
+def _load() -> str:
+    return _load_library("_C", OPERATIONS, lambda name: hasattr(torch.ops.memdense, name))
 
 
 def _load_cuda() -> str:
-    """Load the CUDA kernels; returns why that could not be done, or nothing."""
-    path = Path(__file__).with_name("_CUDA.abi3.so")
     if not torch.version.cuda:
         return f"torch {torch.__version__} was built without CUDA"
-    if not path.exists():
-        return f"not built: {path.name} is missing; {_HOW}, with nvcc there too"
-    try:
-        torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:
-        return f"failed to load {path.name}: {error}; {_HOW}"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [name for name in CUDA_OPERATIONS if not has(f"memdense::{name}", "CUDA")]
-    if missing:
-        return f"{path.name} was built from older sources and lacks {', '.join(missing)}; {_HOW}"
-    return ""
+    reason = _load_library("_CUDA", CUDA_OPERATIONS, lambda name: has(f"memdense::{name}", "CUDA"))
+    return reason and f"{reason}, with nvcc there too"
 
 
 _reason = _load()
@@ -134,8 +132,8 @@ def cuda_reason() -> str:
 
 @cache
 def cuda_runs_on(device: torch.device) -> bool:
-    """Whether a CUDA device is one that the CUDA kernels were written for: sm_80 or later."""
-    return cuda_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether a CUDA device is one that the CUDA kernels were written for."""
+    return cuda_available() and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def tf32() -> bool:

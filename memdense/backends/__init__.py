@@ -26,7 +26,6 @@ __all__ = [
 ]
 
 _CHOICES = ("reference", "native", "triton")
-_CAPABILITY = (8, 0)  # bfloat16 and TF32 on tensor cores
 _chosen: ContextVar[str | None] = ContextVar("memdense_backend", default=None)
 
 
@@ -86,8 +85,8 @@ def triton_reason(device: torch.device) -> str:
     if not find_spec("triton"):
         return "triton is not installed"
     capability = torch.cuda.get_device_capability(device)
-    if capability < _CAPABILITY:
-        found, needed = (".".join(map(str, c)) for c in (capability, _CAPABILITY))
+    if capability < _extension.CAPABILITY:
+        found, needed = (".".join(map(str, c)) for c in (capability, _extension.CAPABILITY))
         return f"its kernels need compute capability {needed}, this device has {found}"
     return ""
 
