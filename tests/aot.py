@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memdense import buffers, engine, spec
-from memdense.backends.triton import Triton
+from memdense.backends.triton import Triton, tune, tuning
 from memdense.backends.triton.launch import ALIGNMENT, Launch, cdiv, recorded
 
 TYPES = {
@@ -182,7 +182,16 @@ def bc100_12(dtype: torch.dtype) -> None:
     stage_step(64, 8, 150, 16, 12, "pool", dtype)
 
 
-NETS = {"densenet121": densenet121, "bc100_12": bc100_12}
+def candidates(dtype: torch.dtype) -> None:
+    """Every configuration of the 1x1 kernels that a device may choose, narrow and wide."""
+    sizes = [(m, 256, b) for m in (1 << 20, 30000, 1000) for b in (48, 128, 192, 256, 384)]
+    for problem in tune.problems(dtype, sizes, torch.device("meta")):
+        for config in problem.candidates:
+            with tuning.forced(problem.kernel, config):
+                problem.run()
+
+
+NETS = {"densenet121": densenet121, "bc100_12": bc100_12, "candidates": candidates}
 
 
 def step_launches(net: str, dtype: torch.dtype) -> list[Launch]:
