@@ -6,6 +6,7 @@ ledger follows the model. Notation as in :mod:`memdense.engine`: M = N*H*W pixel
 that layer l reads, C_max all of a block's, B its bottleneck's, k its growth rate.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -478,20 +479,102 @@ class NativeScratch(FusedScratch):
         self.conv1x1_backward(geometry.rows, channels, out)
 
     def conv3x3(self, geometry: Geometry, channels: int, growth: int) -> None:
-        bands = self.bands(geometry, channels)
-        self.ledger.spike("scratch", bands + 9 * channels * growth * WIDE)
+        tiles = WinogradTiles(geometry, self.threads)
+        if tiles.pay(channels, growth):
+            size = tiles.convolution(channels, growth)
+        else:
+            size = self.bands(geometry, channels) + 9 * channels * growth * WIDE
+        self.ledger.spike("scratch", size)
 
     def conv3x3_backward(
         self, geometry: Geometry, channels: int, growth: int, into_g: bool
     ) -> None:
-        # of the weight: the larger of the two
-        bands = self.bands(geometry, channels + growth)
-        self.ledger.spike("scratch", bands + self.threads * 9 * channels * growth * WIDE)
+        # the larger of the two gradients
+        tiles = WinogradTiles(geometry, self.threads)
+        if tiles.pay(channels, growth):
+            size = max(tiles.convolution(growth, channels), tiles.weight_gradient(channels, growth))
+        else:
+            bands = self.bands(geometry, channels + growth)
+            size = bands + self.threads * 9 * channels * growth * WIDE
+        self.ledger.spike("scratch", size)
 
     def bands(self, geometry: Geometry, channels: int) -> int:
         """Bytes of one band a thread: an image's lines, or fewer where threads share it."""
         image = geometry.h * geometry.w * channels * WIDE
         return min(geometry.n * image, self.threads * min(image, self.BAND_BYTES))
+
+
+class WinogradTiles:
+    """csrc/cpu/winograd3x3.h, with AVX-512 and no dilation: the bytes that its threads hold.
+
+    Tiles are 2 x 2 outputs, and halves of them at the end of an odd axis; the transformed values of
+    a chunk of tiles, of weights and of lines make up the scratch.
+    """
+
+    # kChunkBytes, kMinTiles, kMinProducts and kSkew there
+    CHUNK_BYTES, MIN_TILES, MIN_PRODUCTS, SKEW = 448 << 10, 28, 1 << 22, 80
+    LANES = 16
+    MAX_ROWS = (0, 14, 14, 9)  # of a product's tile 1, 2 or 3 vectors wide
+    LINES = 5  # staged
+
+    def __init__(self, geometry: Geometry, threads: int) -> None:
+        n, h, w = geometry
+        self.n, self.width = n, w
+        self.threads = min(threads, n * h)
+        self.axes = h, w
+        self.tiles = n * -(-h // 2) * -(-w // 2)
+
+    def matrices(self, whole: int, half: int) -> int:
+        """How many there are over both axes of what has so many a tile, whole or half."""
+        return math.prod(whole + half * (size % 2) for size in self.axes)
+
+    def pay(self, channels: int, outputs: int) -> bool:
+        direct = math.prod(3 * size - 2 for size in self.axes)
+        here = math.prod(4 * (size // 2) + 2 * (size % 2) for size in self.axes)
+        enough = self.tiles >= self.MIN_TILES and (
+            self.n * here * channels * outputs >= self.MIN_PRODUCTS
+        )
+        return channels >= 16 and outputs >= 8 and 4 * direct > 5 * here and enough
+
+    def vectors(self, channels: int) -> int:
+        return -(-channels // self.LANES)
+
+    def stride(self, channels: int) -> int:
+        """Values from a staged pixel to the next."""
+        vectors = self.vectors(channels)
+        return (vectors + (vectors % 16 == 0)) * self.LANES
+
+    def line(self, channels: int) -> int:
+        """Values of a line between its columns of zeros."""
+        return (1 + self.width + 1 + self.width % 2) * self.stride(channels)
+
+    def chunk(self, values: int, rows: int) -> int:
+        """How many tiles are transformed at a time."""
+        fit = self.CHUNK_BYTES // (16 * values * WIDE)
+        return max(1, fit // rows) * rows
+
+    def convolution(self, channels: int, outputs: int) -> int:
+        vectors = self.vectors(outputs)
+        widest = 3 if vectors % 2 and vectors > 1 else min(vectors, 2)
+        rows = self.MAX_ROWS[vectors if vectors <= 3 else 2]
+        width, stride = widest * self.LANES, self.stride(channels)
+        tiles = self.chunk(stride + width, rows)
+        values = self.LINES * self.line(channels)
+        values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
+        values += 16 * (tiles * width + self.SKEW) + 4 * tiles * width
+        weights = self.matrices(4, 1) * channels * vectors * self.LANES
+        return (self.threads * values + weights) * WIDE
+
+    def weight_gradient(self, channels: int, outputs: int) -> int:
+        stride, out_stride = self.stride(channels), self.stride(outputs)
+        tiles = self.chunk(stride + out_stride, 1)
+        values = self.LINES * (self.line(channels) + self.width * out_stride)
+        values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
+        values += self.matrices(4, 1) * (tiles * out_stride + self.SKEW)
+        partial = self.matrices(4, 1) * outputs * self.vectors(channels) * self.LANES
+        # sums of 1024 tiles are added to the rest apart
+        groups = 2 if self.tiles / self.threads > 1024 else 1
+        return self.threads * (values + groups * partial) * WIDE
 
 
 class ReferenceScratch(FusedScratch):
