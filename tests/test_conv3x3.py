@@ -465,7 +465,13 @@ def run_layer(backend, layer: Layer, dilation, keep) -> list[torch.Tensor]:
     into = into_of(g)
     none, sums2, _ = backend.bn_relu_conv3x3_backward(*arguments, into, False)
     assert none is None
-    return [out, *moments, dz, *sums, dweight, g, *sums2, *into.sums]
+    # each of two roundings: S1 = s*dbeta and S2 = s*r*dgamma
+    scale, rstd = layer.read.scale, layer.read.rstd
+    credited = torch.stack((scale * sums2.dbeta, scale * rstd * sums2.dgamma))
+    assert torch.allclose(
+        into.sums, credited, rtol=4 * torch.finfo(credited.dtype).eps, atol=0, equal_nan=True
+    )
+    return [out, *moments, dz, *sums, dweight, g, *sums2]
 
 
 LAYERS = [

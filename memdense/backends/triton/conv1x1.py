@@ -221,7 +221,7 @@ def forward_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[C
     if count > 1:
         return Config(64, width, 32, 8, 3), Config(64, width, 32, 8, 2)
     # W is read once per tile: tall tiles, as long as there are enough to fill a GPU
-    tall, low = Config(256, width, 32, 16, 3), Config(128, width, 32, 8, 3)
+    tall, low = Config(256, width, 32, 16, 3), Config(128, width, 32, 8 if width > 64 else 4, 3)
     if m >= 256 * PROGRAMS:
         return tall, low
     return (low, tall) if m >= 64 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
