@@ -279,7 +279,8 @@ def input_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
     """Columns are input channels, the inner ones outputs."""
     if precise == "ieee":
         return Config(64, min(power(c), 32), 16, 4, 1)
-    return Config(64, min(power(c), 64), min(power(k), 32), 4, 1)
+    # with few outputs, four warps spill on sm_80
+    return Config(64, min(power(c), 64), min(power(k), 32), 8 if k <= 16 else 4, 1)
 
 
 def weight_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
