@@ -42,27 +42,25 @@ STABLE_TORCH_LIBRARY(memdense, m) {
       " Tensor mean, Tensor rstd, int n, int h, int w)"
       " -> (Tensor dz, Tensor dbeta, Tensor dgamma)");
 
-  // Images x, dy, out, mask are [N, C, H, W] with any strides, weight is [k, C, 3, 3], vectors [C].
+  // Images x, dy, out, dx are [N, C, H, W] with any strides, weight is [k, C, 3, 3].
   m.def(
-      "conv3x3(Tensor x, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, int[2] stride, "
-      "int[2] padding, int[2] dilation, Tensor? mask, float factor, Tensor(a!) out, "
-      "bool statistics, bool tf32=False) -> (Tensor mean, Tensor var)");
+      "conv3x3(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, Tensor(a!) out, bool tf32=False) -> ()");
   m.def(
       "conv3x3_input_gradient(Tensor dy, Tensor weight, int[2] stride, int[2] padding, "
-      "int[2] dilation, Tensor? x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? rstd, "
-      "Tensor(a!) dx, bool accumulate, bool tf32=False) -> Tensor");
+      "int[2] dilation, Tensor(a!) dx, bool tf32=False) -> ()");
   m.def(
-      "conv3x3_weight_gradient(Tensor dy, Tensor x, Tensor? scale, Tensor? shift, int[2] stride, "
-      "int[2] padding, int[2] dilation, bool tf32=False) -> Tensor");
+      "conv3x3_weight_gradient(Tensor dy, Tensor x, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool tf32=False) -> Tensor");
 
   // A dense layer's second half on n images of h by w pixels: y, out, keep, dy, dz are matrices.
   m.def(
-      "bn_relu_conv3x3_into(Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, "
-      "float eps, Tensor weight, int[2] dilation, int n, int h, int w, Tensor? keep, float factor, "
-      "Tensor(a!) out, Tensor(b!)? mean_out, Tensor(c!)? var_out, bool tf32=False) -> ()");
+      "bn_relu_conv3x3(Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
+      "Tensor weight, int[2] dilation, int n, int h, int w, Tensor? keep, float factor, "
+      "Tensor(a!) out, Tensor(b!)? moments, bool tf32=False) -> ()");
   m.def(
-      "bn_relu_conv3x3_backward_into(Tensor dy, Tensor weight, int[2] dilation, Tensor y, "
-      "Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, int n, int h, int w, "
-      "Tensor(a!) dz, Tensor(b!) dbeta, Tensor(c!) dgamma, Tensor(d!)? dweight, "
+      "bn_relu_conv3x3_backward(Tensor dy, Tensor weight, int[2] dilation, Tensor y, Tensor mean, "
+      "Tensor var, Tensor? gamma, Tensor? beta, float eps, int n, int h, int w, Tensor(a!) dz, "
+      "Tensor(b!) dbeta, Tensor(c!) dgamma, Tensor(d!)? dweight, bool accumulate=False, "
       "bool tf32=False) -> ()");
 }

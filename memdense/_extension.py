@@ -6,26 +6,24 @@ each column, [C], float32 (float64 for float64). RuntimeError for any other x. D
 The same input gives the same bits, whatever the number of threads.
 
 `conv3x3`, `conv3x3_input_gradient`, `conv3x3_weight_gradient`: a dilated 3x3 convolution into an
-output of the caller's and its gradients, with the vectors of a BatchNorm before it and dropout's
-mask and statistics behind it. Images [N, C, H, W] of any strides (channels fastest where a
-BatchNorm answers), float32, float64 or bfloat16, on the CPU; RuntimeError otherwise. They are what
-backends/native3x3.py and convolution.py are made of. The same bits for the same number of threads.
-On CUDA they are plain: no vectors, mask or statistics, float32, float16 or bfloat16; with ``tf32``,
-float32 is multiplied in TF32.
+output of the caller's, and its gradients. Images [N, C, H, W] of any strides, weight [k, C, 3, 3];
+on the CPU float32, float64 or bfloat16, on CUDA float32, float16 or bfloat16 (with ``tf32``,
+float32 is multiplied in TF32); RuntimeError otherwise. convolution.py is made of them.
 
-`bn_relu_conv3x3_into` and `bn_relu_conv3x3_backward_into`, on CUDA only: a dense layer's second
-half, on matrices of n images of h by w pixels. y [M, C], out and dy [M, k], dz [M, C], with unit
-column stride and any row stride, float32, float16 or bfloat16; weight [k, C, 3, 3] in y's dtype and
-any strides (channels last is read fastest); mean, var [C] float32, gamma, beta [C] float32 or y's
-dtype; keep [M, k] bool. With s = gamma / sqrt(var + eps), t = beta - mean * s:
+`bn_relu_conv3x3` and `bn_relu_conv3x3_backward`: a dense layer's second half, on matrices of n
+images of h by w pixels. y [M, C], out and dy [M, k], dz [M, C], with unit column stride and any row
+stride, in one of these dtypes; weight [k, C, 3, 3] in it too, of any strides (on CUDA channels last
+is read fastest); mean, var [C] float32 (float64 for float64), gamma, beta [C] in their dtype or
+y's; keep [M, k] bool. With s = gamma / sqrt(var + eps), t = beta - mean * s:
 
     out = conv3x3(relu(s * y + t)) * keep * factor, stride 1, padded with `dilation` zeros
     dz = (conv3x3's input gradient of dy) * [s * y + t > 0]
     dbeta = sum dz, dgamma = sum dz * (y - mean) / sqrt(var + eps)    of dz before it is rounded
 
-mean_out, var_out [k] take mean and biased variance of out as stored; dweight [k, C, 3, 3],
-contiguous. All of these, dbeta and dgamma are float32. Two launches forward (one without
-statistics), three backward (two without dweight). The same bits on the same device.
+moments [2, k] takes mean and biased variance of out as stored; dweight [k, C, 3, 3], contiguous.
+All of these, dbeta and dgamma are in the dtype of mean. With ``accumulate``, on the CPU only, s * dz
+is added to dz instead. On CUDA two launches forward (one without statistics), three backward (two
+without dweight). The same bits on the same device, or for the same number of threads.
 """
 
 from __future__ import annotations
@@ -65,8 +63,8 @@ OPERATIONS = (
     "conv3x3",
     "conv3x3_input_gradient",
     "conv3x3_weight_gradient",
-    "bn_relu_conv3x3_into",
-    "bn_relu_conv3x3_backward_into",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_backward",
 )
 
 # what csrc/cuda registers
@@ -74,8 +72,8 @@ CUDA_OPERATIONS = (
     "conv3x3",
     "conv3x3_input_gradient",
     "conv3x3_weight_gradient",
-    "bn_relu_conv3x3_into",
-    "bn_relu_conv3x3_backward_into",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_backward",
 )
 
 
@@ -146,29 +144,13 @@ def _statistics_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
-def _conv3x3_fake(
-    x, scale, shift, weight, bias, stride, padding, dilation, mask, factor, out, statistics,
-    tf32=False,
-):  # fmt: skip
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    channels = weight.shape[0] if statistics else 0
-    return x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+def _written_fake(*arguments) -> None:
+    """Everything is written into arguments."""
 
 
-def _input_gradient_fake(
-    dy, weight, stride, padding, dilation, x, scale, shift, mean, rstd, dx, accumulate, tf32=False
-):
-    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return dy.new_empty((2, 0 if x is None else x.shape[1]), dtype=dtype)
-
-
-def _weight_gradient_fake(dy, x, scale, shift, stride, padding, dilation, tf32=False):
+def _weight_gradient_fake(dy, x, stride, padding, dilation, tf32=False):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((dy.shape[1], x.shape[1], 3, 3), dtype=dtype)
-
-
-def _into_fake(*arguments) -> None:
-    """Everything is written into arguments."""
 
 
 def _statistics_setup(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -182,11 +164,10 @@ def _statistics_backward(ctx, d_mean: Tensor, d_var: Tensor) -> Tensor:
 
 if available():
     torch.library.register_fake("memdense::channel_statistics", _statistics_fake)
-    torch.library.register_fake("memdense::conv3x3", _conv3x3_fake)
-    torch.library.register_fake("memdense::conv3x3_input_gradient", _input_gradient_fake)
     torch.library.register_fake("memdense::conv3x3_weight_gradient", _weight_gradient_fake)
-    torch.library.register_fake("memdense::bn_relu_conv3x3_into", _into_fake)
-    torch.library.register_fake("memdense::bn_relu_conv3x3_backward_into", _into_fake)
+    for _name in CUDA_OPERATIONS:
+        if _name != "conv3x3_weight_gradient":
+            torch.library.register_fake(f"memdense::{_name}", _written_fake)
     torch.library.register_autograd(
         "memdense::channel_statistics", _statistics_backward, setup_context=_statistics_setup
     )

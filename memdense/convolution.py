@@ -1,15 +1,18 @@
 """The dilated 3x3 convolution as a PyTorch operation: on the extension, or else by F.conv2d."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.nn import Parameter
 from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
 
 from . import _extension
 
+_PLAIN = (Tensor, Parameter)
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -27,20 +30,34 @@ def _tf32(x: Tensor) -> bool:
     return x.is_cuda and _extension.tf32()
 
 
+def _watched(x: Tensor, weight: Tensor) -> bool:
+    """Whether tracing, a transform, a mode or a subclass is there, which want to see one operation
+    of PyTorch's.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in _PLAIN
+        or type(weight) not in _PLAIN
+    )
+
+
 def dilated_conv3x3(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """``F.conv2d`` with a 3x3 kernel and one group; differentiable, twice too.
 
     Args:
         x: (N, C, H, W), contiguous or channels last; the output has the same memory format.
         weight, bias: (k, C, 3, 3) and (k,), in x's dtype (cast under autocast, as F.conv2d does).
-        stride, padding, dilation: one number per axis.
+        stride, padding, dilation: one number, or one per axis.
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit together, or an image smaller than the
@@ -50,7 +67,15 @@ def dilated_conv3x3(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return torch.ops.memdense.dilated_conv3x3(x, weight, bias, stride, padding, dilation)
+    geometry = (_pair(v) for v in (stride, padding, dilation))
+    if _watched(x, weight):
+        return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
+    run = _Convolution.apply if _learns(x, weight, bias) else _convolve
+    return run(x, weight, bias, *geometry)
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _output(x: Tensor, weight: Tensor, *geometry: Sequence[int]) -> Tensor:
@@ -78,18 +103,16 @@ def _output(x: Tensor, weight: Tensor, *geometry: Sequence[int]) -> Tensor:
 
 def _empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
     """In x's dtype and memory format."""
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
-    )
+    if x.is_contiguous():
+        return x.new_empty(shape)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
+    else:  # a slice of something wider
+        layout = suggest_memory_format(x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-@torch.library.custom_op(
-    "memdense::dilated_conv3x3",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation)"
-    " -> Tensor",
-)
-def _forward(
+def _convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -102,9 +125,18 @@ def _forward(
         with torch.autocast(x.device.type, enabled=False):
             return out.copy_(F.conv2d(x, weight, bias, stride, padding, dilation))
     torch.ops.memdense.conv3x3(
-        x, None, None, weight, bias, stride, padding, dilation, None, 1.0, out, False, _tf32(x)
+        x, weight, bias, stride, padding, dilation, out, _tf32(x)
     )
     return out
+
+
+_forward = torch.library.custom_op(
+    "memdense::dilated_conv3x3",
+    _convolve,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation)"
+    " -> Tensor",
+)
 
 
 @_forward.register_fake
@@ -112,12 +144,6 @@ def _(x, weight, bias, stride, padding, dilation):
     return _output(x, weight, stride, padding, dilation)
 
 
-@torch.library.custom_op(
-    "memdense::dilated_conv3x3_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
-    "bool[3] need) -> Tensor[]",
-)
 def _gradients(
     dy: Tensor,
     x: Tensor,
@@ -139,11 +165,11 @@ def _gradients(
     if need[0]:
         dx = _empty_like(x, x.shape)
         torch.ops.memdense.conv3x3_input_gradient(
-            dy, weight, *geometry, None, None, None, None, None, dx, False, _tf32(x)
+            dy, weight, *geometry, dx, _tf32(x)
         )
         result.append(dx)
     if need[1]:
-        dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, None, None, *geometry, _tf32(x))
+        dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, *geometry, _tf32(x))
         result.append(dweight.to(weight.dtype))
     if need[2]:
         result.append(dy.sum((0, 2, 3)))
@@ -161,7 +187,16 @@ def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]
     return empty
 
 
-@_gradients.register_fake
+_backward_operation = torch.library.custom_op(
+    "memdense::dilated_conv3x3_backward",
+    _gradients,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool[3] need) -> Tensor[]",
+)
+
+
+@_backward_operation.register_fake
 def _(dy, x, weight, stride, padding, dilation, need):
     return _empty_gradients(dy, x, weight, need)
 
@@ -184,18 +219,34 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple:
+def _differentiate(ctx: Any, dy: Tensor, gradients: Callable) -> tuple:
     x, weight = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
-        found = iter(
-            g for g in _plain_gradients(dy, x, weight, ctx.geometry, need) if g is not None
-        )
-    else:
-        found = iter(
-            torch.ops.memdense.dilated_conv3x3_backward(dy, x, weight, *ctx.geometry, need)
-        )
+        found = _plain_gradients(dy, x, weight, ctx.geometry, need)
+        return *found, None, None, None
+    found = iter(gradients(dy, x, weight, *ctx.geometry, need))
     return *(next(found) if n else None for n in need), None, None, None
 
 
+def _backward(ctx: Any, dy: Tensor) -> tuple:
+    return _differentiate(ctx, dy, torch.ops.memdense.dilated_conv3x3_backward)
+
+
 _forward.register_autograd(_backward, setup_context=_setup)
+
+
+class _Convolution(torch.autograd.Function):
+    """memdense::dilated_conv3x3 without its way through the dispatcher, which takes longer than the
+    kernels of a small image.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        return _differentiate(ctx, dy, _gradients)

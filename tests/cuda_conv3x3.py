@@ -78,10 +78,9 @@ def check_plain(op, device: str, case: dict, kind: Kind, how: str) -> list[Tenso
         weight = weight.contiguous(memory_format=torch.channels_last)
     out, dx = (layout(torch.full_like(t, torch.nan), how).to(device) for t in (dy, x))
     x, dy, weight, bias = (t.to(device) for t in (layout(x, how), layout(dy, how), weight, bias))
-    op.conv3x3(x, None, None, weight, bias, *geometry, None, 1.0, out, False, kind.tf32)
-    vectors = (None,) * 5
-    op.conv3x3_input_gradient(dy, weight, *geometry, *vectors, dx, False, kind.tf32)
-    dweight = op.conv3x3_weight_gradient(dy, x, None, None, *geometry, kind.tf32)
+    op.conv3x3(x, weight, bias, *geometry, out, kind.tf32)
+    op.conv3x3_input_gradient(dy, weight, *geometry, dx, kind.tf32)
+    dweight = op.conv3x3_weight_gradient(dy, x, *geometry, kind.tf32)
     found = [out, dx, dweight]
     for i, name in enumerate(("out", "dx", "dweight")):
         assert_near(name, found[i], exact[i], theirs[i], stored=i < 2)
@@ -143,18 +142,18 @@ class Layer:
         size = self.n, self.h, self.w
         out, dz = self.empty(growth), self.empty(channels)
         nan = torch.tensor(torch.nan, device=self.device)
-        mean, var, dbeta, dgamma = (nan.repeat(c) for c in (growth, growth, channels, channels))
+        moments, dbeta, dgamma = (nan.repeat(*c) for c in ((2, growth), (channels,), (channels,)))
         dweight = nan.repeat(growth, channels, 3, 3)
         keep, factor = (self.keep, self.factor) if dropout else (None, 1.0)
-        op.bn_relu_conv3x3_into(
-            self.y, *vectors, self.eps, weight, self.dilation, *size, keep, factor, out, mean, var,
+        op.bn_relu_conv3x3(
+            self.y, *vectors, self.eps, weight, self.dilation, *size, keep, factor, out, moments,
             self.kind.tf32,
         )  # fmt: skip
-        op.bn_relu_conv3x3_backward_into(
+        op.bn_relu_conv3x3_backward(
             self.dy, weight, self.dilation, self.y, *vectors, self.eps, *size, dz, dbeta, dgamma,
-            dweight, self.kind.tf32,
+            dweight, False, self.kind.tf32,
         )  # fmt: skip
-        return [out, mean, var, dz, dbeta, dgamma, dweight]
+        return [out, *moments, dz, dbeta, dgamma, dweight]
 
     def reference(
         self, dropout: bool, operand=lambda t: t, dtype=torch.float64, stored=lambda t: t

@@ -115,15 +115,15 @@ def test_a_graph_can_be_captured():
     graph = torch.cuda.CUDAGraph()
     vectors = [v.cuda() for v in (layer.mean, layer.var, layer.gamma, layer.beta)]
     weight, out, dz = layer.weight.cuda(), layer.empty(32), layer.empty(128)
-    mean, var = torch.empty(2, 32, device="cuda")
+    moments = torch.empty(2, 32, device="cuda")
     dbeta, dgamma = torch.empty(2, 128, device="cuda")
     dweight = torch.empty(32, 128, 3, 3, device="cuda")
 
     def both() -> None:
-        OP.bn_relu_conv3x3_into(
-            layer.y, *vectors, layer.eps, weight, (2, 2), 4, 14, 14, None, 1.0, out, mean, var
+        OP.bn_relu_conv3x3(
+            layer.y, *vectors, layer.eps, weight, (2, 2), 4, 14, 14, None, 1.0, out, moments
         )
-        OP.bn_relu_conv3x3_backward_into(
+        OP.bn_relu_conv3x3_backward(
             layer.dy, weight, (2, 2), layer.y, *vectors, layer.eps, 4, 14, 14, dz, dbeta, dgamma,
             dweight,
         )  # fmt: skip
@@ -132,7 +132,7 @@ def test_a_graph_can_be_captured():
         both()
     layer.y.copy_(y)
     graph.replay()
-    found = [t.clone() for t in (out, mean, var, dz, dbeta, dgamma, dweight)]
+    found = [t.clone() for t in (out, *moments, dz, dbeta, dgamma, dweight)]
     for a, b in zip(found, layer_results(layer), strict=True):
         assert torch.equal(a, b)
 
@@ -152,9 +152,8 @@ def test_beyond_32_bits():
         (buffer[:, 8192 : 8192 + 64], buffer[:, 12000:12016]),
         (y, torch.empty(rows, 16, dtype=torch.bfloat16, device="cuda")),
     ):
-        OP.bn_relu_conv3x3_into(
+        OP.bn_relu_conv3x3(
             source, zeros, ones, None, None, 0.0, weight, (1, 1), 64, 56, 56, None, 1.0, out, None,
-            None,
         )  # fmt: skip
         results.append(out)
     assert torch.equal(*results)

@@ -98,8 +98,8 @@ def built(tmp_path_factory) -> Emulation:
         fcntl.flock(lock, fcntl.LOCK_EX)
         library = build(directory)
     emulation = Emulation(library)
-    for name in ("bn_relu_conv3x3_into", "bn_relu_conv3x3_backward_into"):
-        torch.library.register_fake(f"memdense_emulated::{name}", _extension._into_fake)
+    for name in ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"):
+        torch.library.register_fake(f"memdense_emulated::{name}", _extension._written_fake)
     return emulation
 
 
@@ -165,12 +165,12 @@ def test_without_what_is_optional(emulation):
     expected = layer.run(emulation.op, False, torch.contiguous_format)
     for gamma, beta in ((None, None), (layer.gamma.bfloat16(), layer.beta.bfloat16())):
         emulation.counters()
-        emulation.op.bn_relu_conv3x3_into(
+        emulation.op.bn_relu_conv3x3(
             layer.y, layer.mean, layer.var, gamma, beta, layer.eps, layer.weight, (1, 1), *size,
-            None, 1.0, out, None, None,
+            None, 1.0, out, None,
         )  # fmt: skip
         assert emulation.counters()[0] == 1
-        emulation.op.bn_relu_conv3x3_backward_into(
+        emulation.op.bn_relu_conv3x3_backward(
             layer.dy, layer.weight, (1, 1), layer.y, layer.mean, layer.var, gamma, beta, layer.eps,
             *size, dz, dbeta, dgamma, None,
         )  # fmt: skip
@@ -205,9 +205,9 @@ def test_large_mean_does_not_cancel(emulation):
 def test_empty_batch(emulation):
     op, geometry = emulation.op, ((1, 1), (1, 1), (1, 1))
     x, dy, weight = torch.randn(0, 3, 8, 8), torch.randn(0, 4, 8, 8), torch.randn(4, 3, 3, 3)
-    op.conv3x3(x, None, None, weight, None, *geometry, None, 1.0, dy, False)
-    op.conv3x3_input_gradient(dy, weight, *geometry, None, None, None, None, None, x, False)
-    dweight = op.conv3x3_weight_gradient(dy, x, None, None, *geometry)
+    op.conv3x3(x, weight, None, *geometry, dy)
+    op.conv3x3_input_gradient(dy, weight, *geometry, x)
+    dweight = op.conv3x3_weight_gradient(dy, x, *geometry)
     assert torch.equal(dweight, torch.zeros(4, 3, 3, 3))
 
 
@@ -228,12 +228,12 @@ def test_registration(emulation):
     vectors = layer.mean, layer.var, layer.gamma, layer.beta, layer.eps
     out, dz = torch.zeros(20, 6), torch.zeros(20, 8)
     opcheck(
-        emulation.op.bn_relu_conv3x3_into.default,
-        (layer.y, *vectors, layer.weight, (1, 1), 1, 5, 4, layer.keep, 2.0, out, torch.zeros(6),
-         torch.zeros(6)),
+        emulation.op.bn_relu_conv3x3.default,
+        (layer.y, *vectors, layer.weight, (1, 1), 1, 5, 4, layer.keep, 2.0, out,
+         torch.zeros(2, 6)),
     )  # fmt: skip
     opcheck(
-        emulation.op.bn_relu_conv3x3_backward_into.default,
+        emulation.op.bn_relu_conv3x3_backward.default,
         (layer.dy, layer.weight, (1, 1), layer.y, *vectors, 1, 5, 4, dz, torch.zeros(8),
          torch.zeros(8), torch.zeros(6, 8, 3, 3)),
     )  # fmt: skip
@@ -253,7 +253,7 @@ def test_registration(emulation):
         ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),
         ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
         ({"out": torch.zeros(20, 6).half()}, "expected out in Float, got Half"),
-        ({"var_out": None}, "expected mean_out and var_out, or neither"),
+        ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \[2, 6\]"),
     ],
 )
 def test_refuses(emulation, change, message):
@@ -272,11 +272,10 @@ def test_refuses(emulation, change, message):
         "keep": None,
         "factor": 1.0,
         "out": torch.zeros(20, 6),
-        "mean_out": torch.zeros(6),
-        "var_out": torch.zeros(6),
+        "moments": torch.zeros(2, 6),
     }
     with pytest.raises(RuntimeError, match=message):
-        emulation.op.bn_relu_conv3x3_into(*(arguments | change).values())
+        emulation.op.bn_relu_conv3x3(*(arguments | change).values())
 
 
 # ---- the compiled code

@@ -231,7 +231,7 @@ def test_missing_and_broken_cuda_kernels_are_reported(tmp_path, monkeypatch):
 @pytest.mark.skipif(not _extension.cuda_available(), reason=_extension.cuda_reason())
 def test_cuda_kernels_of_older_sources_are_not_used(monkeypatch):
     assert _extension._load_cuda() == ""
-    monkeypatch.setattr(_extension, "CUDA_OPERATIONS", ("bn_relu_conv3x3_into", "pack"))
+    monkeypatch.setattr(_extension, "CUDA_OPERATIONS", ("bn_relu_conv3x3", "pack"))
     assert "built from older sources and lacks pack" in _extension._load_cuda()
 
 

@@ -11,9 +11,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
-#include <string>
-#include <tuple>
 #include <type_traits>
 
 #include "winograd3x3.h"
@@ -32,17 +31,19 @@ template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 template <typename T>
-constexpr ScalarType dtype_of = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+constexpr ScalarType dtype_of = std::is_same_v<T, double>  ? ScalarType::Double
+                                : std::is_same_v<T, float> ? ScalarType::Float
+                                                           : ScalarType::BFloat16;
 
 // ---- what the operations accept
 
-Geometry geometry(const Tensor& images, const Tensor& outputs, const Tensor& weight,
-                  const Ints& stride, const Ints& padding, const Ints& dilation) {
+Geometry geometry(const Tensor& images, const Tensor& outputs, const Ints& stride,
+                  const Ints& padding, const Ints& dilation) {
   STD_TORCH_CHECK(images.dim() == 4 && outputs.dim() == 4, "conv3x3: expected 4-D images, got ",
                   images.dim(), "-D and ", outputs.dim(), "-D");
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
-                  "conv3x3: expected weight of shape [k, C, 3, 3]");
-  Geometry g{images.size(0), images.size(1), weight.size(0), {}, {}, {}, {}, {}};
+  Geometry g{images.size(0), images.size(1), outputs.size(1), {}, {}, {}, {}, {}};
+  STD_TORCH_CHECK(outputs.size(0) == g.n, "conv3x3: expected ", g.n, " outputs, got ",
+                  outputs.size(0));
   for (int a = 0; a < 2; ++a) {
     g.in[a] = images.size(2 + a);
     g.out[a] = outputs.size(2 + a);
@@ -60,11 +61,20 @@ Geometry geometry(const Tensor& images, const Tensor& outputs, const Tensor& wei
     STD_TORCH_CHECK(g.out[a] == size, "conv3x3: expected an output ", size, " long, got ",
                     g.out[a]);
   }
-  STD_TORCH_CHECK(weight.size(1) == g.c && outputs.size(0) == g.n && outputs.size(1) == g.k,
-                  "conv3x3: images [", g.n, ", ", g.c, ", ...], weight [", g.k, ", ",
-                  weight.size(1), ", 3, 3] and output [", outputs.size(0), ", ", outputs.size(1),
-                  ", ...] do not fit together");
   return g;
+}
+
+// Stride 1 and as much padding as keeps the size, on matrices whose rows are n images' pixels.
+Geometry geometry(int64_t n, int64_t h, int64_t w, const Tensor& y, const Tensor& out,
+                  const Ints& dilation) {
+  STD_TORCH_CHECK(y.dim() == 2 && out.dim() == 2, "conv3x3: expected matrices, got ", y.dim(),
+                  "-D and ", out.dim(), "-D");
+  STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == y.size(0), "conv3x3: ", n,
+                  " images of ", h, " by ", w, " pixels are not ", y.size(0), " rows");
+  STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
+                  dilation[0], " and ", dilation[1]);
+  const int64_t d[2] = {dilation[0], dilation[1]};
+  return {n, y.size(1), out.size(1), {h, w}, {h, w}, {1, 1}, {d[0], d[1]}, {d[0], d[1]}};
 }
 
 void expect_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
@@ -73,34 +83,91 @@ void expect_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
                   torch::headeronly::toString(tensor.scalar_type()));
 }
 
-template <typename T>
-const T* vector(const char* name, const MaybeTensor& tensor, int64_t size) {
-  if (!tensor) return nullptr;
-  expect_dtype(name, *tensor, dtype_of<T>);
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size && tensor->is_contiguous(),
-                  "conv3x3: expected ", name, " to be a contiguous vector of ", size);
-  return static_cast<const T*>(tensor->const_data_ptr());
+void expect_weight(const Tensor& weight, const Geometry& g, ScalarType dtype) {
+  expect_dtype("weight", weight, dtype);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == g.k && weight.size(1) == g.c &&
+                      weight.size(2) == 3 && weight.size(3) == 3,
+                  "conv3x3: expected weight of shape [", g.k, ", ", g.c, ", 3, 3]");
+  STD_TORCH_CHECK(g.k >= 1 && g.c >= 1, "conv3x3: expected channels");
+}
+
+void expect_vector(const char* name, const Tensor& tensor, int64_t size) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 1 && tensor.size(0) == size && (size == 1 || tensor.stride(0) == 1),
+      "conv3x3: expected ", name, " to be a contiguous vector of ", size);
 }
 
 template <typename T>
-Reading<T> reading(const MaybeTensor& scale, const MaybeTensor& shift, int64_t channels) {
-  STD_TORCH_CHECK(scale.has_value() == shift.has_value(),
-                  "conv3x3: expected scale and shift, or neither");
-  return {vector<T>("scale", scale, channels), vector<T>("shift", shift, channels)};
+T* vector(const char* name, const Tensor& tensor, int64_t size) {
+  expect_dtype(name, tensor, dtype_of<std::remove_const_t<T>>);
+  expect_vector(name, tensor, size);
+  if constexpr (std::is_const_v<T>) return static_cast<T*>(tensor.const_data_ptr());
+  else return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-Strides strides(const Tensor& images) {
-  return {images.stride(0), images.stride(1), images.stride(2), images.stride(3)};
+void expect_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns,
+                  "conv3x3: expected ", name, " of shape [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(columns == 1 || matrix.stride(1) == 1, "conv3x3: expected ", name,
+                  " with unit column stride");
 }
+
+// The images' pixels, channels their fastest axis, of a tensor [n, C, h, w] or a matrix.
+template <typename S>
+Images<S> images(const Tensor& t, const Geometry& g) {
+  S* data;
+  if constexpr (std::is_const_v<S>) data = static_cast<S*>(t.const_data_ptr());
+  else data = static_cast<S*>(t.mutable_data_ptr());
+  if (t.dim() == 4) return {data, {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+  const int64_t row = t.stride(0);
+  return {data, {g.in[0] * g.in[1] * row, 1, g.in[1] * row, row}};
+}
+
+// A matrix's, in the dtype and of the number of columns that are expected.
+template <typename S>
+Images<S> rows(const char* name, const Tensor& matrix, const Geometry& g, int64_t columns) {
+  using Value = std::remove_const_t<S>;
+  expect_dtype(name, matrix, std::is_same_v<Value, uint8_t> ? ScalarType::Bool : dtype_of<Value>);
+  expect_matrix(name, matrix, g.n * g.in[0] * g.in[1], columns);
+  return images<S>(matrix, g);
+}
+
+// The vectors of a BatchNorm, as memdense.buffers.Reader makes them.
+template <typename T>
+struct Norm {
+  const T* mean;
+  std::vector<T> scale, shift, rstd;
+
+  Reading<T> reading() const { return {scale.data(), shift.data()}; }
+};
 
 template <typename S>
-Images<const S> read_images(const Tensor& images) {
-  return {static_cast<const S*>(images.const_data_ptr()), strides(images)};
-}
-
-template <typename S>
-Images<S> write_images(const Tensor& images) {
-  return {static_cast<S*>(images.mutable_data_ptr()), strides(images)};
+Norm<Compute<S>> norm(const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
+                      const MaybeTensor& beta, double eps, int64_t channels) {
+  using T = Compute<S>;
+  Norm<T> norm{vector<const T>("mean", mean, channels), {}, {}, {}};
+  const T* variance = vector<const T>("var", var, channels);
+  // gamma and beta are parameters: in float32 beside bfloat16 values, or like them
+  const auto values = [&](const char* name, const MaybeTensor& tensor, T missing) {
+    std::vector<T> found(channels, missing);
+    if (!tensor) return found;
+    if (tensor->scalar_type() == dtype_of<T>) {
+      std::copy_n(vector<const T>(name, *tensor, channels), channels, found.begin());
+    } else {
+      const S* from = vector<const S>(name, *tensor, channels);
+      for (int64_t c = 0; c < channels; ++c) found[c] = load(from[c]);
+    }
+    return found;
+  };
+  norm.scale = values("gamma", gamma, 1);
+  norm.shift = values("beta", beta, 0);
+  norm.rstd.resize(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    norm.rstd[c] = 1 / std::sqrt(variance[c] + static_cast<T>(eps));
+    norm.scale[c] *= norm.rstd[c];
+    norm.shift[c] -= norm.mean[c] * norm.scale[c];
+  }
+  return norm;
 }
 
 // f(S{}) for the dtype's S
@@ -154,7 +221,7 @@ auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
 
 // Runs a walk in tasks; task t hands its results to emits[t].
 template <typename S, typename T, typename Walk, typename Emit>
-void run_walk(const Walk& walk, bool backward, const Tensor& images, Reading<T> read,
+void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Reading<T> read,
               const Tensor& weight, std::vector<Emit>& emits) {
   const Scratch<T> packed(walk.packed_values());
   const int64_t channel_stride = weight.stride(backward ? 0 : 1);
@@ -170,7 +237,6 @@ void run_walk(const Walk& walk, bool backward, const Tensor& images, Reading<T> 
 
   const int64_t tasks = static_cast<int64_t>(emits.size()), share = aligned(walk.scratch_values());
   const Scratch<T> scratch(tasks * share);
-  const Images<const S> source = read_images<S>(images);
   for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
     walk.run(begin, end, source, read, packed.data, scratch.data + task * share, emits[task]);
   });
@@ -224,58 +290,62 @@ struct Outputs {
 };
 
 template <typename S>
-std::tuple<Tensor, Tensor> forward(const Geometry& g, const Tensor& x, const MaybeTensor& scale,
-                                   const MaybeTensor& shift, const Tensor& weight,
-                                   const MaybeTensor& bias, const MaybeTensor& mask, double factor,
-                                   const Tensor& out, bool statistics) {
+void forward(const Geometry& g, const Images<const S>& x, Reading<Compute<S>> read,
+             const Tensor& weight, const S* bias, const Images<const uint8_t>& mask, double factor,
+             const Images<S>& out, Compute<S>* mean, Compute<S>* var) {
   using T = Compute<S>;
-  const int64_t channels = statistics ? g.k : 0, tasks = task_count(g.n * g.out[0]);
-  Tensor mean = torch::stable::empty({channels}, dtype_of<T>);
-  Tensor var = torch::stable::empty({channels}, dtype_of<T>);
+  const int64_t tasks = task_count(g.n * g.out[0]);
   with_walk<T>(g, false, tasks, [&](const auto& walk) {
-    const Outputs<S, T> outputs(
-        walk.blocks, bias ? static_cast<const S*>(bias->const_data_ptr()) : nullptr,
-        mask ? read_images<uint8_t>(*mask) : Images<const uint8_t>{nullptr, {}},
-        static_cast<T>(factor), write_images<S>(out), statistics);
+    const Outputs<S, T> outputs(walk.blocks, bias, mask, static_cast<T>(factor), out, mean != nullptr);
     std::vector<Outputs<S, T>> emits(tasks, outputs);
-    run_walk<S>(walk, false, x, reading<T>(scale, shift, g.c), weight, emits);
-    for (int64_t j = 0; j < channels; ++j) {
+    run_walk<S>(walk, false, x, read, weight, emits);
+    for (int64_t j = 0; mean && j < g.k; ++j) {
       double total_mean = 0, total_m2 = 0, count = 0;
       for (const auto& part : emits) {
         const double n = static_cast<double>(part.counts[0]);
         if (n > 0) merge(count, total_mean, total_m2, n, part.mean[j], part.m2[j]);
         count += n;
       }
-      static_cast<T*>(mean.mutable_data_ptr())[j] = static_cast<T>(total_mean);
-      static_cast<T*>(var.mutable_data_ptr())[j] = static_cast<T>(total_m2 / count);
+      mean[j] = static_cast<T>(total_mean);
+      var[j] = static_cast<T>(total_m2 / count);
     }
   });
-  return {mean, var};
 }
 
-std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const MaybeTensor& scale,
-                                   const MaybeTensor& shift, const Tensor& weight,
-                                   const MaybeTensor& bias, const Ints& stride, const Ints& padding,
-                                   const Ints& dilation, const MaybeTensor& mask, double factor,
-                                   const Tensor& out, bool statistics, bool) {
-  const Geometry g = geometry(x, out, weight, stride, padding, dilation);
-  const ScalarType dtype = x.scalar_type();
-  expect_dtype("weight", weight, dtype);
-  expect_dtype("out", out, dtype);
-  if (bias) {
-    expect_dtype("bias", *bias, dtype);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == g.k && bias->is_contiguous(),
-                    "conv3x3: expected bias to be a contiguous vector of ", g.k);
-  }
-  if (mask) {
-    expect_dtype("mask", *mask, ScalarType::Bool);
-    bool same = mask->dim() == 4;
-    for (int i = 0; same && i < 4; ++i) same = mask->size(i) == out.size(i);
-    STD_TORCH_CHECK(same, "conv3x3: expected mask in the shape of out");
-  }
-  return dispatch(dtype, [&](auto value) {
-    return forward<decltype(value)>(g, x, scale, shift, weight, bias, mask, factor, out,
-                                    statistics);
+void conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Ints& stride,
+             const Ints& padding, const Ints& dilation, const Tensor& out, bool) {
+  const Geometry g = geometry(x, out, stride, padding, dilation);
+  expect_weight(weight, g, x.scalar_type());
+  expect_dtype("out", out, x.scalar_type());
+  if (g.n == 0) return;
+  dispatch(x.scalar_type(), [&](auto value) {
+    using S = decltype(value);
+    forward<S>(g, images<const S>(x, g), {}, weight,
+               bias ? vector<const S>("bias", *bias, g.k) : nullptr, {}, 1, images<S>(out, g),
+               nullptr, nullptr);
+  });
+}
+
+void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
+                     const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                     const Tensor& weight, const Ints& dilation, int64_t n, int64_t h, int64_t w,
+                     const MaybeTensor& keep, double factor, const Tensor& out,
+                     const MaybeTensor& moments, bool) {
+  const Geometry g = geometry(n, h, w, y, out, dilation);
+  expect_weight(weight, g, y.scalar_type());
+  dispatch(y.scalar_type(), [&](auto value) {
+    using S = decltype(value);
+    using T = Compute<S>;
+    T* results = nullptr;
+    if (moments) {
+      expect_dtype("moments", *moments, dtype_of<T>);
+      expect_matrix("moments", *moments, 2, g.k);
+      results = static_cast<T*>(moments->mutable_data_ptr());
+    }
+    forward<S>(g, rows<const S>("y", y, g, g.c),
+               norm<S>(mean, var, gamma, beta, eps, g.c).reading(), weight, nullptr,
+               keep ? rows<const uint8_t>("keep", *keep, g, g.k) : Images<const uint8_t>{}, factor,
+               rows<S>("out", out, g, g.k), results, results ? results + moments->stride(0) : nullptr);
   });
 }
 
@@ -309,64 +379,49 @@ struct Gradients {
   void stored(int64_t, const T*, int64_t) const {}
 };
 
+// Of z where there is a norm, and then dbeta and dgamma; else of x.
 template <typename S>
-Tensor input_gradient(const Geometry& g, const Tensor& dy, const Tensor& weight,
-                      const MaybeTensor& x, const MaybeTensor& scale, const MaybeTensor& shift,
-                      const MaybeTensor& mean, const MaybeTensor& rstd, const Tensor& dx,
-                      bool accumulate) {
+void input_gradient(const Geometry& g, const Images<const S>& dy, const Tensor& weight,
+                    const Images<const S>& x, const Norm<Compute<S>>& norm, const Images<S>& dx,
+                    bool accumulate, Compute<S>* dbeta, Compute<S>* dgamma) {
   using T = Compute<S>;
-  const int64_t channels = x ? g.c : 0, tasks = task_count(g.n * g.in[0]);
-  Tensor total = torch::stable::empty({2, channels}, dtype_of<T>);
+  const int64_t channels = x.data ? g.c : 0, tasks = task_count(g.n * g.in[0]);
   with_walk<T>(g, true, tasks, [&](const auto& walk) {
     const std::vector<double> zeros(channels);
     const Gradients<S, T> gradients{walk.blocks,
-                                    x ? read_images<S>(*x) : Images<const S>{nullptr, {}},
-                                    vector<T>("scale", scale, g.c),
-                                    vector<T>("shift", shift, g.c),
-                                    vector<T>("mean", mean, g.c),
-                                    vector<T>("rstd", rstd, g.c),
-                                    write_images<S>(dx),
+                                    x,
+                                    norm.scale.data(),
+                                    norm.shift.data(),
+                                    norm.mean,
+                                    norm.rstd.data(),
+                                    dx,
                                     accumulate,
                                     zeros,
                                     zeros};
     std::vector<Gradients<S, T>> emits(tasks, gradients);
     run_walk<S>(walk, true, dy, Reading<T>{}, weight, emits);
-    T* total_data = static_cast<T*>(total.mutable_data_ptr());
     for (int64_t c = 0; c < channels; ++c) {
-      double dbeta = 0, dgamma = 0;
+      double sums[2] = {0, 0};
       for (const auto& part : emits) {
-        dbeta += part.dbeta[c];
-        dgamma += part.dgamma[c];
+        sums[0] += part.dbeta[c];
+        sums[1] += part.dgamma[c];
       }
-      total_data[c] = static_cast<T>(dbeta);
-      total_data[channels + c] = static_cast<T>(dgamma);
+      dbeta[c] = static_cast<T>(sums[0]);
+      dgamma[c] = static_cast<T>(sums[1]);
     }
   });
-  return total;
 }
 
-Tensor conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& stride,
-                              const Ints& padding, const Ints& dilation, const MaybeTensor& x,
-                              const MaybeTensor& scale, const MaybeTensor& shift,
-                              const MaybeTensor& mean, const MaybeTensor& rstd, const Tensor& dx,
-                              bool accumulate, bool) {
-  const Geometry g = geometry(dx, dy, weight, stride, padding, dilation);
-  const ScalarType dtype = dy.scalar_type();
-  expect_dtype("weight", weight, dtype);
-  expect_dtype("dx", dx, dtype);
-  STD_TORCH_CHECK(x || !accumulate, "conv3x3: accumulate needs x and its vectors");
-  if (x) {
-    expect_dtype("x", *x, dtype);
-    STD_TORCH_CHECK(scale && shift && mean && rstd, "conv3x3: x needs scale, shift, mean and rstd");
-    bool same = x->dim() == 4;
-    for (int i = 0; same && i < 4; ++i) same = x->size(i) == dx.size(i);
-    STD_TORCH_CHECK(same, "conv3x3: expected x in the shape of dx");
-    STD_TORCH_CHECK(g.c == 1 || (x->stride(1) == 1 && dx.stride(1) == 1),
-                    "conv3x3: expected x and dx with channels as their fastest axis");
-  }
-  return dispatch(dtype, [&](auto value) {
-    return input_gradient<decltype(value)>(g, dy, weight, x, scale, shift, mean, rstd, dx,
-                                           accumulate);
+void conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& stride,
+                            const Ints& padding, const Ints& dilation, const Tensor& dx, bool) {
+  const Geometry g = geometry(dx, dy, stride, padding, dilation);
+  expect_weight(weight, g, dy.scalar_type());
+  expect_dtype("dx", dx, dy.scalar_type());
+  if (g.n == 0) return;
+  dispatch(dy.scalar_type(), [&](auto value) {
+    using S = decltype(value);
+    input_gradient<S>(g, images<const S>(dy, g), weight, {}, {}, images<S>(dx, g), false, nullptr,
+                      nullptr);
   });
 }
 
@@ -381,16 +436,13 @@ MEMDENSE_SIMD void add(const T* __restrict__ values, int64_t count, T* __restric
 }
 
 template <typename S>
-Tensor weight_gradient(const Geometry& g, const Tensor& dy, const Tensor& x,
-                       const MaybeTensor& scale, const MaybeTensor& shift) {
+void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
+                     Reading<Compute<S>> read, Compute<S>* dweight) {
   using T = Compute<S>;
-  const Reading<T> read = reading<T>(scale, shift, g.c);
   const int64_t tasks = task_count(g.n * g.out[0]);
-  Tensor dweight = torch::stable::empty({g.k, g.c, 3, 3}, dtype_of<T>);
   const auto run = [&](const auto& walk) {
     const int64_t share = aligned(walk.scratch_values()), partial = walk.partial_values();
     const Scratch<T> scratch(tasks * share), partials(tasks * partial);
-    const Images<const S> gradient = read_images<S>(dy), source = read_images<S>(x);
     for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
       T* mine = partials.data + task * partial;
       std::fill_n(mine, partial, T{0});
@@ -404,28 +456,65 @@ Tensor weight_gradient(const Geometry& g, const Tensor& dy, const Tensor& x,
           sums = group.data;
           std::fill_n(sums, partial, T{0});
         }
-        walk.run(first, last, gradient, source, read, scratch.data + task * share, sums);
+        walk.run(first, last, dy, x, read, scratch.data + task * share, sums);
         if (first > begin) add(sums, partial, mine);
       }
     });
-    T* out = static_cast<T*>(dweight.mutable_data_ptr());
     torch::stable::parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) walk.reduce(partials.data, tasks, j, out);
+      for (int64_t j = begin; j < end; ++j) walk.reduce(partials.data, tasks, j, dweight);
     });
   };
   winograd::pays(g) ? run(winograd::WeightWalk<T>(g)) : run(WeightWalk<T>(g, tasks));
-  return dweight;
 }
 
-Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const MaybeTensor& scale,
-                               const MaybeTensor& shift, const Ints& stride, const Ints& padding,
-                               const Ints& dilation, bool) {
-  STD_TORCH_CHECK(dy.dim() == 4 && x.dim() == 4, "conv3x3: expected 4-D images");
-  const Tensor shape = torch::stable::empty({dy.size(1), x.size(1), 3, 3}, x.scalar_type());
-  const Geometry g = geometry(x, dy, shape, stride, padding, dilation);
+Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, bool) {
+  const Geometry g = geometry(x, dy, stride, padding, dilation);
   expect_dtype("dy", dy, x.scalar_type());
+  STD_TORCH_CHECK(g.k >= 1 && g.c >= 1, "conv3x3: expected channels");
   return dispatch(x.scalar_type(), [&](auto value) {
-    return weight_gradient<decltype(value)>(g, dy, x, scale, shift);
+    using S = decltype(value);
+    using T = Compute<S>;
+    const Tensor dweight = torch::stable::empty({g.k, g.c, 3, 3}, dtype_of<T>);
+    T* result = static_cast<T*>(dweight.mutable_data_ptr());
+    if (g.n == 0) {
+      std::fill_n(result, 9 * g.k * g.c, T{0});
+    } else {
+      weight_gradient<S>(g, images<const S>(dy, g), images<const S>(x, g), {}, result);
+    }
+    return dweight;
+  });
+}
+
+// ---- both, of a dense layer's second half
+
+void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints& dilation,
+                              const Tensor& y, const Tensor& mean, const Tensor& var,
+                              const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                              int64_t n, int64_t h, int64_t w, const Tensor& dz,
+                              const Tensor& dbeta, const Tensor& dgamma, const MaybeTensor& dweight,
+                              bool accumulate, bool) {
+  const Geometry g = geometry(n, h, w, y, dy, dilation);
+  expect_weight(weight, g, y.scalar_type());
+  dispatch(y.scalar_type(), [&](auto value) {
+    using S = decltype(value);
+    using T = Compute<S>;
+    const Images<const S> gradient = rows<const S>("dy", dy, g, g.k);
+    const Images<const S> input = rows<const S>("y", y, g, g.c);
+    const Norm<T> vectors = norm<S>(mean, var, gamma, beta, eps, g.c);
+    if (dweight) {
+      expect_dtype("dweight", *dweight, dtype_of<T>);
+      STD_TORCH_CHECK(dweight->dim() == 4 && dweight->size(0) == g.k && dweight->size(1) == g.c &&
+                          dweight->size(2) == 3 && dweight->size(3) == 3 &&
+                          dweight->is_contiguous(),
+                      "conv3x3: expected dweight to be contiguous, of the weight's shape");
+    }
+    input_gradient<S>(g, gradient, weight, input, vectors, rows<S>("dz", dz, g, g.c), accumulate,
+                      vector<T>("dbeta", dbeta, g.c), vector<T>("dgamma", dgamma, g.c));
+    if (dweight) {
+      weight_gradient<S>(g, gradient, input, vectors.reading(),
+                         static_cast<T*>(dweight->mutable_data_ptr()));
+    }
   });
 }
 
@@ -437,4 +526,6 @@ STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
   m.impl("conv3x3", TORCH_BOX(&memdense::conv3x3::conv3x3));
   m.impl("conv3x3_input_gradient", TORCH_BOX(&memdense::conv3x3::conv3x3_input_gradient));
   m.impl("conv3x3_weight_gradient", TORCH_BOX(&memdense::conv3x3::conv3x3_weight_gradient));
+  m.impl("bn_relu_conv3x3", TORCH_BOX(&memdense::conv3x3::bn_relu_conv3x3));
+  m.impl("bn_relu_conv3x3_backward", TORCH_BOX(&memdense::conv3x3::bn_relu_conv3x3_backward));
 }

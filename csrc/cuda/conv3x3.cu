@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "conv3x3_plan.h"
@@ -312,13 +311,8 @@ Tensor weight_partials(Kind kind, const Problem& p, const Images& x, const Image
 
 // ---- the plain operations
 
-std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const MaybeTensor& scale,
-                                   const MaybeTensor& shift, const Tensor& weight,
-                                   const MaybeTensor& bias, const Ints& stride, const Ints& padding,
-                                   const Ints& dilation, const MaybeTensor& mask, double,
-                                   const Tensor& out, bool statistics, bool tf32) {
-  STD_TORCH_CHECK(!scale && !shift && !mask && !statistics,
-                  "conv3x3: on CUDA, vectors, mask and statistics are bn_relu_conv3x3_into's");
+void conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Ints& stride,
+             const Ints& padding, const Ints& dilation, const Tensor& out, bool tf32) {
   const Kind kind = kind_of(x, tf32);
   const int bytes = value_bytes(kind);
   const Problem p = problem(x, out, stride, padding, dilation);
@@ -329,44 +323,34 @@ std::tuple<Tensor, Tensor> conv3x3(const Tensor& x, const MaybeTensor& scale,
     expect_vector("bias", *bias, p.k, x);
   }
   const Place place(x);
-  const Tensor none = torch::stable::empty({0}, ScalarType::Float, std::nullopt, x.device());
-  if (p.n == 0) return {none, none};
+  if (p.n == 0) return;
   Convolution a{};
   set_source(a, of_images(x, bytes), p.c);
   set_weight(a, weight, false, bytes);
   set_target_images(a, out, bytes);
   a.bias = bias ? bias->const_data_ptr() : nullptr;
   convolve(kind, Mode::kPlain, a, p, false, place, no_partials);
-  return {none, none};
 }
 
-Tensor conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& stride,
-                              const Ints& padding, const Ints& dilation, const MaybeTensor& x,
-                              const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                              const MaybeTensor&, const Tensor& dx, bool accumulate, bool tf32) {
-  STD_TORCH_CHECK(!x && !accumulate,
-                  "conv3x3: on CUDA, a BatchNorm's answer is bn_relu_conv3x3_backward_into's");
+void conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& stride,
+                            const Ints& padding, const Ints& dilation, const Tensor& dx,
+                            bool tf32) {
   const Kind kind = kind_of(dy, tf32);
   const int bytes = value_bytes(kind);
   const Problem p = problem(dx, dy, stride, padding, dilation);
   expect_weight(weight, p.k, p.c, dy);
   expect("dx", dx, dy);
   const Place place(dy);
-  const Tensor none = torch::stable::empty({2, 0}, ScalarType::Float, std::nullopt, dy.device());
-  if (p.n == 0) return none;
+  if (p.n == 0) return;
   Convolution a{};
   set_source(a, of_images(dy, bytes), p.k);
   set_weight(a, weight, true, bytes);
   set_target_images(a, dx, bytes);
   convolve(kind, Mode::kPlain, a, p, true, place, no_partials);
-  return none;
 }
 
-Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const MaybeTensor& scale,
-                               const MaybeTensor& shift, const Ints& stride, const Ints& padding,
-                               const Ints& dilation, bool tf32) {
-  STD_TORCH_CHECK(!scale && !shift,
-                  "conv3x3: on CUDA, vectors are bn_relu_conv3x3_backward_into's");
+Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, bool tf32) {
   const Kind kind = kind_of(x, tf32);
   const int bytes = value_bytes(kind);
   const Problem p = problem(x, dy, stride, padding, dilation);
@@ -391,11 +375,11 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const MaybeTen
 
 // ---- a dense layer's second half
 
-void bn_relu_conv3x3_into(const Tensor& y, const Tensor& mean, const Tensor& var,
+void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
                           const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                           const Tensor& weight, const Ints& dilation, int64_t n, int64_t h,
                           int64_t w, const MaybeTensor& keep, double factor, const Tensor& out,
-                          const MaybeTensor& mean_out, const MaybeTensor& var_out, bool tf32) {
+                          const MaybeTensor& moments, bool tf32) {
   const Kind kind = kind_of(y, tf32);
   const int bytes = value_bytes(kind);
   STD_TORCH_CHECK(y.dim() == 2 && out.dim() == 2, "conv3x3: expected matrices y and out");
@@ -404,12 +388,10 @@ void bn_relu_conv3x3_into(const Tensor& y, const Tensor& mean, const Tensor& var
   expect_weight(weight, p.k, p.c, y);
   expect("out", out, y);
   expect_matrix("out", out, y.size(0), p.k);
-  STD_TORCH_CHECK(mean_out.has_value() == var_out.has_value(),
-                  "conv3x3: expected mean_out and var_out, or neither");
   Convolution a{};
   a.norm = norm_of(y, mean, var, gamma, beta, eps);
   a.factor = static_cast<float>(factor);
-  a.statistics = mean_out.has_value();
+  a.statistics = moments.has_value();
   if (keep) {
     expect_dtype("keep", *keep, ScalarType::Bool);
     expect_device("keep", *keep, y);
@@ -418,10 +400,9 @@ void bn_relu_conv3x3_into(const Tensor& y, const Tensor& mean, const Tensor& var
     a.keep_row = keep->stride(0);
   }
   if (a.statistics) {
-    for (const auto& [name, tensor] : {std::pair{"mean_out", &*mean_out}, {"var_out", &*var_out}}) {
-      expect_dtype(name, *tensor, ScalarType::Float);
-      expect_vector(name, *tensor, p.k, y);
-    }
+    expect_dtype("moments", *moments, ScalarType::Float);
+    expect_device("moments", *moments, y);
+    expect_matrix("moments", *moments, 2, p.k);
   }
   const Place place(y);
   set_source(a, of_matrix(y, p, p.in, bytes), p.c);
@@ -434,17 +415,19 @@ void bn_relu_conv3x3_into(const Tensor& y, const Tensor& mean, const Tensor& var
     return floats(partials);
   });
   if (a.statistics) {
-    merge_moments(Merge{a.partials, a.columns, blocks, floats(*mean_out), floats(*var_out)},
+    float* mean_out = floats(*moments);
+    merge_moments(Merge{a.partials, a.columns, blocks, mean_out, mean_out + moments->stride(0)},
                   place.stream());
   }
 }
 
-void bn_relu_conv3x3_backward_into(const Tensor& dy, const Tensor& weight, const Ints& dilation,
+void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints& dilation,
                                    const Tensor& y, const Tensor& mean, const Tensor& var,
                                    const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                                    int64_t n, int64_t h, int64_t w, const Tensor& dz,
                                    const Tensor& dbeta, const Tensor& dgamma,
-                                   const MaybeTensor& dweight, bool tf32) {
+                                   const MaybeTensor& dweight, bool accumulate, bool tf32) {
+  STD_TORCH_CHECK(!accumulate, "conv3x3: on CUDA, dz is written, not accumulated");
   const Kind kind = kind_of(y, tf32);
   const int bytes = value_bytes(kind);
   STD_TORCH_CHECK(y.dim() == 2 && dy.dim() == 2, "conv3x3: expected matrices y and dy");
@@ -507,6 +490,6 @@ STABLE_TORCH_LIBRARY_IMPL(memdense, MEMDENSE_DISPATCH, m) {
   m.impl("conv3x3", TORCH_BOX(&ops::conv3x3));
   m.impl("conv3x3_input_gradient", TORCH_BOX(&ops::conv3x3_input_gradient));
   m.impl("conv3x3_weight_gradient", TORCH_BOX(&ops::conv3x3_weight_gradient));
-  m.impl("bn_relu_conv3x3_into", TORCH_BOX(&ops::bn_relu_conv3x3_into));
-  m.impl("bn_relu_conv3x3_backward_into", TORCH_BOX(&ops::bn_relu_conv3x3_backward_into));
+  m.impl("bn_relu_conv3x3", TORCH_BOX(&ops::bn_relu_conv3x3));
+  m.impl("bn_relu_conv3x3_backward", TORCH_BOX(&ops::bn_relu_conv3x3_backward));
 }

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (loads the operations)
 from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums
-from .native3x3 import NativeConv3x3, store
+from .native3x3 import NativeConv3x3
 from .reference import Reference
 
 _ops = torch.ops.memdense
@@ -162,6 +162,12 @@ class Native(NativeConv3x3, Reference):
             return super().normalised_(dz, x, behind)
         _ops.combine(dz, a, x, b, c, None, 1.0, dz)
         return dz
+
+
+def store(moments: Tensor | None, mean: Tensor, var: Tensor) -> None:
+    """Mean and variance where ``moments`` (2, C) wants them."""
+    if moments is not None:
+        moments[0], moments[1] = mean, var
 
 
 def _rows(images: Tensor) -> Tensor | None:

@@ -10,12 +10,6 @@ from ..buffers import Geometry, Into, Reader, Sums
 MIN_PRODUCTS = 64
 
 
-def store(moments: Tensor | None, mean: Tensor, var: Tensor) -> None:
-    """Mean and variance where ``moments`` (2, C) wants them."""
-    if moments is not None:
-        moments[0], moments[1] = mean, var
-
-
 class NativeConv3x3:
     """Two primitives of :class:`memdense.backends.Reference`, to stand before it among the bases.
 
@@ -44,12 +38,10 @@ class NativeConv3x3:
     ) -> None:
         if not self._native3x3(x, weight):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
-        mask, factor = (None, 1.0) if keep is None else (geometry.images(keep[0]), keep[1])
-        mean, var = torch.ops.memdense.conv3x3(
-            geometry.images(x), read.scale, read.shift, weight, None, (1, 1), dilation, dilation,
-            mask, factor, geometry.images(out), moments is not None,
+        torch.ops.memdense.bn_relu_conv3x3(
+            x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation, *geometry,
+            *(keep or (None, 1.0)), out, moments,
         )  # fmt: skip
-        store(moments, mean, var)
 
     def bn_relu_conv3x3_backward(
         self,
@@ -68,17 +60,12 @@ class NativeConv3x3:
             )
         dz = None if into else torch.empty_like(x, memory_format=torch.contiguous_format)
         target = into.start() if into else dz
-        images, gradient = geometry.images(x), geometry.images(dy)
-        dbeta, dgamma = torch.ops.memdense.conv3x3_input_gradient(
-            gradient, weight, (1, 1), dilation, dilation, images, *read.vectors,
-            geometry.images(target), into is not None,
+        sums = Sums(torch.empty_like(read.mean), torch.empty_like(read.mean))
+        dweight = weight.new_empty(weight.shape) if need_weight else None
+        torch.ops.memdense.bn_relu_conv3x3_backward(
+            dy, weight, dilation, x, read.mean, read.var, read.weight, read.bias, read.eps,
+            *geometry, target, *sums, dweight, into is not None,
         )  # fmt: skip
-        sums = Sums(dbeta.clone(), dgamma.clone())
         if into is not None:
             into.credit(read, sums)
-        dweight = None
-        if need_weight:
-            dweight = torch.ops.memdense.conv3x3_weight_gradient(
-                gradient, images, read.scale, read.shift, (1, 1), dilation, dilation
-            )
         return dz, sums, dweight

@@ -74,10 +74,9 @@ class Triton(Reference):
         fits = _fits(x, out) and weight.dtype == x.dtype
         fits = fits and (keep is None or keep[0].stride(-1) == 1)
         if fits and x.is_cuda and _extension.cuda_runs_on(x.device):
-            mean, var = (None, None) if moments is None else moments
-            return torch.ops.memdense.bn_relu_conv3x3_into(
+            return torch.ops.memdense.bn_relu_conv3x3(
                 x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation,
-                *geometry, *(keep or (None, 1.0)), out, mean, var, _extension.tf32(),
+                *geometry, *(keep or (None, 1.0)), out, moments, _extension.tf32(),
             )  # fmt: skip
         if not fits or not conv3x3.reachable(geometry, dilation, x.stride(0)):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
@@ -137,9 +136,9 @@ class Triton(Reference):
             dz = x.new_empty(x.shape)
             sums = Sums(torch.empty_like(read.mean), torch.empty_like(read.mean))
             dweight = weight.new_empty(weight.shape, dtype=torch.float32) if need_weight else None
-            torch.ops.memdense.bn_relu_conv3x3_backward_into(
+            torch.ops.memdense.bn_relu_conv3x3_backward(
                 dy, weight, dilation, x, read.mean, read.var, read.weight, read.bias, read.eps,
-                *geometry, dz, *sums, dweight, _extension.tf32(),
+                *geometry, dz, *sums, dweight, False, _extension.tf32(),
             )  # fmt: skip
             return dz, sums, dweight
         if not fits or not conv3x3.reachable(geometry, dilation, dy.stride(0)):
