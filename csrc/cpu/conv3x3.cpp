@@ -101,8 +101,10 @@ template <typename T>
 T* vector(const char* name, const Tensor& tensor, int64_t size) {
   expect_dtype(name, tensor, dtype_of<std::remove_const_t<T>>);
   expect_vector(name, tensor, size);
-  if constexpr (std::is_const_v<T>) return static_cast<T*>(tensor.const_data_ptr());
-  else return static_cast<T*>(tensor.mutable_data_ptr());
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(tensor.const_data_ptr());
+  else
+    return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 void expect_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
@@ -116,8 +118,10 @@ void expect_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t
 template <typename S>
 Images<S> images(const Tensor& t, const Geometry& g) {
   S* data;
-  if constexpr (std::is_const_v<S>) data = static_cast<S*>(t.const_data_ptr());
-  else data = static_cast<S*>(t.mutable_data_ptr());
+  if constexpr (std::is_const_v<S>)
+    data = static_cast<S*>(t.const_data_ptr());
+  else
+    data = static_cast<S*>(t.mutable_data_ptr());
   if (t.dim() == 4) return {data, {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
   const int64_t row = t.stride(0);
   return {data, {g.in[0] * g.in[1] * row, 1, g.in[1] * row, row}};
@@ -266,18 +270,11 @@ struct Outputs {
         m2(mean.size()),
         counts(blocks.count) {}
 
-  void results(int64_t n, int64_t y, int64_t x, int64_t step, int64_t block,
-               const Result<T>& result) const {
+  void results(int64_t n, int64_t y, int64_t block, const Result<T>& result) const {
     const int64_t j = blocks.start(block);
-    const auto first = [&](const auto& images) {
-      return images.line(n, y) + x * images.strides.w + j * images.strides.c;
-    };
-    const auto strides_of = [&](Strides strides) {
-      strides.w *= step;
-      return strides;
-    };
-    store_tile<S, T>(result, bias ? bias + j : nullptr, mask.data ? first(mask) : nullptr,
-                     strides_of(mask.strides), factor, first(out), strides_of(out.strides));
+    const auto line = [&](const auto& images) { return images.line(n, y) + j * images.strides.c; };
+    store_tile<S, T>(result, bias ? bias + j : nullptr, mask.data ? line(mask) : nullptr,
+                     mask.strides, factor, line(out), out.strides);
   }
 
   void stored(int64_t block, const T* values, int64_t count) {
@@ -296,7 +293,8 @@ void forward(const Geometry& g, const Images<const S>& x, Reading<Compute<S>> re
   using T = Compute<S>;
   const int64_t tasks = task_count(g.n * g.out[0]);
   with_walk<T>(g, false, tasks, [&](const auto& walk) {
-    const Outputs<S, T> outputs(walk.blocks, bias, mask, static_cast<T>(factor), out, mean != nullptr);
+    const Outputs<S, T> outputs(walk.blocks, bias, mask, static_cast<T>(factor), out,
+                                mean != nullptr);
     std::vector<Outputs<S, T>> emits(tasks, outputs);
     run_walk<S>(walk, false, x, read, weight, emits);
     for (int64_t j = 0; mean && j < g.k; ++j) {
@@ -345,7 +343,8 @@ void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
     forward<S>(g, rows<const S>("y", y, g, g.c),
                norm<S>(mean, var, gamma, beta, eps, g.c).reading(), weight, nullptr,
                keep ? rows<const uint8_t>("keep", *keep, g, g.k) : Images<const uint8_t>{}, factor,
-               rows<S>("out", out, g, g.k), results, results ? results + moments->stride(0) : nullptr);
+               rows<S>("out", out, g, g.k), results,
+               results ? results + moments->stride(0) : nullptr);
   });
 }
 
@@ -361,18 +360,15 @@ struct Gradients {
   bool accumulate;
   std::vector<double> dbeta, dgamma;
 
-  void results(int64_t n, int64_t y, int64_t px, int64_t step, int64_t block,
-               const Result<T>& result) {
+  void results(int64_t n, int64_t y, int64_t block, const Result<T>& result) {
     const int64_t c = blocks.start(block);
-    Strides strides = dx.strides;
-    strides.w *= step;
-    S* to = dx.line(n, y) + px * dx.strides.w + c * strides.c;
+    S* to = dx.line(n, y) + c * dx.strides.c;
     if (x.data) {
-      memdense::dispatch<AnswerTile<S, T>>(AnswerTile<S, T>{
-          result, x.line(n, y) + px * x.strides.w + c, step * x.strides.w, scale + c, shift + c,
-          mean + c, rstd + c, &dbeta[c], &dgamma[c], to, strides.w, accumulate});
+      memdense::dispatch<AnswerTile<S, T>>(
+          AnswerTile<S, T>{result, x.line(n, y) + c, x.strides.w, scale + c, shift + c, mean + c,
+                           rstd + c, &dbeta[c], &dgamma[c], to, dx.strides.w, accumulate});
     } else {
-      store_tile<S, T>(result, nullptr, nullptr, {}, T{1}, to, strides);
+      store_tile<S, T>(result, nullptr, nullptr, {}, T{1}, to, dx.strides);
     }
   }
 

@@ -145,13 +145,23 @@ struct Blocks {
   int64_t max_width() const { return width(count - 1) > width(0) ? width(count - 1) : width(0); }
   int64_t padded() const { return vectors * lanes; }
 
-  // A block's columns of one row of a matrix, padded with zeros.
+  // A block's columns of one channel's taps, padded with zeros: out[tap * step + column]. `turned`:
+  // the taps in reverse order.
   template <typename S>
-  void gather(const S* row, int64_t stride, int64_t block, T* out) const {
+  void gather(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, bool turned,
+              int64_t block, T* out, int64_t step) const {
+    int64_t at[9];
+    for (int64_t i = 0; i < 9; ++i) {
+      const int64_t tap = turned ? 8 - i : i;
+      at[i] = tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1];
+    }
     const int64_t real = columns_of(block);
-    row += start(block) * stride;
-    for (int64_t j = 0; j < real; ++j) out[j] = load(row[j * stride]);
-    std::fill(out + real, out + width(block), T{0});
+    weight += start(block) * column_stride;
+    for (int64_t j = 0; j < real; ++j, weight += column_stride) {
+      for (int64_t i = 0; i < 9; ++i) out[i * step + j] = load(weight[at[i]]);
+    }
+    for (int64_t i = 0; i < 9; ++i)
+      std::fill(out + i * step + real, out + i * step + width(block), T{0});
   }
 };
 
@@ -200,12 +210,13 @@ MEMDENSE_SIMD void stage_line(const S* x, const Strides& strides, int64_t pixels
   }
 }
 
-// Results on their way out: rows of pixels, columns of channels.
+// Results on their way into a line: rows of pixels, columns of channels.
 template <typename T>
 struct Result {
   T* values;
   int64_t row;  // values from one row to the next
   int64_t rows, columns;
+  const int64_t* pixels;  // each row's place in the line
 };
 
 // out = (values + bias) * (mask ? factor : 0); bias and mask may be missing. Leaves in values what
@@ -216,12 +227,12 @@ MEMDENSE_SIMD void store_tile(const Result<T>& tile, const S* bias, const uint8_
                               const Strides& strides) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     T* __restrict__ values = tile.values + i * tile.row;
-    S* __restrict__ to = out + i * strides.w;
+    S* __restrict__ to = out + tile.pixels[i] * strides.w;
     if (bias) {
       for (int64_t j = 0; j < tile.columns; ++j) values[j] += load(bias[j]);
     }
     if (mask) {
-      const uint8_t* kept = mask + i * mask_strides.w;
+      const uint8_t* kept = mask + tile.pixels[i] * mask_strides.w;
       for (int64_t j = 0; j < tile.columns; ++j) {
         values[j] *= kept[j * mask_strides.c] ? factor : T{0};
       }
@@ -255,7 +266,8 @@ MEMDENSE_INLINE void store_as(S* to, const Vec& values) {
 }
 
 // dz = values * [scale * x + shift > 0], x_hat = (x - mean) * rstd: dbeta += dz, dgamma += dz *
-// x_hat, and out = dz, or out += scale * dz. Pointers begin at the tile's first pixel and channel.
+// x_hat, and out = dz, or out += scale * dz. Pointers begin at the line and the tile's first
+// channel.
 template <typename S, typename T>
 struct AnswerTile {
   Result<T> tile;
@@ -281,8 +293,8 @@ struct AnswerTile {
             sum[v] = product[v] = Vec{};
           }
           for (int64_t i = 0; i < a.tile.rows; ++i) {
-            const S* pixel = a.x + i * a.x_row + c;
-            S* to = a.out + i * a.out_row + c;
+            const S* pixel = a.x + a.tile.pixels[i] * a.x_row + c;
+            S* to = a.out + a.tile.pixels[i] * a.out_row + c;
             // the next block of channels, which comes soon
             __builtin_prefetch(pixel + a.tile.columns);
             __builtin_prefetch(to + a.tile.columns, 1);
@@ -349,6 +361,7 @@ struct Walk {
   int64_t channels, stride;  // stride: of staged pixels
   Blocks<T> blocks;
   int64_t left, width;  // zero columns before a staged line; its pixels, zero columns included
+  std::vector<int64_t> pixels;  // of a line of destinations, phase by phase
   Bands bands;
 
   Walk(Axis v, Axis h, int64_t channels, int64_t columns, int64_t images, int64_t tasks)
@@ -360,6 +373,10 @@ struct Walk {
     const auto [low, high] = h.reach(0, h.destination);
     left = std::max<int64_t>(0, -low);
     width = left + std::max(high, h.source);
+    for (const Phase& phase : h.phases) {
+      for (int64_t j = 0; j < phase.count; ++j)
+        pixels.push_back(phase.first + j * h.destination_step);
+    }
     bands = make_bands(images, vertical, line_values() * sizeof(T), tasks);
   }
 
@@ -386,17 +403,14 @@ struct Walk {
   void pack(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, int64_t r,
             T* packed) const {
     for (int64_t block = 0; block < blocks.count; ++block) {
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
-                      block,
-                      packed + 9 * channels * blocks.start(block) +
-                          (tap * channels + r) * blocks.width(block));
-      }
+      const int64_t width = blocks.width(block);
+      blocks.gather(weight, tap_stride, column_stride, false, block,
+                    packed + 9 * channels * blocks.start(block) + r * width, channels * width);
     }
   }
 
-  // Bands [begin, end). emit.results(n, y, x, x_step, block, result) takes each line of one phase,
-  // x its first pixel; emit.stored(block, values, count) what it left of `count` pixels.
+  // Bands [begin, end). emit.results(n, y, block, result) takes each line of one phase;
+  // emit.stored(block, values, count) what it left of `count` pixels.
   template <typename S, typename Emit>
   void run(int64_t begin, int64_t end, const Images<const S>& source, const Reading<T>& read,
            const T* packed, T* scratch, Emit& emit) const {
@@ -423,6 +437,7 @@ struct Walk {
       for (int64_t y = band.begin; y < band.end; ++y) {
         const Phase& rows = vertical.phases[y % vertical.destination_step];
         const int64_t j = y / vertical.destination_step * vertical.source_step;
+        const int64_t* places = pixels.data();
         for (const Phase& columns : horizontal.phases) {
           Segment<T> taps[9];
           int64_t column[9];  // the horizontal tap of each
@@ -440,9 +455,10 @@ struct Walk {
           }
           if (columns.count == 0) continue;
           run_line(taps, column, count, columns, block, results);
-          emit.results(
-              band.n, y, columns.first, horizontal.destination_step, block,
-              Result<T>{results, blocks.width(block), columns.count, blocks.columns_of(block)});
+          emit.results(band.n, y, block,
+                       Result<T>{results, blocks.width(block), columns.count,
+                                 blocks.columns_of(block), places});
+          places += columns.count;
           emit.stored(block, results, columns.count);
         }
       }

@@ -11,7 +11,7 @@ namespace {
 // Products that a sum takes in before it is added to the result, of all there are: short chains
 // round less, and a few cost little.
 constexpr int64_t chain(int64_t products) {
-  const int64_t longest = std::clamp<int64_t>(products / 4, 32, 256);
+  const int64_t longest = std::clamp<int64_t>(products / 4, 64, 256);
   const int64_t chains = (products + longest - 1) / longest;
   return chains < 2 ? products : (products + chains - 1) / chains;
 }

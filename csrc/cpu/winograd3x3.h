@@ -34,6 +34,7 @@ namespace winograd {
 
 constexpr int64_t kChunkBytes = 448 << 10;  // of transformed values, beside weights in L2
 constexpr int64_t kMinTiles = 28, kMinProducts = 1 << 22;  // that are worth the transforms
+constexpr int64_t kMinDepth = 24;  // of a product that is added to a sum in memory
 constexpr int64_t kSkew = 80;  // values between matrices: their lines fall into other cache sets
 constexpr int kMaxWidth = 48;  // of a block of columns: three vectors
 
@@ -53,10 +54,12 @@ struct Term {
 // Destination y reads sources y - padding + (0, 1, 2) * dilation.
 struct PairedAxis {
   int64_t source, destination, dilation, padding;
-  std::vector<Pair> pairs;  // phase (y mod dilation) by phase
-  int half_taps = 0;        // of half a pair, as far as any lie inside; 0: there is none
+  std::vector<Pair> pairs;      // phase (y mod dilation) by phase
+  std::vector<int64_t> places;  // of the destinations, in the order of the pairs
+  int half_taps = 0;            // of half a pair, as far as any lie inside; 0: there is none
 
-  PairedAxis(int64_t source, int64_t destination, int64_t dilation, int64_t padding)
+  // `sorted`: whole pairs before halves
+  PairedAxis(int64_t source, int64_t destination, int64_t dilation, int64_t padding, bool sorted)
       : source(source), destination(destination), dilation(dilation), padding(padding) {
     for (int64_t phase = 0; phase < std::min(dilation, destination); ++phase) {
       for (int64_t y = phase; y < destination; y += 2 * dilation) {
@@ -65,17 +68,28 @@ struct PairedAxis {
         half_taps = std::max(half_taps, source_of(pairs.back(), 2) < source ? 3 : 2);
       }
     }
+    if (sorted)
+      std::stable_partition(pairs.begin(), pairs.end(), [](const Pair& p) { return p.whole; });
+    for (const Pair& pair : pairs) {
+      places.push_back(pair.first);
+      if (pair.whole) places.push_back(pair.first + dilation);
+    }
   }
 
+  // Rows stay in the order in which they share lines; columns make long runs of tiles of one kind.
   static PairedAxis forward(const Geometry& g, int a) {
-    return {g.in[a], g.out[a], g.dilation[a], g.padding[a]};
+    return {g.in[a], g.out[a], g.dilation[a], g.padding[a], a == 1};
   }
   // the same with the weights turned round
   static PairedAxis backward(const Geometry& g, int a) {
-    return {g.out[a], g.in[a], g.dilation[a], 2 * g.dilation[a] - g.padding[a]};
+    return {g.out[a], g.in[a], g.dilation[a], 2 * g.dilation[a] - g.padding[a], a == 1};
   }
 
   int64_t count() const { return static_cast<int64_t>(pairs.size()); }
+  // of pair i's destinations and those behind it; of a sorted axis
+  const int64_t* places_of(int64_t i) const {
+    return places.data() + i + std::min(i, static_cast<int64_t>(places.size()) - count());
+  }
   int64_t source_of(const Pair& pair, int r) const { return pair.first - padding + r * dilation; }
 
   // How many u there are; and z, products and terms of each, of whole and half pairs.
@@ -120,7 +134,7 @@ struct Kind {
   int index() const { return (rows ? 0 : 2) + (columns ? 0 : 1); }
 };
 
-// Consecutive tiles of one kind in one line of tiles: columns[first], columns[first + 1], ...
+// Tiles of one kind in one line of tiles: columns.pairs[first], columns.pairs[first + 1], ...
 struct Run {
   int64_t image;
   Kind kind;
@@ -148,10 +162,7 @@ void for_tiles(const PairedAxis& rows, const PairedAxis& columns, int64_t begin,
     const int k = kind.index();
     const int64_t limit = std::min({end - i, columns.count() - first, tiles - counts[k]});
     int64_t count = 1;
-    while (count < limit && columns.pairs[first + count].whole == left.whole &&
-           columns.pairs[first + count].first == left.first + 2 * count * columns.dilation) {
-      ++count;
-    }
+    while (count < limit && columns.pairs[first + count].whole == left.whole) ++count;
     runs[k].push_back({line / rows.count(), kind, row, first, count, counts[k]});
     take(runs[k].back());
     i += count;
@@ -285,11 +296,12 @@ struct OfKind {
   }
 };
 
-// z of `count` tiles that are 2 * step apart: out[row][column][tile][channel]
+// z of `count` tiles: out[row][column][tile][channel]
 template <typename T>
 struct TransformInputs {
   const T* lines[4];  // at the first tile's first pixel
   int rows, columns;  // of z
+  const Pair* pairs;  // the tiles' columns
   int64_t step;       // values from one pixel of a tile to the next
   int64_t count, channels;
   T* out;
@@ -300,7 +312,7 @@ struct TransformInputs {
     constexpr int kR = kRows ? 4 : 3, kS = kColumns ? 4 : 3;  // of half pairs 2 may do
     const int kept = kColumns ? 4 : a.columns;
     for (int64_t tile = 0; tile < a.count; ++tile) {
-      const int64_t at = 2 * tile * a.step;
+      const int64_t at = (a.pairs[tile].first - a.pairs[0].first) * a.channels;
       T* to = a.out + tile * a.channels;
       for_columns<T, kBytes, 1>(0, a.channels,
                                 [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
@@ -333,6 +345,7 @@ struct TransformInputs {
 template <typename T>
 struct TransformGradients {
   const T* lines[2];
+  const Pair* pairs;
   int64_t step;
   int64_t count, channels;
   T* out;
@@ -343,7 +356,7 @@ struct TransformGradients {
     constexpr int kI = kRows ? 2 : 1, kJ = kColumns ? 2 : 1;
     constexpr int kR = PairedAxis::products(kRows), kS = PairedAxis::products(kColumns);
     for (int64_t tile = 0; tile < a.count; ++tile) {
-      const int64_t at = 2 * tile * a.step;
+      const int64_t at = (a.pairs[tile].first - a.pairs[0].first) * a.channels;
       T* to = a.out + tile * a.channels;
       for_columns<T, kBytes, 1>(0, a.channels,
                                 [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
@@ -538,11 +551,7 @@ struct Walk {
     T taps[9 * kMaxWidth];
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t width = blocks.width(block);
-      for (int64_t i = 0; i < 9; ++i) {
-        const int64_t tap = turned ? 8 - i : i;
-        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
-                      block, taps + i * width);
-      }
+      blocks.gather(weight, tap_stride, column_stride, turned, block, taps, width);
       T* out = packed + matrices() * lines.channels * blocks.start(block) + r * width;
       memdense::dispatch<TransformWeights<T>>(TransformWeights<T>{
           taps, width, rows.weights(), columns.weights(), out, lines.channels * width});
@@ -581,6 +590,7 @@ struct Walk {
     TransformInputs<T> work{{},
                             rows.inputs(run.kind.rows),
                             columns.inputs(run.kind.columns),
+                            &columns.pairs[run.first],
                             columns.dilation * lines.stride,
                             run.count,
                             lines.stride,
@@ -631,14 +641,14 @@ struct Walk {
   template <typename Emit>
   T* finish(const Run& run, int64_t block, const T* products, T* results, Emit& emit) const {
     const int64_t width = blocks.width(block), pixels = run.count * (run.kind.columns ? 2 : 1);
+    const int64_t* places = columns.places_of(run.first);
     memdense::dispatch<OfKind<TransformOutputs<T>>>(
         TransformOutputs<T>{products + run.slot * width, product_matrix(), width, run.count,
                             results, pixels * width},
         run.kind);
     for (int i = 0; i < (run.kind.rows ? 2 : 1); ++i, results += pixels * width) {
-      emit.results(run.image, run.row.first + i * rows.dilation, columns.pairs[run.first].first,
-                   columns.dilation, block,
-                   Result<T>{results, width, pixels, blocks.columns_of(block)});
+      emit.results(run.image, run.row.first + i * rows.dilation, block,
+                   Result<T>{results, width, pixels, blocks.columns_of(block), places});
     }
     return results;
   }
@@ -662,7 +672,7 @@ struct WeightWalk {
         dy_lines{g.out[0], g.out[1], 0, 0, g.k, pixel_stride<T>(g.k)},
         blocks(g.c),
         images(g.n),
-        tiles(chunk_tiles<T>(x_lines.stride + dy_lines.stride, 1)),
+        tiles(std::max(kMinDepth, chunk_tiles<T>(x_lines.stride + dy_lines.stride, 1))),
         z(Walk<T>::inputs_of(rows, columns, tiles * x_lines.stride + kSkew)),
         u(tiles * dy_lines.stride + kSkew, [&](Kind kind) {
           const bool there = rows.inputs(kind.rows) * columns.inputs(kind.columns) > 0;
@@ -718,6 +728,7 @@ struct WeightWalk {
   void transform(const Run& run, typename Lines<T>::Held& held, const Images<const S>& dy,
                  T* gradients) const {
     TransformGradients<T> work{{},
+                               &columns.pairs[run.first],
                                columns.dilation * dy_lines.stride,
                                run.count,
                                dy_lines.stride,

@@ -376,10 +376,10 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& st
 // ---- a dense layer's second half
 
 void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
-                          const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
-                          const Tensor& weight, const Ints& dilation, int64_t n, int64_t h,
-                          int64_t w, const MaybeTensor& keep, double factor, const Tensor& out,
-                          const MaybeTensor& moments, bool tf32) {
+                     const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                     const Tensor& weight, const Ints& dilation, int64_t n, int64_t h, int64_t w,
+                     const MaybeTensor& keep, double factor, const Tensor& out,
+                     const MaybeTensor& moments, bool tf32) {
   const Kind kind = kind_of(y, tf32);
   const int bytes = value_bytes(kind);
   STD_TORCH_CHECK(y.dim() == 2 && out.dim() == 2, "conv3x3: expected matrices y and out");
@@ -422,11 +422,11 @@ void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
 }
 
 void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints& dilation,
-                                   const Tensor& y, const Tensor& mean, const Tensor& var,
-                                   const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
-                                   int64_t n, int64_t h, int64_t w, const Tensor& dz,
-                                   const Tensor& dbeta, const Tensor& dgamma,
-                                   const MaybeTensor& dweight, bool accumulate, bool tf32) {
+                              const Tensor& y, const Tensor& mean, const Tensor& var,
+                              const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                              int64_t n, int64_t h, int64_t w, const Tensor& dz,
+                              const Tensor& dbeta, const Tensor& dgamma, const MaybeTensor& dweight,
+                              bool accumulate, bool tf32) {
   STD_TORCH_CHECK(!accumulate, "conv3x3: on CUDA, dz is written, not accumulated");
   const Kind kind = kind_of(y, tf32);
   const int bytes = value_bytes(kind);
