@@ -21,9 +21,9 @@ y's; keep [M, k] bool. With s = gamma / sqrt(var + eps), t = beta - mean * s:
     dbeta = sum dz, dgamma = sum dz * (y - mean) / sqrt(var + eps)    of dz before it is rounded
 
 moments [2, k] takes mean and biased variance of out as stored; dweight [k, C, 3, 3], contiguous.
-All of these, dbeta and dgamma are in the dtype of mean. With ``accumulate``, on the CPU only, s * dz
-is added to dz instead. On CUDA two launches forward (one without statistics), three backward (two
-without dweight). The same bits on the same device, or for the same number of threads.
+All of these, dbeta and dgamma are in the dtype of mean. With ``accumulate``, on the CPU only,
+s * dz is added to dz instead. On CUDA two launches forward (one without statistics), three backward
+(two without dweight). The same bits on the same device, or for the same number of threads.
 """
 
 from __future__ import annotations

@@ -124,9 +124,7 @@ def _convolve(
     if not _native(x):
         with torch.autocast(x.device.type, enabled=False):
             return out.copy_(F.conv2d(x, weight, bias, stride, padding, dilation))
-    torch.ops.memdense.conv3x3(
-        x, weight, bias, stride, padding, dilation, out, _tf32(x)
-    )
+    torch.ops.memdense.conv3x3(x, weight, bias, stride, padding, dilation, out, _tf32(x))
     return out
 
 
@@ -164,9 +162,7 @@ def _gradients(
     result = []
     if need[0]:
         dx = _empty_like(x, x.shape)
-        torch.ops.memdense.conv3x3_input_gradient(
-            dy, weight, *geometry, dx, _tf32(x)
-        )
+        torch.ops.memdense.conv3x3_input_gradient(dy, weight, *geometry, dx, _tf32(x))
         result.append(dx)
     if need[1]:
         dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, *geometry, _tf32(x))

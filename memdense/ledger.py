@@ -511,8 +511,8 @@ class WinogradTiles:
     a chunk of tiles, of weights and of lines make up the scratch.
     """
 
-    # kChunkBytes, kMinTiles, kMinProducts and kSkew there
-    CHUNK_BYTES, MIN_TILES, MIN_PRODUCTS, SKEW = 448 << 10, 28, 1 << 22, 80
+    # kChunkBytes, kMinTiles, kMinProducts, kMinDepth and kSkew there
+    CHUNK_BYTES, MIN_TILES, MIN_PRODUCTS, MIN_DEPTH, SKEW = 300 << 10, 28, 1 << 22, 24, 80
     LANES = 16
     MAX_ROWS = (0, 14, 14, 9)  # of a product's tile 1, 2 or 3 vectors wide
     LINES = 5  # staged
@@ -567,7 +567,7 @@ class WinogradTiles:
 
     def weight_gradient(self, channels: int, outputs: int) -> int:
         stride, out_stride = self.stride(channels), self.stride(outputs)
-        tiles = self.chunk(stride + out_stride, 1)
+        tiles = max(self.MIN_DEPTH, self.chunk(stride + out_stride, 1))
         values = self.LINES * (self.line(channels) + self.width * out_stride)
         values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
         values += self.matrices(4, 1) * (tiles * out_stride + self.SKEW)

@@ -11,8 +11,11 @@ import pytest
 import torch
 from exactness import into_of, reader_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import memdense
 from memdense import DilatedConv2d, _extension, ops
@@ -268,17 +271,129 @@ def test_registration(memory_format):
 @built
 def test_registration_of_the_kernels():
     x, weight = torch.randn(1, 5, 7, 6), torch.randn(4, 5, 3, 3)
-    scale, shift, mean, rstd = torch.rand(4, 5)
     geometry = (1, 1), (1, 1), (1, 1)
     x, dy, out = (layout(t, "slice") for t in (x, torch.randn(1, 4, 7, 6), torch.zeros(1, 4, 7, 6)))
-    mask = torch.rand(1, 4, 7, 6) < 0.5
     op = torch.ops.memdense
-    opcheck(op.conv3x3.default, (x, scale, shift, weight, None, *geometry, mask, 2.0, out, True))
+    opcheck(op.conv3x3.default, (x, weight, None, *geometry, out))
+    opcheck(op.conv3x3_input_gradient.default, (dy, weight, *geometry, torch.zeros_like(x)))
+    opcheck(op.conv3x3_weight_gradient.default, (dy, x, *geometry))
+
+    y, dy, out = torch.randn(42, 9)[:, 2:7], torch.randn(42, 4), torch.zeros(42, 8)[:, 4:]
+    mean, var, gamma, beta = torch.rand(4, 5)
+    keep, moments = torch.rand(42, 4) < 0.5, torch.zeros(2, 4)
+    norm, size = (mean, var, gamma, beta, 1e-5), (1, 7, 6)
     opcheck(
-        op.conv3x3_input_gradient.default,
-        (dy, weight, *geometry, x, scale, shift, mean, rstd, torch.zeros_like(x), True),
+        op.bn_relu_conv3x3.default,
+        (y, *norm, weight, (1, 1), *size, keep, 2.0, out, moments),
     )
-    opcheck(op.conv3x3_weight_gradient.default, (dy, x, scale, shift, *geometry))
+    for accumulate in (False, True):
+        opcheck(
+            op.bn_relu_conv3x3_backward.default,
+            (dy, weight, (1, 1), y, *norm, *size, torch.zeros(42, 5), torch.zeros(5),
+             torch.zeros(5), torch.zeros(4, 5, 3, 3), accumulate),
+        )  # fmt: skip
+
+
+@built
+def test_bfloat16_beside_float32_parameters():
+    """y in bfloat16 with gamma and beta in float32, as autocast leaves them, or in bfloat16."""
+    torch.manual_seed(0)
+    y, weight = torch.randn(42, 16).bfloat16(), torch.randn(8, 16, 3, 3).bfloat16()
+    mean, var, gamma, beta = torch.rand(4, 16) + 0.5
+    gamma, beta = gamma.bfloat16().float(), beta.bfloat16().float()
+    results = []
+    for cast in (torch.float32, torch.bfloat16):
+        out, moments = torch.full((42, 8), torch.nan).bfloat16(), torch.full((2, 8), torch.nan)
+        torch.ops.memdense.bn_relu_conv3x3(
+            y, mean, var, gamma.to(cast), beta.to(cast), 1e-5, weight, (2, 1), 1, 7, 6, None, 1.0,
+            out, moments,
+        )  # fmt: skip
+        results.append((out, moments))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    rstd = (var.double() + 1e-5).rsqrt()
+    z = ((y.double() - mean) * rstd * gamma + beta).relu()
+    images = z.unflatten(0, (1, 7, 6)).permute(0, 3, 1, 2)
+    exact = F.conv2d(images, weight.double(), None, 1, (2, 1), (2, 1)).permute(0, 2, 3, 1)
+    out, moments = results[0]
+    assert error(out, exact.flatten(0, 2)) <= 4e-3
+    assert error(moments[0], out.double().mean(0)) <= 1e-5
+    assert error(moments[1], out.double().var(0, correction=0)) <= 1e-5
+
+
+# ---- the operation where nothing watches it, and where something does
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that pass, as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def results_of(convolve, bias: bool = True) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(4, dtype=torch.float64, requires_grad=True) if bias else None
+    leaves = [x, weight, *([shift] if bias else [])]
+    out = convolve(x, weight, shift, (1, 2), (1, 0), (2, 1))
+    first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    out = convolve(x, weight, shift, (1, 2), (1, 0), (2, 1))
+    return [out.detach(), *(g.detach() for g in first), *second, *torch.autograd.grad(
+        out.square().sum(), leaves
+    )]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_ways_agree(bias):
+    """The function called directly and the operation: the same bits, first and second gradients."""
+    direct = results_of(dilated_conv3x3, bias)
+    for a, b in zip(direct, results_of(torch.ops.memdense.dilated_conv3x3, bias), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(direct, results_of(F.conv2d, bias), strict=True):
+        assert error(a, b) <= 1e-12
+
+
+def test_a_mode_sees_one_operation():
+    x, weight = torch.randn(1, 8, 9, 9, requires_grad=True), torch.randn(8, 8, 3, 3)
+    with Calls() as calls:
+        out = dilated_conv3x3(x, weight, None, 1, 2, 2)
+        out.sum().backward()
+    assert calls.names.count("memdense::dilated_conv3x3") == 1
+    assert calls.names.count("memdense::dilated_conv3x3_backward") == 1
+    assert "memdense::conv3x3" not in calls.names
+
+
+def test_tracing_and_transforms():
+    """Fake tensors, make_fx, jit.trace and vmap find what eager finds."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 4, 7, 6), torch.randn(3, 4, 3, 3)
+
+    def convolve(x, weight):
+        return dilated_conv3x3(x, weight, None, 1, 2, 2)
+
+    expected = convolve(x, weight)
+    with FakeTensorMode() as fake:
+        found = convolve(fake.from_tensor(x), fake.from_tensor(weight))
+    assert found.shape == expected.shape and found.stride() == expected.stride()
+    graph = make_fx(convolve)(x, weight)
+    assert "dilated_conv3x3" in graph.code and torch.equal(graph(x, weight), expected)
+    traced = torch.jit.trace(convolve, (x, weight))
+    assert torch.equal(traced(x, weight), expected)
+    each = torch.func.vmap(lambda image: convolve(image[None], weight)[0])(x)
+    torch.testing.assert_close(each, expected)
+
+
+def test_geometry_as_one_number():
+    x, weight = torch.randn(1, 8, 9, 7), torch.randn(8, 8, 3, 3)
+    expected = dilated_conv3x3(x, weight, None, (2, 2), (1, 1), (1, 1))
+    assert torch.equal(dilated_conv3x3(x, weight, None, 2, 1, 1), expected)
 
 
 @pytest.mark.parametrize("geometry", [((1, 1), (1, 1), (1, 1)), ((2, 1), (0, 3), (1, 2))], ids=str)
@@ -565,10 +680,12 @@ def test_network(bn_size, monkeypatch):
     ("change", "message"),
     [
         ({"out": torch.zeros(1, 4, 6, 6)}, "expected an output 7 long, got 6"),
-        ({"scale": None}, "expected scale and shift, or neither"),
-        ({"scale": torch.zeros(4)}, "expected scale to be a contiguous vector of 5"),
-        ({"shift": torch.zeros(5).double()}, "expected shift in Float, got Double"),
-        ({"mask": torch.zeros(1, 4, 7, 7)}, "expected mask in Bool, got Float"),
+        ({"out": torch.zeros(2, 4, 7, 7)}, "expected 1 outputs, got 2"),
+        ({"out": torch.zeros(4, 7, 7)}, "expected 4-D images, got 4-D and 3-D"),
+        ({"out": torch.zeros(1, 4, 7, 7).double()}, "expected out in Float, got Double"),
+        ({"weight": torch.zeros(4, 6, 3, 3)}, r"expected weight of shape \[4, 5, 3, 3\]"),
+        ({"bias": torch.zeros(5)}, "expected bias to be a contiguous vector of 4"),
+        ({"stride": (0, 1)}, "expected stride >= 1, padding >= 0 and dilation >= 1, got 0, 1 and"),
         ({"padding": (0, 0), "dilation": (4, 4)}, "is smaller than the kernel with dilation 4"),
         ({"x": torch.zeros(1, 5, 7, 7).half()}, "expected weight in Half, got Float"),
     ],
@@ -576,17 +693,51 @@ def test_network(bn_size, monkeypatch):
 def test_kernels_refuse(change, message):
     arguments = {
         "x": torch.zeros(1, 5, 7, 7),
-        "scale": torch.zeros(5),
-        "shift": torch.zeros(5),
         "weight": torch.zeros(4, 5, 3, 3),
         "bias": None,
         "stride": (1, 1),
         "padding": (1, 1),
         "dilation": (1, 1),
-        "mask": None,
-        "factor": 1.0,
         "out": torch.zeros(1, 4, 7, 7),
-        "statistics": False,
     }
     with pytest.raises(RuntimeError, match=message):
         torch.ops.memdense.conv3x3(*(arguments | change).values())
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.zeros(20, 5).half()}, "expected weight in Half, got Float"),
+        ({"y": torch.zeros(5, 20).t()}, "expected y with unit column stride"),
+        ({"n": 2}, "2 images of 5 by 4 pixels are not 20 rows"),
+        ({"mean": torch.zeros(4)}, "expected mean to be a contiguous vector of 5"),
+        ({"var": torch.zeros(5).double()}, "expected var in Float, got Double"),
+        ({"gamma": torch.zeros(5).double()}, "expected gamma in Float, got Double"),
+        ({"weight": torch.zeros(6, 4, 3, 3)}, r"expected weight of shape \[6, 5, 3, 3\]"),
+        ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),
+        ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
+        ({"out": torch.zeros(20, 6).double()}, "expected out in Float, got Double"),
+        ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \[2, 6\]"),
+    ],
+)
+def test_a_layers_kernels_refuse(change, message):
+    arguments = {
+        "y": torch.zeros(20, 5),
+        "mean": torch.zeros(5),
+        "var": torch.ones(5),
+        "gamma": None,
+        "beta": None,
+        "eps": 1e-5,
+        "weight": torch.zeros(6, 5, 3, 3),
+        "dilation": (1, 1),
+        "n": 1,
+        "h": 5,
+        "w": 4,
+        "keep": None,
+        "factor": 1.0,
+        "out": torch.zeros(20, 6),
+        "moments": torch.zeros(2, 6),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.memdense.bn_relu_conv3x3(*(arguments | change).values())

@@ -145,23 +145,13 @@ struct Blocks {
   int64_t max_width() const { return width(count - 1) > width(0) ? width(count - 1) : width(0); }
   int64_t padded() const { return vectors * lanes; }
 
-  // A block's columns of one channel's taps, padded with zeros: out[tap * step + column]. `turned`:
-  // the taps in reverse order.
+  // A block's columns of one row of a matrix, padded with zeros.
   template <typename S>
-  void gather(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, bool turned,
-              int64_t block, T* out, int64_t step) const {
-    int64_t at[9];
-    for (int64_t i = 0; i < 9; ++i) {
-      const int64_t tap = turned ? 8 - i : i;
-      at[i] = tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1];
-    }
+  void gather(const S* row, int64_t stride, int64_t block, T* out) const {
     const int64_t real = columns_of(block);
-    weight += start(block) * column_stride;
-    for (int64_t j = 0; j < real; ++j, weight += column_stride) {
-      for (int64_t i = 0; i < 9; ++i) out[i * step + j] = load(weight[at[i]]);
-    }
-    for (int64_t i = 0; i < 9; ++i)
-      std::fill(out + i * step + real, out + i * step + width(block), T{0});
+    row += start(block) * stride;
+    for (int64_t j = 0; j < real; ++j) out[j] = load(row[j * stride]);
+    std::fill(out + real, out + width(block), T{0});
   }
 };
 
@@ -403,9 +393,12 @@ struct Walk {
   void pack(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, int64_t r,
             T* packed) const {
     for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t width = blocks.width(block);
-      blocks.gather(weight, tap_stride, column_stride, false, block,
-                    packed + 9 * channels * blocks.start(block) + r * width, channels * width);
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
+                      block,
+                      packed + 9 * channels * blocks.start(block) +
+                          (tap * channels + r) * blocks.width(block));
+      }
     }
   }
 

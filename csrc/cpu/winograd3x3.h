@@ -32,7 +32,7 @@ namespace memdense {
 namespace conv3x3 {
 namespace winograd {
 
-constexpr int64_t kChunkBytes = 448 << 10;  // of transformed values, beside weights in L2
+constexpr int64_t kChunkBytes = 300 << 10;  // of transformed values, beside weights in L2
 constexpr int64_t kMinTiles = 28, kMinProducts = 1 << 22;  // that are worth the transforms
 constexpr int64_t kMinDepth = 24;  // of a product that is added to a sum in memory
 constexpr int64_t kSkew = 80;  // values between matrices: their lines fall into other cache sets
@@ -551,7 +551,11 @@ struct Walk {
     T taps[9 * kMaxWidth];
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t width = blocks.width(block);
-      blocks.gather(weight, tap_stride, column_stride, turned, block, taps, width);
+      for (int64_t i = 0; i < 9; ++i) {
+        const int64_t tap = turned ? 8 - i : i;
+        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
+                      block, taps + i * width);
+      }
       T* out = packed + matrices() * lines.channels * blocks.start(block) + r * width;
       memdense::dispatch<TransformWeights<T>>(TransformWeights<T>{
           taps, width, rows.weights(), columns.weights(), out, lines.channels * width});
