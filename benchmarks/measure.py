@@ -1,6 +1,7 @@
 """How everything here is timed: checked first, side by side, against what the machine can do."""
 
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -71,7 +72,8 @@ def interleaved(
     seconds: float,
     rounds: tuple[int, int] = (3, 50),
 ) -> dict[str, list[float] | Refused]:
-    """Times of each variant, in rounds that take each once: what slows the machine slows all.
+    """Times of each variant, in rounds that take each once, in an order of the round's own: what
+    slows the machine slows all, and none always follows the same other one.
 
     First each runs once, and ``check(name, result)`` says what is wrong with its result, nothing
     if it is right. What is wrong, or raises RuntimeError, is refused. A second, untimed round warms
@@ -98,8 +100,9 @@ def interleaved(
         for name in ready:
             clock.time(variants[name])
         count = int(seconds / max(time.perf_counter() - start, 1e-9))
-    for i in range(max(least, min(count, most))):
-        for name in ready[i % len(ready) :] + ready[: i % len(ready)] if ready else ():
+    order = random.Random(0)
+    for _ in range(max(least, min(count, most))):
+        for name in order.sample(ready, len(ready)):
             found[name].append(clock.time(variants[name]))
     return found
 

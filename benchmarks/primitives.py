@@ -112,6 +112,13 @@ class Draw:
         var, gamma = self.positive(channels), self.positive(channels)
         return Reader(self.vector(channels), var, gamma, self.vector(channels), EPS, True)
 
+    def read(self, rows: int, channels: int, width: int = 0) -> dict[str, Any]:
+        """x and a reader of it, away from the ReLU's kink: there rounding decides on a gradient."""
+        x, read = self.matrix(rows, channels, width), self.reader(channels)
+        near = (x * read.scale + read.shift).abs() < 1e-3
+        x[near] = ((1 - read.shift) / read.scale).to(x.dtype).expand_as(x)[near]
+        return dict(x=x, read=read)
+
     def behind(self, channels: int, rows: int) -> NormGradient:
         """With a below 1: run after run in place, the values stay where they are."""
         read = self.reader(channels)
@@ -266,7 +273,7 @@ def conv1x1_backward(geometry: Geometry, c: int, b: int, width: int) -> Case:
         return dict(
             dz=draw.matrix(rows, b), y=draw.matrix(rows, b),
             behind=draw.behind(b, rows), weight=draw.tensor(b, c),
-            x=draw.matrix(rows, c, width), read=draw.reader(c),
+            **draw.read(rows, c, width),
             into=draw.into(draw.matrix(rows, c, width)), need_weight=True,
         )  # fmt: skip
 
@@ -329,8 +336,7 @@ def conv3x3_backward(geometry: Geometry, c: int, k: int, d: int) -> Case:
     def arguments(draw: Draw) -> Arguments:
         return dict(
             dy=draw.matrix(geometry.rows, k), weight=draw.tensor(k, c, 3, 3), dilation=(d, d),
-            x=draw.matrix(geometry.rows, c), read=draw.reader(c), geometry=geometry, into=None,
-            need_weight=True,
+            **draw.read(geometry.rows, c), geometry=geometry, into=None, need_weight=True,
         )  # fmt: skip
 
     def outputs(_: Arguments, result: Any) -> tuple[Tensor, ...]:
@@ -420,7 +426,7 @@ def pool_conv1x1_backward(geometry: Geometry, c: int, b: int) -> Case:
     def arguments(draw: Draw) -> Arguments:
         return dict(
             dout=draw.matrix(small.rows, b), weight=draw.tensor(b, c),
-            x=draw.matrix(geometry.rows, c), read=draw.reader(c), geometry=geometry,
+            **draw.read(geometry.rows, c), geometry=geometry,
             into=draw.into(draw.matrix(geometry.rows, c)), need_weight=True,
         )  # fmt: skip
 
@@ -466,13 +472,13 @@ def norm_relu_backward(geometry: Geometry, c: int, mean: bool) -> Case:
     pixels = geometry.h * geometry.w
 
     def arguments(draw: Draw) -> Arguments:
-        x, read = draw.matrix(geometry.rows, c), draw.reader(c)
+        given = draw.read(geometry.rows, c)
         # a last block's G is wide
         into = draw.into(draw.matrix(geometry.rows, c).to(draw.accumulator))
         if mean:
             dout = draw.tensor(geometry.n, c)
-            return dict(dout=dout, x=x, read=read, geometry=geometry, into=into)
-        return dict(dout=draw.matrix(geometry.rows, c), x=x, read=read, relu=True, into=into)
+            return dict(dout=dout, **given, geometry=geometry, into=into)
+        return dict(dout=draw.matrix(geometry.rows, c), **given, relu=True, into=into)
 
     def outputs(a: Arguments, sums: Any) -> tuple[Tensor, ...]:
         return geometry.images(a["into"].g), sums.dbeta, sums.dgamma
@@ -545,11 +551,11 @@ def maxpool_backward(geometry: Geometry, c: int) -> Case:
     half = Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
 
     def arguments(draw: Draw) -> Arguments:
-        x, read = draw.matrix(geometry.rows, c), draw.reader(c)
+        given = draw.read(geometry.rows, c)
         with use_backend("reference"):
-            winner = backend_for(draw.device).bn_relu_maxpool(x, read, geometry)[1]
+            winner = backend_for(draw.device).bn_relu_maxpool(**given, geometry=geometry)[1]
         dout = draw.matrix(half.rows, c)
-        return dict(dout=dout, winner=winner, x=x, read=read, geometry=geometry)
+        return dict(dout=dout, winner=winner, **given, geometry=geometry)
 
     def outputs(_: Arguments, result: Any) -> tuple[Tensor, ...]:
         dz, sums = result
