@@ -211,6 +211,7 @@ class StatisticsTable:
             # zeros: columns that nobody reads must not hold garbage that changes from run to run
             table = like.new_zeros((2, width), dtype=accumulator(like.dtype))
         self.table = table
+        self.mean, self.var = table.unbind()
 
     def of(self, columns: slice) -> Tensor:
         """(2, columns): where their mean and variance stand."""
@@ -230,7 +231,7 @@ class StatisticsTable:
     def reader(self, norm: Norm, position: tuple[int, int]) -> Reader:
         """The vectors by which ``norm``, number 1 or 2 of a layer, reads."""
         columns = self.columns[position]
-        return reader(norm, self.table[0, columns], self.table[1, columns])
+        return reader(norm, self.mean[columns], self.var[columns])
 
     def running(self, stage: Stage) -> Stage:
         """``stage`` with the kept copies in place of its running statistics."""

@@ -1,18 +1,17 @@
 """The dilated 3x3 convolution as a PyTorch operation: on the extension, or else by F.conv2d."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 from . import _extension
+from .direct import learns, watched
 
-_PLAIN = (Tensor, Parameter)
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -28,20 +27,6 @@ def _native(x: Tensor) -> bool:
 
 def _tf32(x: Tensor) -> bool:
     return x.is_cuda and _extension.tf32()
-
-
-def _watched(x: Tensor, weight: Tensor) -> bool:
-    """Whether tracing, a transform, a mode or a subclass is there, which want to see one operation
-    of PyTorch's.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in _PLAIN
-        or type(weight) not in _PLAIN
-    )
 
 
 def dilated_conv3x3(
@@ -68,14 +53,10 @@ def dilated_conv3x3(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     geometry = (_pair(v) for v in (stride, padding, dilation))
-    if _watched(x, weight):
+    if watched(x, weight):
         return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
-    run = _Convolution.apply if _learns(x, weight, bias) else _convolve
+    run = _Convolution.apply if learns(x, weight, bias) else _convolve
     return run(x, weight, bias, *geometry)
-
-
-def _learns(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _output(x: Tensor, weight: Tensor, *geometry: Sequence[int]) -> Tensor:
@@ -215,18 +196,15 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _differentiate(ctx: Any, dy: Tensor, gradients: Callable) -> tuple:
+def _backward(ctx: Any, dy: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
         found = _plain_gradients(dy, x, weight, ctx.geometry, need)
         return *found, None, None, None
-    found = iter(gradients(dy, x, weight, *ctx.geometry, need))
+    run = torch.ops.memdense.dilated_conv3x3_backward if watched(dy, x, weight) else _gradients
+    found = iter(run(dy, x, weight, *ctx.geometry, need))
     return *(next(found) if n else None for n in need), None, None, None
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple:
-    return _differentiate(ctx, dy, torch.ops.memdense.dilated_conv3x3_backward)
 
 
 _forward.register_autograd(_backward, setup_context=_setup)
@@ -243,6 +221,4 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         return _convolve(x, weight, bias, *geometry)
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        return _differentiate(ctx, dy, _gradients)
+    backward = staticmethod(_backward)

@@ -164,7 +164,7 @@ def backward(
 
     def settle(part: slice, keep: tuple[Tensor, float] | None) -> Tensor:
         """dy = G + p*x + q of a slice whose readers have all answered."""
-        share = G.share(part, table.table[0, part])
+        share = G.share(part, table.mean[part])
         return backend.settle(
             G.slice(part.start, part.stop), X.slice(part.start, part.stop), share, keep
         )
@@ -222,7 +222,9 @@ def backward(
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient in its parameter's dtype and shape."""
-    return gradient.to(parameter.dtype).reshape(parameter.shape)
+    if gradient.dtype != parameter.dtype:
+        gradient = gradient.to(parameter.dtype)
+    return gradient if gradient.shape == parameter.shape else gradient.reshape(parameter.shape)
 
 
 def _tail_backward(

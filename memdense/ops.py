@@ -14,6 +14,7 @@ from torch import Tensor
 from . import engine, plain
 from .backends import backend_for
 from .buffers import StatisticsTable, accumulator, row_stride
+from .direct import learns, watched
 from .spec import Norm, Stage, StageSpec, StemSpec, unflatten
 
 _DOUBLE_BACKWARD = (
@@ -37,8 +38,7 @@ def _images(x: Tensor, n: int, c: int, h: int, w: int, stride: int | None = None
 # ---- stage: a dense block and its tail
 
 
-@torch.library.custom_op("memdense::stage", mutates_args=())
-def stage(
+def _stage(
     x: Tensor,
     tensors: Sequence[Tensor],
     running: Sequence[Tensor],
@@ -62,6 +62,9 @@ def stage(
         )
     # .data: not views to autograd, so that a user may change them in place as any module's output
     return out.data, features.data, statistics, bottlenecks
+
+
+stage = torch.library.custom_op("memdense::stage", _stage, mutates_args=())
 
 
 @stage.register_fake
@@ -91,8 +94,7 @@ def _fake_out(x: Tensor, s: Stage, channels: int) -> Tensor:
     return _images(x, n, s.tail.conv.shape[0], h // pool, w // pool)
 
 
-@torch.library.custom_op("memdense::stage_backward", mutates_args=())
-def stage_backward(
+def _stage_backward(
     dout: Tensor | None,
     dfeatures: Tensor | None,
     features: Tensor,
@@ -124,6 +126,11 @@ def stage_backward(
     return [g for g, n in zip([dx, *dtensors], [need_x, *need], strict=True) if n]
 
 
+stage_backward = torch.library.custom_op(
+    "memdense::stage_backward", _stage_backward, mutates_args=()
+)
+
+
 @stage_backward.register_fake
 def _(dout, dfeatures, features, statistics, bottlenecks, tensors, mask, spec, need_x, need):
     n, last, h, w = features.shape
@@ -149,15 +156,17 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     )
 
 
-def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) -> tuple:
+def _gradients(
+    ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, need_x: bool, need: list[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Of x and of the stage's tensors."""
     features, statistics, mask, x, *rest = ctx.saved_tensors
     bottlenecks, tensors = rest[: ctx.kept], rest[ctx.kept :]
-    need_x, need = ctx.needs_input_grad[0], list(ctx.needs_input_grad[1])
     spec = StageSpec.decode(ctx.spec)
     if spec.tail is None:
         dout = None  # the answer to an empty output
     if dout is None and dfeatures is None:
-        return None, [None] * len(tensors), *ctx.rest
+        return None, [None] * len(tensors)
     if dout is None:
         # a tail nobody used: its parameters get no gradient, not a gradient of zeros
         first = len(need) - spec.tail_tensors
@@ -171,9 +180,11 @@ def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) 
             found = plain.gradients(
                 plain.stage(x, s, mask), (dout, dfeatures), [x, *tensors], [need_x, *need]
             )
-        return found[0], found[1:], *ctx.rest
+        return found[0], found[1:]
+    seen = watched(dout, dfeatures, features, statistics, mask, *rest)
+    run = stage_backward if seen else _stage_backward
     found = iter(
-        torch.ops.memdense.stage_backward(
+        run(
             dout,
             dfeatures,
             features,
@@ -187,7 +198,12 @@ def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) 
         )
     )
     dx = next(found) if need_x else None
-    return dx, [next(found) if n else None for n in need], *ctx.rest
+    return dx, [next(found) if n else None for n in need]
+
+
+def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) -> tuple:
+    need_x, need, *_ = ctx.needs_input_grad
+    return *_gradients(ctx, dout, dfeatures, need_x, list(need)), *ctx.rest
 
 
 def _cast_convolutions(tensors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
@@ -197,11 +213,51 @@ def _cast_convolutions(tensors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
 stage.register_autograd(_backward, setup_context=_setup)
 
 
+class _Stage(torch.autograd.Function):
+    """memdense::stage, without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running: Sequence[Tensor],
+        mask: Tensor | None,
+        spec: str,
+        double_backward: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        inputs = x, tensors, running, mask, spec, double_backward
+        output = _stage(*inputs)
+        _setup(ctx, inputs, output)
+        return *output[:3], *output[3]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) -> tuple:
+        need_x, *need = ctx.needs_input_grad
+        dx, dtensors = _gradients(ctx, dout, dfeatures, need_x, need[4:])
+        return dx, None, None, None, None, *dtensors
+
+
+def run_stage(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    running: Sequence[Tensor],
+    mask: Tensor | None,
+    spec: str,
+    double_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, features, statistics) of :func:`stage`, which it calls where something watches."""
+    if watched(x, mask, *tensors, *running):
+        return stage(x, tensors, running, mask, spec, double_backward)[:3]
+    if learns(x, *tensors):
+        return _Stage.apply(x, running, mask, spec, double_backward, *tensors)[:3]
+    return _stage(x, tensors, running, mask, spec, double_backward)[:3]
+
+
 # ---- stem: conv0, norm0, relu0, pool0
 
 
-@torch.library.custom_op("memdense::stem", mutates_args=())
-def stem(
+def _stem(
     x: Tensor,
     weight: Tensor,
     gamma: Tensor | None,
@@ -226,6 +282,9 @@ def stem(
     return out.data, *rest
 
 
+stem = torch.library.custom_op("memdense::stem", _stem, mutates_args=())
+
+
 @stem.register_fake
 def _(x, weight, gamma, beta, mean, var, spec):
     s = StemSpec.decode(spec)
@@ -243,8 +302,7 @@ def _(x, weight, gamma, beta, mean, var, spec):
     )
 
 
-@torch.library.custom_op("memdense::stem_backward", mutates_args=())
-def stem_backward(
+def _stem_backward(
     dout: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -267,6 +325,9 @@ def stem_backward(
         )
     tensors = (x, weight, gamma, beta)
     return [g.to(t.dtype) for g, t, n in zip(found, tensors, need, strict=True) if n]
+
+
+stem_backward = torch.library.custom_op("memdense::stem_backward", _stem_backward, mutates_args=())
 
 
 @stem_backward.register_fake
@@ -297,24 +358,39 @@ def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
         with quiet(x):
             out = plain.stem(x, weight.to(x.dtype), Norm(s.norm, gamma, beta, *running), s)
             return (*plain.gradients([out], [dout], [x, weight, gamma, beta], need), *rest)
-    found = iter(
-        torch.ops.memdense.stem_backward(
-            dout, x, weight, gamma, beta, convolved, winner, statistics, ctx.spec, need
-        )
-    )
+    seen = watched(dout, x, weight, gamma, beta, convolved, winner, statistics)
+    run = stem_backward if seen else _stem_backward
+    found = iter(run(dout, x, weight, gamma, beta, convolved, winner, statistics, ctx.spec, need))
     return (*(next(found) if n else None for n in need), *rest)
 
 
 stem.register_autograd(_backward_stem, setup_context=_setup_stem)
 
 
+class _Stem(torch.autograd.Function):
+    """memdense::stem, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _stem(*inputs)
+        _setup_stem(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward_stem)
+
+
+def run_stem(x: Tensor, *tensors: Tensor | None, spec: str) -> tuple[Tensor, ...]:
+    """:func:`stem`, which it calls where something watches. ``tensors``: weight to var."""
+    if watched(x, *tensors):
+        return stem(x, *tensors, spec)
+    run = _Stem.apply if learns(x, *tensors) else _stem
+    return run(x, *tensors, spec)
+
+
 # ---- running statistics
 
 
-@torch.library.custom_op(
-    "memdense::update_running_statistics", mutates_args=("means", "variances", "counts")
-)
-def update_running_statistics(
+def _update_running_statistics(
     means: Sequence[Tensor],
     variances: Sequence[Tensor],
     counts: Sequence[Tensor],
@@ -347,6 +423,19 @@ def update_running_statistics(
                     r.copy_(torch.lerp(r.to(b.dtype), b, momentum))
 
 
+update_running_statistics = torch.library.custom_op(
+    "memdense::update_running_statistics",
+    _update_running_statistics,
+    mutates_args=("means", "variances", "counts"),
+)
+
+
 @update_running_statistics.register_fake
 def _(means, variances, counts, batch_means, batch_variances, momenta, rows) -> None:
     return None
+
+
+def move_running_statistics(means: Sequence[Tensor], *arguments: Any) -> None:
+    """:func:`update_running_statistics`, which it calls where something watches."""
+    run = update_running_statistics if watched(*means) else _update_running_statistics
+    run(means, *arguments)

@@ -250,7 +250,7 @@ def run_stage(
     """
     stage = found.stage
     tensors, running = flatten(stage)
-    out, features, statistics, _ = ops.stage(
+    out, features, statistics = ops.run_stage(
         x, tensors, running, _draw_mask(x, stage, layout), spec_of(stage).encode(), double_backward
     )
     _update_running(found, statistics, x)
@@ -289,7 +289,7 @@ def _update_running(found: StageModules, statistics: Tensor, x: Tensor) -> None:
 def _update(norms: list[NormModule], statistics: list[Tensor], rows: int) -> None:
     modules = [n.module for n in norms]
     with torch.no_grad():
-        ops.update_running_statistics(
+        ops.move_running_statistics(
             [m.running_mean for m in modules],
             [m.running_var for m in modules],
             [m.num_batches_tracked for m in modules],
@@ -328,7 +328,7 @@ def run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tenso
     """Run the stem's operation and move its running statistics once."""
     conv, norm = found.conv, found.norm.norm
     spec = StemSpec(norm.spec, conv.stride, conv.padding, conv.dilation, recompute)
-    out, _, _, statistics = ops.stem(x, conv.weight, *norm[1:], spec.encode())
+    out, _, _, statistics = ops.run_stem(x, conv.weight, *norm[1:], spec=spec.encode())
     if found.norm.updates:
         _update([found.norm], [statistics], rows)
     return out

@@ -1,7 +1,8 @@
 """Compile recorded Triton launches for a GPU that is not there, and read what came out.
 
 Not under TRITON_INTERPRET: functions decorated there cannot be compiled. As a script, "aot.py NET
-DTYPE ARCH...": every kernel of a training step, as lines of JSON.
+DTYPE ARCH...": every kernel of a training step, as lines of JSON. DTYPE "ieee" is float32 where
+PyTorch forbids TF32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memdense import buffers, engine, spec
-from memdense.backends.triton import Triton, tune, tuning
+from memdense.backends.triton import Triton, conv3x3, tune, tuning
 from memdense.backends.triton.launch import ALIGNMENT, Launch, cdiv, recorded
 
 TYPES = {
@@ -46,6 +47,7 @@ class Compiled:
     registers: int
     stack: int
     shared: int
+    product: bool  # of matrices
     ptx: str
 
     @property
@@ -113,6 +115,7 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         found["REG"],
         found["STACK"] + found["LOCAL"],
         kernel.metadata.shared,
+        "tt.dot" in kernel.asm["ttir"],
         kernel.asm["ptx"],
     )
 
@@ -183,12 +186,20 @@ def bc100_12(dtype: torch.dtype) -> None:
 
 
 def candidates(dtype: torch.dtype) -> None:
-    """Every configuration of the 1x1 kernels that a device may choose, narrow and wide."""
+    """Every configuration of the 1x1 and 3x3 kernels that a device may choose, narrow and wide."""
     sizes = [(m, 256, b) for m in (1 << 20, 30000, 1000) for b in (48, 128, 192, 256, 384)]
-    for problem in tune.problems(dtype, sizes, torch.device("meta")):
+    for problem in tune.problems(dtype, sizes, torch.device("meta"), least=1):
         for config in problem.candidates:
             with tuning.forced(problem.kernel, config):
                 problem.run()
+    geometry = buffers.Geometry(64, 28, 28)
+    for c, k in ((64, 8), (128, 16), (128, 32), (256, 64)):
+        x, dy = empty(geometry.rows, c, dtype=dtype), empty(geometry.rows, k, dtype=dtype)
+        weight, read = empty(k, c, 3, 3, dtype=dtype), buffers.Reader(*empty(4, c), 1e-5, True)
+        layer = (2, 2), geometry
+        conv3x3.forward(x, read, weight, *layer, dy, None, empty(2, k))
+        for into in (None, buffers.Into(x, empty(2, c), True)):
+            conv3x3.backward(dy, weight, layer[0], x, read, layer[1], into, True)
 
 
 NETS = {"densenet121": densenet121, "bc100_12": bc100_12, "candidates": candidates}
@@ -204,12 +215,15 @@ def step_launches(net: str, dtype: torch.dtype) -> list[Launch]:
 
 
 def main(net: str, dtype: str, archs: Sequence[str]) -> None:
+    if dtype == "ieee":
+        torch.backends.cudnn.conv.fp32_precision = dtype
+        dtype = "float32"
     for launch in step_launches(net, getattr(torch, dtype)):
         for arch in archs:
             found = compile_launch(launch, int(arch))
             row = {name: getattr(found, name) for name in ("name", "arch", "registers", "stack")}
             row |= {name: getattr(found, name) for name in ("shared", "tensor_cores", "wide")}
-            print(json.dumps(row | {"product": "tl.dot(" in launch.plan.kernel.src}), flush=True)
+            print(json.dumps(row | {"product": found.product}), flush=True)
 
 
 if __name__ == "__main__":

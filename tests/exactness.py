@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memdense import _extension
 from memdense.buffers import Into, Reader
@@ -145,3 +146,15 @@ def twins(expected: nn.Module, found: nn.Module) -> tuple[nn.Module, nn.Module]:
     """``found`` with the weights of ``expected``; returns both, ``found`` first."""
     found.load_state_dict(copy.deepcopy(expected.state_dict()))
     return found, expected
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that pass, as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))

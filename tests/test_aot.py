@@ -24,6 +24,9 @@ SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have
         ("densenet121", "float32"),
         ("bc100_12", "float16"),
         ("candidates", "bfloat16"),
+        ("candidates", "float16"),
+        ("candidates", "float32"),
+        ("candidates", "ieee"),
     ],
 )
 def test_compiles(net: str, dtype: str, arch: int, tmp_path: Path) -> None:
@@ -42,14 +45,16 @@ def test_compiles(net: str, dtype: str, arch: int, tmp_path: Path) -> None:
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     names = {kernel["name"] for kernel in kernels}
     expected = {"forward_1x1", "input_gradient_1x1", "weight_gradient_1x1", "merge_moments"}
-    if net != "candidates":
+    if net == "candidates":
+        expected |= {"forward_3x3", "input_gradient_3x3", "weight_gradient_3x3"}
+    else:
         expected |= {"settle_rows", "pack_rows", "answer_rows"}
     assert expected <= names
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["shared"] <= SHARED[arch], kernel
         if kernel["product"]:
-            expected = "wgmma" if arch >= 90 else "mma"
+            expected = "" if dtype == "ieee" else "wgmma" if arch >= 90 else "mma"
             assert kernel["tensor_cores"] == expected, kernel
         # a channel's tiles and weights of any layout are read as they come
         merges = kernel["name"].startswith("merge") or kernel["name"] == "cast_weights"

@@ -9,13 +9,12 @@ import sys
 
 import pytest
 import torch
-from exactness import into_of, reader_of
+from exactness import Calls, into_of, reader_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import memdense
 from memdense import DilatedConv2d, _extension, ops
@@ -321,18 +320,6 @@ def test_bfloat16_beside_float32_parameters():
 
 
 # ---- the operation where nothing watches it, and where something does
-
-
-class Calls(TorchDispatchMode):
-    """The names of the operations that pass, as they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def results_of(convolve, bias: bool = True) -> list[torch.Tensor]:

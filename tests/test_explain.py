@@ -43,8 +43,8 @@ def test_rows_say_what_runs():
     rows = parts(model)
     assert [row.efficient for row in rows.values()] == [True, False, True]
     with (
-        mock.patch.object(ops, "stage", side_effect=ops.stage) as stages,
-        mock.patch.object(ops, "stem", side_effect=ops.stem) as stems,
+        mock.patch.object(ops, "run_stage", side_effect=ops.run_stage) as stages,
+        mock.patch.object(ops, "run_stem", side_effect=ops.run_stem) as stems,
         pytest.warns(MemdenseWarning) as caught,
     ):
         model(torch.randn(2, 3, 32, 32))

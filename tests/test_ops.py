@@ -1,7 +1,10 @@
 """The operations as PyTorch sees them: schemas, fake kernels and autograd registration."""
 
+import copy
+
 import pytest
 import torch
+from exactness import Calls
 from torch import Tensor, nn
 from torch.library import opcheck
 
@@ -122,3 +125,47 @@ def test_compiling_warns_of_nothing_and_breaks_no_graph() -> None:
     out.sum().backward()
     assert model.features.conv0.weight.grad.isfinite().all()
     assert model.features.norm5.num_batches_tracked == 1
+
+
+def run_network(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, gradients and buffers of a training step and of an evaluation."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().sum().backward()
+    found = [out.detach(), x.grad, *(p.grad for p in model.parameters())]
+    with torch.no_grad():
+        found.append(model.eval()(x))
+    return found + [b.clone() for b in model.buffers()]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_watched_or_not(frozen: bool) -> None:
+    """Where a mode watches, it sees each stage as one operation; where none does, the same bits."""
+    torch.manual_seed(0)
+    model = memdense.DenseNet(6, (2, 3), 8, num_classes=5, drop_rate=0.3)
+    if frozen:
+        model.features.denseblock1.requires_grad_(False)
+        model.features.norm0.eval()
+        model.features.norm0.train = lambda mode=True: None
+    x = torch.randn(2, 3, 64, 48)
+    twin = copy.deepcopy(model)
+    direct = run_network(model, x)
+    with Calls() as calls:
+        watched = run_network(twin, x)
+    for a, b in zip(direct, watched, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    stages = 2
+    expected = {"stage": 2 * stages, "stage_backward": stages, "stem": 2, "stem_backward": 1}
+    for name, count in expected.items():
+        assert calls.names.count(f"memdense::{name}") == count
+    assert calls.names.count("memdense::update_running_statistics") == stages + (not frozen)
+
+
+def test_a_mode_in_backward_alone() -> None:
+    model = memdense.DenseNet(6, (2, 3), 8, num_classes=5)
+    loss = model(torch.randn(2, 3, 64, 64)).sum()
+    with Calls() as calls:
+        loss.backward()
+    assert calls.names.count("memdense::stage_backward") == 2
+    assert calls.names.count("memdense::stem_backward") == 1

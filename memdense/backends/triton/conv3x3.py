@@ -268,19 +268,19 @@ def reachable(geometry: Geometry, dilation: tuple[int, int], *strides: int) -> b
 def forward_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
     """Columns are outputs, the inner ones input channels."""
     if precise == "ieee":
-        return Config(64, min(power(k), 32), 16, 4, 1)
+        return Config(64, min(power(k), 32), 16, 8 if k <= 16 else 4, 1)
     columns = min(power(k), 64)
     # nine taps are unrolled: registers are scarce
     inner = 16 if columns == 64 or dtype == torch.float32 else min(power(c), 32)
     return Config(64, columns, inner, 4, 1)
 
 
-def input_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
+def input_config(dtype: torch.dtype, precise: str, c: int, k: int, into: bool) -> Config:
     """Columns are input channels, the inner ones outputs."""
     if precise == "ieee":
         return Config(64, min(power(c), 32), 16, 4, 1)
-    # with few outputs, four warps spill on sm_80
-    return Config(64, min(power(c), 64), min(power(k), 32), 8 if k <= 16 else 4, 1)
+    # with few outputs, or sums of what G took in, four warps spill on sm_80
+    return Config(64, min(power(c), 64), min(power(k), 32), 8 if k <= 16 or into else 4, 1)
 
 
 def weight_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
@@ -350,7 +350,7 @@ def _input_plan(
     dilation: tuple[int, int],
     strides: tuple[int, ...], eps: float, into: bool, seeded: bool, rounds: bool, tiles: int,
 ) -> Plan:  # fmt: skip
-    config = input_config(dtype, precise, c, k)
+    config = input_config(dtype, precise, c, k, into)
     _, h, w = geometry
     ldy, *rest, ldx, ldg = strides
     writable = readable(c, ldg) if seeded else c
@@ -414,7 +414,7 @@ def backward(
 ) -> tuple[Tensor | None, Sums, Tensor | None]:
     """dz (M, C), or into G; the reader's sums and dW (k, C, 3, 3) in float32."""
     (m, c), k, precise = x.shape, len(weight), precision(x.dtype)
-    tiles = cdiv(m, input_config(x.dtype, precise, c, k).rows)
+    tiles = cdiv(m, input_config(x.dtype, precise, c, k, into is not None).rows)
     partial = sums_partial(x, c, tiles, into)
     g = x.new_empty((m, c)) if into is None else into.g
     plan = _input_plan(

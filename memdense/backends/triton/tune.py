@@ -32,9 +32,12 @@ class Problem(NamedTuple):
 
 
 def problems(
-    dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]], device: torch.device
+    dtype: torch.dtype,
+    sizes: Iterable[tuple[int, int, int]],
+    device: torch.device,
+    least: int = 2,
 ) -> Iterator[Problem]:
-    """The bottleneck's kernels on random values; those with one candidate are left out."""
+    """The bottleneck's kernels on random values; those with fewer candidates are left out."""
     precise = precision(dtype)
 
     def reader(channels: int) -> Reader:
@@ -60,7 +63,7 @@ def problems(
             ("weight_gradient_1x1", conv1x1.weight_configs(dtype, precise), backward),
         )
         for kernel, candidates, run in kernels:
-            if len(candidates) > 1:
+            if len(candidates) >= least:
                 yield Problem(kernel, bucket(kernel, dtype, m, c, b), candidates, run)
 
 
