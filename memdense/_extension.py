@@ -165,9 +165,13 @@ def _statistics_backward(ctx, d_mean: Tensor, d_var: Tensor) -> Tensor:
 if available():
     torch.library.register_fake("memdense::channel_statistics", _statistics_fake)
     torch.library.register_fake("memdense::conv3x3_weight_gradient", _weight_gradient_fake)
-    for _name in CUDA_OPERATIONS:
-        if _name != "conv3x3_weight_gradient":
-            torch.library.register_fake(f"memdense::{_name}", _written_fake)
+    for _name in (
+        "conv3x3",
+        "conv3x3_input_gradient",
+        "bn_relu_conv3x3",
+        "bn_relu_conv3x3_backward",
+    ):
+        torch.library.register_fake(f"memdense::{_name}", _written_fake)
     torch.library.register_autograd(
         "memdense::channel_statistics", _statistics_backward, setup_context=_statistics_setup
     )

@@ -53,7 +53,7 @@ def dilated_conv3x3(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     geometry = (_pair(v) for v in (stride, padding, dilation))
-    if watched(x, weight):
+    if watched(x, weight, bias):
         return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
     run = _Convolution.apply if learns(x, weight, bias) else _convolve
     return run(x, weight, bias, *geometry)
@@ -84,13 +84,20 @@ def _output(x: Tensor, weight: Tensor, *geometry: Sequence[int]) -> Tensor:
 
 def _empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
     """In x's dtype and memory format."""
-    if x.is_contiguous():
-        return x.new_empty(shape)
-    if x.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
-    else:  # a slice of something wider
-        layout = suggest_memory_format(x)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """``suggest_memory_format``; what is plainly one or the other first, since that takes longer
+    than a small convolution.
+    """
+    c, step = x.shape[1], x.stride(1)
+    if c > 1 and step > 1 and x.is_contiguous():
+        return torch.contiguous_format
+    last = c > 1 and step == 1 and x.stride(3) == c
+    if last and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return suggest_memory_format(x)
 
 
 def _convolve(

@@ -18,6 +18,7 @@ def watched(*tensors: Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or not all(t is None or type(t) in _PLAIN for t in tensors)
     )
 

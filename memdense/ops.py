@@ -435,7 +435,16 @@ def _(means, variances, counts, batch_means, batch_variances, momenta, rows) -> 
     return None
 
 
-def move_running_statistics(means: Sequence[Tensor], *arguments: Any) -> None:
+def move_running_statistics(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    batch_means: Sequence[Tensor],
+    batch_variances: Sequence[Tensor],
+    momenta: Sequence[float],
+    rows: int,
+) -> None:
     """:func:`update_running_statistics`, which it calls where something watches."""
-    run = update_running_statistics if watched(*means) else _update_running_statistics
-    run(means, *arguments)
+    seen = watched(*means, *variances, *counts, *batch_means, *batch_variances)
+    run = update_running_statistics if seen else _update_running_statistics
+    run(means, variances, counts, batch_means, batch_variances, momenta, rows)

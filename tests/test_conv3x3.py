@@ -22,6 +22,7 @@ from memdense.backends import Reference
 from memdense.backends.native3x3 import NativeConv3x3
 from memdense.buffers import Geometry, Reader
 from memdense.convolution import dilated_conv3x3
+from memdense.direct import watched
 
 built = pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
 
@@ -294,6 +295,42 @@ def test_registration_of_the_kernels():
 
 
 @built
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("size", [9, 40], ids=["direct", "winograd"])
+def test_bfloat16_backward(size, accumulate):
+    torch.manual_seed(0)
+    n, c, k, d = 2, 48, 16, (2, 1)
+    rows = n * size * size
+    case = {"x": (n, c, size, size), "weight": (k, c, 3, 3), "stride": (1, 1)}
+    assert winograd(case | {"padding": d, "dilation": d}, torch.float32) is (size == 40)
+    y, dy = torch.randn(rows, c).bfloat16(), torch.randn(rows, k).bfloat16()
+    weight = torch.randn(k, c, 3, 3).bfloat16()
+    mean, var, gamma, beta = torch.rand(4, c) + 0.5
+    read = Reader(mean.double(), var.double(), gamma.double(), beta.double(), 1e-5, True)
+    z = y.double() * read.scale + read.shift
+    y[z.abs() < 0.02] = 3  # away from the kink
+    z = (y.double() * read.scale + read.shift).relu()
+    images = Geometry(n, size, size).images
+    da, exact_weight, _ = torch.ops.aten.convolution_backward(
+        images(dy.double()), images(z), weight.double(), None, (1, 1), d, d, False, (0, 0), 1,
+        (True, True, False),
+    )  # fmt: skip
+    dz_exact = da.permute(0, 2, 3, 1).flatten(0, 2) * (z > 0)
+    before = torch.randn(rows, c).bfloat16() if accumulate else torch.full((rows, c), torch.nan)
+    dz = before.bfloat16().clone()
+    dbeta, dgamma, dweight = torch.zeros(c), torch.zeros(c), torch.full((k, c, 3, 3), torch.nan)
+    torch.ops.memdense.bn_relu_conv3x3_backward(
+        dy, weight, d, y, mean, var, gamma, beta, 1e-5, n, size, size, dz, dbeta, dgamma, dweight,
+        accumulate,
+    )  # fmt: skip
+    wanted = before.double() + read.scale * dz_exact if accumulate else dz_exact
+    assert error(dz, wanted) <= 4e-3
+    assert error(dbeta, dz_exact.sum(0)) <= 1e-5
+    assert error(dgamma, (dz_exact * (y.double() - read.mean) * read.rstd).sum(0)) <= 1e-5
+    assert error(dweight, exact_weight) <= 1e-5
+
+
+@built
 def test_bfloat16_beside_float32_parameters():
     """y in bfloat16 with gamma and beta in float32, as autocast leaves them, or in bfloat16."""
     torch.manual_seed(0)
@@ -375,6 +412,31 @@ def test_tracing_and_transforms():
     assert torch.equal(traced(x, weight), expected)
     each = torch.func.vmap(lambda image: convolve(image[None], weight)[0])(x)
     torch.testing.assert_close(each, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 3, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layout_of_ambiguous_images(shape, layout):
+    """Where one layout may pass for the other, the output has the one that F.conv2d's has."""
+    x = torch.empty(shape).to(memory_format=layout).normal_()
+    weight = torch.randn(6, shape[1], 3, 3)
+    found = dilated_conv3x3(x, weight, None, 1, 2, 1)
+    assert (
+        found.stride()
+        == torch.ops.memdense.dilated_conv3x3(x, weight, None, (1, 1), (2, 2), (1, 1)).stride()
+    )
+    suggested = torch._prims_common.suggest_memory_format(x)
+    assert found.is_contiguous(memory_format=suggested)
+
+
+def test_nothing_watches():
+    """The function runs without the operation; and with it where a mode is there."""
+    x, weight = torch.randn(1, 8, 9, 7), torch.randn(8, 8, 3, 3, requires_grad=True)
+    assert "Convolution" in dilated_conv3x3(x, weight).grad_fn.name()
+    with torch.device("cpu"):  # a mode of functions
+        assert "dilated_conv3x3" in dilated_conv3x3(x, weight).grad_fn.name()
+    bias = torch.zeros(8).as_subclass(type("Mine", (torch.Tensor,), {}))
+    assert watched(x, weight, bias) and not watched(x, weight, nn.Parameter(torch.zeros(8)), None)
 
 
 def test_geometry_as_one_number():
@@ -575,6 +637,28 @@ def run_layer(backend, layer: Layer, dilation, keep) -> list[torch.Tensor]:
     return [out, *moments, dz, *sums, dweight, g, *sums2]
 
 
+@built
+@pytest.mark.parametrize("what", ["float32 beside float64", "every second", "mask in columns"])
+def test_what_the_kernels_do_not_take(what):
+    """Parameters of another dtype (float64 images under autocast) or stride, a mask that lies in
+    columns: the reference's results.
+    """
+    torch.manual_seed(0)
+    layer = random_layer(2, 9, 8, 16, 12, torch.float64)
+    read, keep = layer.read, None
+    if what == "float32 beside float64":
+        gamma, beta = read.weight.float(), read.bias.float()
+    elif what == "every second":
+        gamma, beta = (v.repeat_interleave(2)[::2] for v in (read.weight, read.bias))
+    else:
+        gamma, beta = read.weight, read.bias
+        keep = (torch.rand(12, layer.geometry.rows) < 0.7).t(), 2.0
+    layer.read = Reader(read.mean, read.var, gamma, beta, read.eps, read.batch)
+    found, expected = (run_layer(b(), layer, (2, 2), keep) for b in (Native, Reference))
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= 1e-12
+
+
 LAYERS = [
     (2, 14, 14, 48, 12, (1, 1)),
     (3, 7, 7, 128, 32, (1, 1)),
@@ -672,6 +756,7 @@ def test_network(bn_size, monkeypatch):
         ({"out": torch.zeros(1, 4, 7, 7).double()}, "expected out in Float, got Double"),
         ({"weight": torch.zeros(4, 6, 3, 3)}, r"expected weight of shape \[4, 5, 3, 3\]"),
         ({"bias": torch.zeros(5)}, "expected bias to be a contiguous vector of 4"),
+        ({"stride": (1,)}, "expected stride, padding and dilation of two numbers"),
         ({"stride": (0, 1)}, "expected stride >= 1, padding >= 0 and dilation >= 1, got 0, 1 and"),
         ({"padding": (0, 0), "dilation": (4, 4)}, "is smaller than the kernel with dilation 4"),
         ({"x": torch.zeros(1, 5, 7, 7).half()}, "expected weight in Half, got Float"),
@@ -703,6 +788,7 @@ def test_kernels_refuse(change, message):
         ({"gamma": torch.zeros(5).double()}, "expected gamma in Float, got Double"),
         ({"weight": torch.zeros(6, 4, 3, 3)}, r"expected weight of shape \[6, 5, 3, 3\]"),
         ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),
+        ({"dilation": (1,)}, "expected a dilation of two numbers"),
         ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
         ({"out": torch.zeros(20, 6).double()}, "expected out in Float, got Double"),
         ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \[2, 6\]"),
@@ -728,3 +814,39 @@ def test_a_layers_kernels_refuse(change, message):
     }
     with pytest.raises(RuntimeError, match=message):
         torch.ops.memdense.bn_relu_conv3x3(*(arguments | change).values())
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dy": torch.zeros(20, 6).double()}, "expected dy in Float, got Double"),
+        ({"dz": torch.zeros(20, 6)}, r"expected dz of shape \[20, 5\]"),
+        ({"dz": torch.zeros(5, 20).t()}, "expected dz with unit column stride"),
+        ({"dbeta": torch.zeros(4)}, "expected dbeta to be a contiguous vector of 5"),
+        ({"dgamma": torch.zeros(5).double()}, "expected dgamma in Float, got Double"),
+        ({"dweight": torch.zeros(6, 5, 3, 3).double()}, "expected dweight in Float, got Double"),
+        ({"dweight": torch.zeros(5, 6, 3, 3)}, "expected dweight to be contiguous, of the weight"),
+    ],
+)
+def test_a_layers_backward_refuses(change, message):
+    arguments = {
+        "dy": torch.zeros(20, 6),
+        "weight": torch.zeros(6, 5, 3, 3),
+        "dilation": (1, 1),
+        "y": torch.zeros(20, 5),
+        "mean": torch.zeros(5),
+        "var": torch.ones(5),
+        "gamma": None,
+        "beta": None,
+        "eps": 1e-5,
+        "n": 1,
+        "h": 5,
+        "w": 4,
+        "dz": torch.zeros(20, 5),
+        "dbeta": torch.zeros(5),
+        "dgamma": torch.zeros(5),
+        "dweight": torch.zeros(6, 5, 3, 3),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.memdense.bn_relu_conv3x3_backward(*(arguments | change).values())

@@ -39,6 +39,8 @@ constexpr ScalarType dtype_of = std::is_same_v<T, double>  ? ScalarType::Double
 
 Geometry geometry(const Tensor& images, const Tensor& outputs, const Ints& stride,
                   const Ints& padding, const Ints& dilation) {
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "conv3x3: expected stride, padding and dilation of two numbers");
   STD_TORCH_CHECK(images.dim() == 4 && outputs.dim() == 4, "conv3x3: expected 4-D images, got ",
                   images.dim(), "-D and ", outputs.dim(), "-D");
   Geometry g{images.size(0), images.size(1), outputs.size(1), {}, {}, {}, {}, {}};
@@ -71,6 +73,7 @@ Geometry geometry(int64_t n, int64_t h, int64_t w, const Tensor& y, const Tensor
                   "-D and ", out.dim(), "-D");
   STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == y.size(0), "conv3x3: ", n,
                   " images of ", h, " by ", w, " pixels are not ", y.size(0), " rows");
+  STD_TORCH_CHECK(dilation.size() == 2, "conv3x3: expected a dilation of two numbers");
   STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
                   dilation[0], " and ", dilation[1]);
   const int64_t d[2] = {dilation[0], dilation[1]};

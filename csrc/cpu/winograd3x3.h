@@ -55,7 +55,7 @@ struct Term {
 struct PairedAxis {
   int64_t source, destination, dilation, padding;
   std::vector<Pair> pairs;      // phase (y mod dilation) by phase
-  std::vector<int64_t> places;  // of the destinations, in the order of the pairs
+  std::vector<int64_t> places;  // of a sorted axis: the destinations, in the order of the pairs
   int half_taps = 0;            // of half a pair, as far as any lie inside; 0: there is none
 
   // `sorted`: whole pairs before halves
@@ -68,8 +68,8 @@ struct PairedAxis {
         half_taps = std::max(half_taps, source_of(pairs.back(), 2) < source ? 3 : 2);
       }
     }
-    if (sorted)
-      std::stable_partition(pairs.begin(), pairs.end(), [](const Pair& p) { return p.whole; });
+    if (!sorted) return;
+    std::stable_partition(pairs.begin(), pairs.end(), [](const Pair& p) { return p.whole; });
     for (const Pair& pair : pairs) {
       places.push_back(pair.first);
       if (pair.whole) places.push_back(pair.first + dilation);
@@ -86,7 +86,7 @@ struct PairedAxis {
   }
 
   int64_t count() const { return static_cast<int64_t>(pairs.size()); }
-  // of pair i's destinations and those behind it; of a sorted axis
+  // of pair i's destinations and those behind it
   const int64_t* places_of(int64_t i) const {
     return places.data() + i + std::min(i, static_cast<int64_t>(places.size()) - count());
   }

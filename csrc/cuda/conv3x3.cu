@@ -114,6 +114,8 @@ struct Problem {
 
 Problem problem(const Tensor& x, const Tensor& out, const Ints& stride, const Ints& padding,
                 const Ints& dilation) {
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "conv3x3: expected stride, padding and dilation of two numbers");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "conv3x3: expected 4-D images, got ", x.dim(),
                   "-D and ", out.dim(), "-D");
   Problem p{x.size(0), x.size(1), out.size(1), {}, {}, {}, {}, {}};
@@ -143,6 +145,7 @@ Problem problem(int64_t n, int64_t h, int64_t w, int64_t rows, int64_t c, int64_
                 const Ints& dilation) {
   STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == rows, "conv3x3: ", n, " images of ", h,
                   " by ", w, " pixels are not ", rows, " rows");
+  STD_TORCH_CHECK(dilation.size() == 2, "conv3x3: expected a dilation of two numbers");
   STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
                   dilation[0], " and ", dilation[1]);
   return {n, c, k, {h, w}, {h, w}, {1, 1}, {dilation[0], dilation[1]}, {dilation[0], dilation[1]}};

@@ -17,12 +17,15 @@ class NativeConv3x3:
     """
 
     @staticmethod
-    def _native3x3(x: Tensor, weight: Tensor) -> bool:
+    def _native3x3(x: Tensor, weight: Tensor, read: Reader, *others: Tensor | None) -> bool:
         return (
             _extension.available()
             and x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.float64)
             and weight.shape[0] * weight.shape[1] >= MIN_PRODUCTS
+            and all(v is None or v.dtype == x.dtype for v in (weight, read.weight, read.bias))
+            and all(t is None or t.stride(-1) == 1 or t.shape[-1] == 1 for t in (x, *others))
+            and all(v is None or v.is_contiguous() for v in (read.weight, read.bias))
         )
 
     def bn_relu_conv3x3(
@@ -36,7 +39,7 @@ class NativeConv3x3:
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
-        if not self._native3x3(x, weight):
+        if not self._native3x3(x, weight, read, out, keep and keep[0]):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
         torch.ops.memdense.bn_relu_conv3x3(
             x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation, *geometry,
@@ -54,7 +57,7 @@ class NativeConv3x3:
         into: Into | None,
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
-        if not self._native3x3(x, weight):
+        if not self._native3x3(x, weight, read, dy, into and into.g):
             return super().bn_relu_conv3x3_backward(
                 dy, weight, dilation, x, read, geometry, into, need_weight
             )
