@@ -436,15 +436,9 @@ def _(means, variances, counts, batch_means, batch_variances, momenta, rows) -> 
 
 
 def move_running_statistics(
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    counts: Sequence[Tensor],
-    batch_means: Sequence[Tensor],
-    batch_variances: Sequence[Tensor],
-    momenta: Sequence[float],
-    rows: int,
+    means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[Tensor], *batch: Any
 ) -> None:
     """:func:`update_running_statistics`, which it calls where something watches."""
-    seen = watched(*means, *variances, *counts, *batch_means, *batch_variances)
+    seen = watched(*means, *variances, *counts)
     run = update_running_statistics if seen else _update_running_statistics
-    run(means, variances, counts, batch_means, batch_variances, momenta, rows)
+    run(means, variances, counts, *batch)

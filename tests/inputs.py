@@ -202,3 +202,18 @@ def assert_errs_no_more(
             allowed = 1.5 * rms(theirs - value) + luck * rms(value)
             error = rms(mine - value)
             assert error <= allowed, f"{name}: {error:.2e}, where {allowed:.2e} is allowed"
+
+
+def second_half() -> tuple[dict[str, object], dict[str, object]]:
+    """Arguments that ``bn_relu_conv3x3`` and its backward take, in their order, to spoil one by
+    one.
+    """
+    weight = {"weight": torch.zeros(6, 5, 3, 3), "dilation": (1, 1)}
+    norm = {"mean": torch.zeros(5), "var": torch.ones(5), "gamma": None, "beta": None, "eps": 1e-5}
+    size = {"n": 1, "h": 5, "w": 4}
+    y = {"y": torch.zeros(20, 5)}
+    forward = y | norm | weight | size | {"keep": None, "factor": 1.0}
+    forward |= {"out": torch.zeros(20, 6), "moments": torch.zeros(2, 6)}
+    backward = {"dy": torch.zeros(20, 6)} | weight | y | norm | size
+    backward |= {"dz": torch.zeros(20, 5), "dbeta": torch.zeros(5), "dgamma": torch.zeros(5)}
+    return forward, backward | {"dweight": torch.zeros(6, 5, 3, 3)}

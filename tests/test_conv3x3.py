@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from exactness import Calls, into_of, reader_of
+from inputs import second_half
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -795,25 +796,9 @@ def test_kernels_refuse(change, message):
     ],
 )
 def test_a_layers_kernels_refuse(change, message):
-    arguments = {
-        "y": torch.zeros(20, 5),
-        "mean": torch.zeros(5),
-        "var": torch.ones(5),
-        "gamma": None,
-        "beta": None,
-        "eps": 1e-5,
-        "weight": torch.zeros(6, 5, 3, 3),
-        "dilation": (1, 1),
-        "n": 1,
-        "h": 5,
-        "w": 4,
-        "keep": None,
-        "factor": 1.0,
-        "out": torch.zeros(20, 6),
-        "moments": torch.zeros(2, 6),
-    }
+    forward, _ = second_half()
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.memdense.bn_relu_conv3x3(*(arguments | change).values())
+        torch.ops.memdense.bn_relu_conv3x3(*(forward | change).values())
 
 
 @built
@@ -830,23 +815,6 @@ def test_a_layers_kernels_refuse(change, message):
     ],
 )
 def test_a_layers_backward_refuses(change, message):
-    arguments = {
-        "dy": torch.zeros(20, 6),
-        "weight": torch.zeros(6, 5, 3, 3),
-        "dilation": (1, 1),
-        "y": torch.zeros(20, 5),
-        "mean": torch.zeros(5),
-        "var": torch.ones(5),
-        "gamma": None,
-        "beta": None,
-        "eps": 1e-5,
-        "n": 1,
-        "h": 5,
-        "w": 4,
-        "dz": torch.zeros(20, 5),
-        "dbeta": torch.zeros(5),
-        "dgamma": torch.zeros(5),
-        "dweight": torch.zeros(6, 5, 3, 3),
-    }
+    _, backward = second_half()
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.memdense.bn_relu_conv3x3_backward(*(arguments | change).values())
+        torch.ops.memdense.bn_relu_conv3x3_backward(*(backward | change).values())

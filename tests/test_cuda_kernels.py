@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain
+from inputs import second_half
 from test_conv3x3 import CASES
 from torch.library import opcheck
 from torch.utils import cpp_extension
@@ -257,25 +258,9 @@ def test_registration(emulation):
     ],
 )
 def test_refuses(emulation, change, message):
-    arguments = {
-        "y": torch.zeros(20, 5),
-        "mean": torch.zeros(5),
-        "var": torch.ones(5),
-        "gamma": None,
-        "beta": None,
-        "eps": 1e-5,
-        "weight": torch.zeros(6, 5, 3, 3),
-        "dilation": (1, 1),
-        "n": 1,
-        "h": 5,
-        "w": 4,
-        "keep": None,
-        "factor": 1.0,
-        "out": torch.zeros(20, 6),
-        "moments": torch.zeros(2, 6),
-    }
+    forward, _ = second_half()
     with pytest.raises(RuntimeError, match=message):
-        emulation.op.bn_relu_conv3x3(*(arguments | change).values())
+        emulation.op.bn_relu_conv3x3(*(forward | change).values())
 
 
 # ---- the compiled code
