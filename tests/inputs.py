@@ -217,3 +217,16 @@ def second_half() -> tuple[dict[str, object], dict[str, object]]:
     backward = {"dy": torch.zeros(20, 6)} | weight | y | norm | size
     backward |= {"dz": torch.zeros(20, 5), "dbeta": torch.zeros(5), "dgamma": torch.zeros(5)}
     return forward, backward | {"dweight": torch.zeros(6, 5, 3, 3)}
+
+
+# of the forward, with what is said of each
+REFUSALS = [
+    ({"y": torch.zeros(5, 20).t()}, "expected y with unit column stride"),
+    ({"n": 2}, "2 images of 5 by 4 pixels are not 20 rows"),
+    ({"mean": torch.zeros(4)}, "expected mean to be a contiguous vector of 5"),
+    ({"weight": torch.zeros(6, 4, 3, 3)}, r"expected weight of shape \[6, 5, 3, 3\]"),
+    ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),
+    ({"dilation": (1,)}, "expected a dilation of two numbers"),
+    ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
+    ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \[2, 6\]"),
+]

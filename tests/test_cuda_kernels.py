@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain
-from inputs import second_half
+from inputs import REFUSALS, second_half
 from test_conv3x3 import CASES
 from torch.library import opcheck
 from torch.utils import cpp_extension
@@ -243,18 +243,12 @@ def test_registration(emulation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        *REFUSALS,
         ({"y": torch.zeros(20, 5).double()}, "expected float16, bfloat16 or float32 images"),
-        ({"y": torch.zeros(5, 20).t()}, "expected y with unit column stride"),
-        ({"n": 2}, "2 images of 5 by 4 pixels are not 20 rows"),
-        ({"mean": torch.zeros(4)}, "expected mean to be a contiguous vector of 5"),
         ({"var": torch.zeros(5).half()}, "expected var in Float, got Half"),
         ({"gamma": torch.zeros(5).half()}, "expected gamma in Float, got Half"),
-        ({"weight": torch.zeros(6, 4, 3, 3)}, r"expected weight of shape \[6, 5, 3, 3\]"),
         ({"weight": torch.zeros(6, 5, 3, 3).half()}, "expected weight in Float, got Half"),
-        ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),
-        ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
         ({"out": torch.zeros(20, 6).half()}, "expected out in Float, got Half"),
-        ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \[2, 6\]"),
     ],
 )
 def test_refuses(emulation, change, message):

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "../conv3x3_geometry.h"
 #include "simd.h"
 #include "statistics.h"
 #include "tile.h"
@@ -38,12 +39,6 @@ struct Images {
   S* data;
   Strides strides;
   S* line(int64_t n, int64_t h) const { return data + n * strides.n + h * strides.h; }
-};
-
-struct Geometry {
-  int64_t n, c, k;        // images, input channels, output channels
-  int64_t in[2], out[2];  // height and width
-  int64_t stride[2], padding[2], dilation[2];
 };
 
 // How a BatchNorm is read: z = relu(scale * x + shift); no vectors, no reading: z = x.

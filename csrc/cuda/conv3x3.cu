@@ -5,25 +5,16 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <optional>
-#include <vector>
 
+#include "../conv3x3_arguments.h"
 #include "conv3x3_plan.h"
 
 namespace memdense::conv3x3 {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
-using MaybeTensor = std::optional<Tensor>;
 
 // A tensor's device, current while this lives, with its current stream.
 class Place {
@@ -55,12 +46,6 @@ enum class Kind { kHalf, kBFloat16, kTf32, kFloat };
 
 // ---- what the operations accept
 
-void expect_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "conv3x3: expected ", name, " in ",
-                  torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-}
-
 void expect_device(const char* name, const Tensor& tensor, const Tensor& like) {
   STD_TORCH_CHECK(tensor.device() == like.device(), "conv3x3: expected ", name,
                   " on the device of the others");
@@ -73,16 +58,7 @@ void expect(const char* name, const Tensor& tensor, const Tensor& like) {
 
 void expect_vector(const char* name, const Tensor& tensor, int64_t size, const Tensor& like) {
   expect_device(name, tensor, like);
-  STD_TORCH_CHECK(
-      tensor.dim() == 1 && tensor.size(0) == size && (size == 1 || tensor.stride(0) == 1),
-      "conv3x3: expected ", name, " to be a contiguous vector of ", size);
-}
-
-void expect_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
-                  "conv3x3: expected ", name, " of shape [", rows, ", ", columns, "]");
-  STD_TORCH_CHECK(columns == 1 || tensor.stride(1) == 1, "conv3x3: expected ", name,
-                  " with unit column stride");
+  conv3x3::expect_vector(name, tensor, size);
 }
 
 Kind kind_of(const Tensor& tensor, bool tf32) {
@@ -99,65 +75,18 @@ Kind kind_of(const Tensor& tensor, bool tf32) {
 
 int value_bytes(Kind kind) { return kind == Kind::kHalf || kind == Kind::kBFloat16 ? 2 : 4; }
 
-void expect_weight(const Tensor& weight, int64_t columns, int64_t channels, const Tensor& like) {
-  expect("weight", weight, like);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == columns && weight.size(1) == channels &&
-                      weight.size(2) == 3 && weight.size(3) == 3,
-                  "conv3x3: expected weight of shape [", columns, ", ", channels, ", 3, 3]");
-  STD_TORCH_CHECK(columns >= 1 && channels >= 1, "conv3x3: expected channels");
-}
-
-// Shapes and strides of a plain convolution of images x into out.
-struct Problem {
-  int64_t n, c, k, in[2], out[2], stride[2], padding[2], dilation[2];
-};
-
-Problem problem(const Tensor& x, const Tensor& out, const Ints& stride, const Ints& padding,
-                const Ints& dilation) {
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "conv3x3: expected stride, padding and dilation of two numbers");
-  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4, "conv3x3: expected 4-D images, got ", x.dim(),
-                  "-D and ", out.dim(), "-D");
-  Problem p{x.size(0), x.size(1), out.size(1), {}, {}, {}, {}, {}};
-  STD_TORCH_CHECK(out.size(0) == p.n, "conv3x3: expected ", p.n, " outputs, got ", out.size(0));
-  for (int a = 0; a < 2; ++a) {
-    p.in[a] = x.size(2 + a);
-    p.out[a] = out.size(2 + a);
-    p.stride[a] = stride[a];
-    p.padding[a] = padding[a];
-    p.dilation[a] = dilation[a];
-    STD_TORCH_CHECK(p.stride[a] >= 1 && p.padding[a] >= 0 && p.dilation[a] >= 1,
-                    "conv3x3: expected stride >= 1, padding >= 0 and dilation >= 1, got ",
-                    p.stride[a], ", ", p.padding[a], " and ", p.dilation[a]);
-    const int64_t room = p.in[a] + 2 * p.padding[a] - 2 * p.dilation[a] - 1;
-    const int64_t size = room < 0 ? 0 : room / p.stride[a] + 1;
-    STD_TORCH_CHECK(size >= 1 && p.in[a] >= 1, "conv3x3: the image, ", p.in[a],
-                    " long with padding ", p.padding[a],
-                    ", is smaller than the kernel with dilation ", p.dilation[a]);
-    STD_TORCH_CHECK(p.out[a] == size, "conv3x3: expected an output ", size, " long, got ",
-                    p.out[a]);
-  }
-  return p;
-}
-
-// Stride 1 and as much padding as keeps the size, on matrices whose rows are n images' pixels.
-Problem problem(int64_t n, int64_t h, int64_t w, int64_t rows, int64_t c, int64_t k,
-                const Ints& dilation) {
-  STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == rows, "conv3x3: ", n, " images of ", h,
-                  " by ", w, " pixels are not ", rows, " rows");
-  STD_TORCH_CHECK(dilation.size() == 2, "conv3x3: expected a dilation of two numbers");
-  STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
-                  dilation[0], " and ", dilation[1]);
-  return {n, c, k, {h, w}, {h, w}, {1, 1}, {dilation[0], dilation[1]}, {dilation[0], dilation[1]}};
+void expect_weight(const Tensor& weight, const Geometry& g, const Tensor& like) {
+  expect_device("weight", weight, like);
+  conv3x3::expect_weight(weight, g, like.scalar_type());
 }
 
 // Output pixels as the rows, reading x.
-Axis forward_axis(const Problem& p, int a) {
+Axis forward_axis(const Geometry& p, int a) {
   return axis(p.out[a], p.in[a], p.stride[a], 1, p.dilation[a], -p.padding[a]);
 }
 
 // Pixels of x as the rows, reading the output's gradient with the taps in reverse order.
-Axis backward_axis(const Problem& p, int a) {
+Axis backward_axis(const Geometry& p, int a) {
   return axis(p.in[a], p.out[a], 1, p.stride[a], p.dilation[a], p.padding[a] - 2 * p.dilation[a]);
 }
 
@@ -183,7 +112,7 @@ Images of_images(const Tensor& x, int bytes) {
           s.c == 1 && x.size(1) * bytes % 16 == 0 && aligned(data, {s.n, s.h, s.w}, bytes)};
 }
 
-Images of_matrix(const Tensor& x, const Problem& p, const int64_t (&size)[2], int bytes) {
+Images of_matrix(const Tensor& x, const Geometry& p, const int64_t (&size)[2], int bytes) {
   const void* data = x.const_data_ptr();
   const int64_t row = p.n * size[0] * size[1] == 1 ? 0 : x.stride(0);
   return {data,
@@ -198,7 +127,7 @@ void set_source(Convolution& a, const Images& images, int64_t channels) {
   a.channels = static_cast<int>(channels);
 }
 
-void set_target(Convolution& a, const Tensor& matrix, const Problem& p, const int64_t (&size)[2],
+void set_target(Convolution& a, const Tensor& matrix, const Geometry& p, const int64_t (&size)[2],
                 int bytes) {
   a.target = matrix.mutable_data_ptr();
   a.target_row = matrix.stride(0);
@@ -274,7 +203,7 @@ float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_
 
 // The convolution of a's tensors, which `a` describes but for its walk; returns its blocks.
 template <typename Scratch>
-int convolve(Kind kind, Mode mode, Convolution& a, const Problem& p, bool backward,
+int convolve(Kind kind, Mode mode, Convolution& a, const Geometry& p, bool backward,
              const Place& place, const Scratch& partials) {
   const auto axis_of = backward ? backward_axis : forward_axis;
   const ConvolutionPlan plan =
@@ -294,7 +223,7 @@ int convolve(Kind kind, Mode mode, Convolution& a, const Problem& p, bool backwa
 float* no_partials(int) { return nullptr; }
 
 // dW's partials of x, through a BatchNorm where the norm has a mean; sets how many there are.
-Tensor weight_partials(Kind kind, const Problem& p, const Images& x, const Images& dy,
+Tensor weight_partials(Kind kind, const Geometry& p, const Images& x, const Images& dy,
                        const Norm& norm, const Tensor& like, const Place& place, int& splits) {
   const WeightPlan plan =
       plan_weight_gradient(p.n, forward_axis(p, 0), forward_axis(p, 1), static_cast<int>(p.c),
@@ -318,8 +247,8 @@ void conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, con
              const Ints& padding, const Ints& dilation, const Tensor& out, bool tf32) {
   const Kind kind = kind_of(x, tf32);
   const int bytes = value_bytes(kind);
-  const Problem p = problem(x, out, stride, padding, dilation);
-  expect_weight(weight, p.k, p.c, x);
+  const Geometry p = geometry(x, out, stride, padding, dilation);
+  expect_weight(weight, p, x);
   expect("out", out, x);
   if (bias) {
     expect("bias", *bias, x);
@@ -340,8 +269,8 @@ void conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& 
                             bool tf32) {
   const Kind kind = kind_of(dy, tf32);
   const int bytes = value_bytes(kind);
-  const Problem p = problem(dx, dy, stride, padding, dilation);
-  expect_weight(weight, p.k, p.c, dy);
+  const Geometry p = geometry(dx, dy, stride, padding, dilation);
+  expect_weight(weight, p, dy);
   expect("dx", dx, dy);
   const Place place(dy);
   if (p.n == 0) return;
@@ -356,7 +285,7 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& st
                                const Ints& padding, const Ints& dilation, bool tf32) {
   const Kind kind = kind_of(x, tf32);
   const int bytes = value_bytes(kind);
-  const Problem p = problem(x, dy, stride, padding, dilation);
+  const Geometry p = geometry(x, dy, stride, padding, dilation);
   expect("dy", dy, x);
   STD_TORCH_CHECK(p.k >= 1 && p.c >= 1, "conv3x3: expected channels");
   const Place place(x);
@@ -385,10 +314,9 @@ void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
                      const MaybeTensor& moments, bool tf32) {
   const Kind kind = kind_of(y, tf32);
   const int bytes = value_bytes(kind);
-  STD_TORCH_CHECK(y.dim() == 2 && out.dim() == 2, "conv3x3: expected matrices y and out");
-  const Problem p = problem(n, h, w, y.size(0), y.size(1), out.size(1), dilation);
+  const Geometry p = geometry(n, h, w, y, out, dilation);
   expect_matrix("y", y, y.size(0), p.c);
-  expect_weight(weight, p.k, p.c, y);
+  expect_weight(weight, p, y);
   expect("out", out, y);
   expect_matrix("out", out, y.size(0), p.k);
   Convolution a{};
@@ -433,12 +361,11 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
   STD_TORCH_CHECK(!accumulate, "conv3x3: on CUDA, dz is written, not accumulated");
   const Kind kind = kind_of(y, tf32);
   const int bytes = value_bytes(kind);
-  STD_TORCH_CHECK(y.dim() == 2 && dy.dim() == 2, "conv3x3: expected matrices y and dy");
-  const Problem p = problem(n, h, w, y.size(0), y.size(1), dy.size(1), dilation);
+  const Geometry p = geometry(n, h, w, y, dy, dilation);
   expect_matrix("y", y, y.size(0), p.c);
   expect("dy", dy, y);
   expect_matrix("dy", dy, y.size(0), p.k);
-  expect_weight(weight, p.k, p.c, y);
+  expect_weight(weight, p, y);
   expect("dz", dz, y);
   expect_matrix("dz", dz, y.size(0), p.c);
   for (const auto& [name, tensor] : {std::pair{"dbeta", &dbeta}, {"dgamma", &dgamma}}) {
@@ -446,11 +373,8 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
     expect_vector(name, *tensor, p.c, y);
   }
   if (dweight) {
-    expect_dtype("dweight", *dweight, ScalarType::Float);
     expect_device("dweight", *dweight, y);
-    STD_TORCH_CHECK(dweight->dim() == 4 && dweight->size(0) == p.k && dweight->size(1) == p.c &&
-                        dweight->size(2) == 3 && dweight->size(3) == 3 && dweight->is_contiguous(),
-                    "conv3x3: expected dweight to be contiguous, of the weight's shape");
+    expect_weight_gradient(*dweight, p, ScalarType::Float);
   }
   const Norm norm = norm_of(y, mean, var, gamma, beta, eps);
   const Place place(y);

@@ -5,20 +5,10 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (loads the operations)
 from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums
-from .native3x3 import NativeConv3x3
+from .native3x3 import NativeConv3x3, fits
 from .reference import Reference
 
 _ops = torch.ops.memdense
-
-
-def _fits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take these: one dtype, one device, unit column stride."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel():
-        return False
-    tensors = [x, *(t for t in others if t is not None)]
-    return all(t.dtype == x.dtype and t.device == x.device for t in tensors) and all(
-        t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors
-    )
 
 
 class Native(NativeConv3x3, Reference):
@@ -30,19 +20,19 @@ class Native(NativeConv3x3, Reference):
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
         rows = _rows(x)
-        if moments is None or rows is None or not _fits(rows, out):
+        if moments is None or rows is None or not fits(rows, out):
             return super().pack(x, out, geometry, moments)
         store(moments, *_ops.pack(rows, out))
 
     def statistics(self, x: Tensor, moments: Tensor) -> None:
-        if not _fits(x):
+        if not fits(x):
             return super().statistics(x, moments)
         store(moments, *_ops.channel_statistics(x))
 
     def bn_relu_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
     ) -> Tensor:
-        if not _fits(x, read.scale, weight):
+        if not fits(x, read.scale, weight):
             return super().bn_relu_conv1x1(x, read, weight, moments)
         y, mean, var = _ops.bn_relu_conv1x1(x, read.scale, read.shift, weight, moments is not None)
         store(moments, mean, var)
@@ -58,7 +48,7 @@ class Native(NativeConv3x3, Reference):
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
         p, q = (None, None) if share is None else share.vectors
-        if not _fits(x, g, p, q):
+        if not fits(x, g, p, q):
             return super().settle(g, x, share, keep)
         dy = torch.empty_like(x, memory_format=torch.contiguous_format)
         _ops.combine(g, None, x, p, q, *(keep or (None, 1.0)), dy)
@@ -76,7 +66,7 @@ class Native(NativeConv3x3, Reference):
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
         a, b, c = (None, None, None) if behind is None else behind.vectors
-        if not _fits(x, dz, y, a, b, c, weight, *read.vectors, into.g):
+        if not fits(x, dz, y, a, b, c, weight, *read.vectors, into.g):
             return super().bn_relu_conv1x1_backward(
                 dz, y, behind, weight, x, read, into, need_weight
             )
@@ -90,7 +80,7 @@ class Native(NativeConv3x3, Reference):
     def bn_relu_pool_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry
     ) -> Tensor:
-        if not _fits(x, read.scale, weight):
+        if not fits(x, read.scale, weight):
             return super().bn_relu_pool_conv1x1(x, read, weight, geometry)
         return _ops.bn_relu_pool_conv1x1(x, read.scale, read.shift, weight, *geometry)
 
@@ -104,7 +94,7 @@ class Native(NativeConv3x3, Reference):
         into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        if not _fits(x, dout, weight, *read.vectors, into.g):
+        if not fits(x, dout, weight, *read.vectors, into.g):
             return super().bn_relu_pool_conv1x1_backward(
                 dout, weight, x, read, geometry, into, need_weight
             )
@@ -116,27 +106,27 @@ class Native(NativeConv3x3, Reference):
     def bn_relu(self, x: Tensor, read: Reader, relu: bool) -> Tensor:
         return (
             _ops.bn_relu(x, read.scale, read.shift, relu)
-            if _fits(x, read.scale)
+            if fits(x, read.scale)
             else super().bn_relu(x, read, relu)
         )
 
     def bn_relu_backward(
         self, dout: Tensor, x: Tensor, read: Reader, relu: bool, into: Into
     ) -> Sums:
-        if not _fits(x, dout, *read.vectors, into.g):
+        if not fits(x, dout, *read.vectors, into.g):
             return super().bn_relu_backward(dout, x, read, relu, into)
         sums = _ops.bn_relu_backward(dout, x, *read.vectors, relu, into.start())
         return into.credit(read, Sums(*sums))
 
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
-        if not _fits(x, read.scale):
+        if not fits(x, read.scale):
             return super().bn_relu_mean(x, read, geometry)
         return _ops.bn_relu_mean(x, read.scale, read.shift, geometry.n)
 
     def bn_relu_mean_backward(
         self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
     ) -> Sums:
-        if not _fits(x, dout, *read.vectors, into.g):
+        if not fits(x, dout, *read.vectors, into.g):
             return super().bn_relu_mean_backward(dout, x, read, geometry, into)
         sums = _ops.bn_relu_mean_backward(dout, x, *read.vectors, into.start())
         return into.credit(read, Sums(*sums))
@@ -144,21 +134,21 @@ class Native(NativeConv3x3, Reference):
     # ---- the stem
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        if not _fits(x, read.scale):
+        if not fits(x, read.scale):
             return super().bn_relu_maxpool(x, read, geometry)
         return _ops.bn_relu_maxpool(x, read.scale, read.shift, *geometry)
 
     def bn_relu_maxpool_backward(
         self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
     ) -> tuple[Tensor, Sums]:
-        if not _fits(x, dout, *read.vectors):
+        if not fits(x, dout, *read.vectors):
             return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
         dz, *sums = _ops.bn_relu_maxpool_backward(dout, winner, x, *read.vectors, *geometry)
         return dz, Sums(*sums)
 
     def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
         a, b, c = behind.vectors
-        if not _fits(x, dz, a, b, c):
+        if not fits(x, dz, a, b, c):
             return super().normalised_(dz, x, behind)
         _ops.combine(dz, a, x, b, c, None, 1.0, dz)
         return dz

@@ -10,6 +10,16 @@ from ..buffers import Geometry, Into, Reader, Sums
 MIN_PRODUCTS = 64
 
 
+def fits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take these: one dtype, one device, unit column stride."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel():
+        return False
+    tensors = [x, *(t for t in others if t is not None)]
+    return all(t.dtype == x.dtype and t.device == x.device for t in tensors) and all(
+        t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors
+    )
+
+
 class NativeConv3x3:
     """Two primitives of :class:`memdense.backends.Reference`, to stand before it among the bases.
 
@@ -20,12 +30,9 @@ class NativeConv3x3:
     def _native3x3(x: Tensor, weight: Tensor, read: Reader, *others: Tensor | None) -> bool:
         return (
             _extension.available()
-            and x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.float64)
+            and weight.dtype == x.dtype
             and weight.shape[0] * weight.shape[1] >= MIN_PRODUCTS
-            and all(v is None or v.dtype == x.dtype for v in (weight, read.weight, read.bias))
-            and all(t is None or t.stride(-1) == 1 or t.shape[-1] == 1 for t in (x, *others))
-            and all(v is None or v.is_contiguous() for v in (read.weight, read.bias))
+            and fits(x, read.weight, read.bias, *others)
         )
 
     def bn_relu_conv3x3(
@@ -39,7 +46,8 @@ class NativeConv3x3:
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
-        if not self._native3x3(x, weight, read, out, keep and keep[0]):
+        mask = keep is None or keep[0].stride(1) == 1
+        if not mask or not self._native3x3(x, weight, read, out):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
         torch.ops.memdense.bn_relu_conv3x3(
             x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation, *geometry,

@@ -1,0 +1,99 @@
+// What the 3x3 convolution's operations accept, on the CPU and on CUDA, but for the device.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "conv3x3_geometry.h"
+
+namespace memdense {
+namespace conv3x3 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Geometry geometry(const Tensor& images, const Tensor& outputs, const Ints& stride,
+                         const Ints& padding, const Ints& dilation) {
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "conv3x3: expected stride, padding and dilation of two numbers");
+  STD_TORCH_CHECK(images.dim() == 4 && outputs.dim() == 4, "conv3x3: expected 4-D images, got ",
+                  images.dim(), "-D and ", outputs.dim(), "-D");
+  Geometry g{images.size(0), images.size(1), outputs.size(1), {}, {}, {}, {}, {}};
+  STD_TORCH_CHECK(outputs.size(0) == g.n, "conv3x3: expected ", g.n, " outputs, got ",
+                  outputs.size(0));
+  for (int a = 0; a < 2; ++a) {
+    g.in[a] = images.size(2 + a);
+    g.out[a] = outputs.size(2 + a);
+    g.stride[a] = stride[a];
+    g.padding[a] = padding[a];
+    g.dilation[a] = dilation[a];
+    STD_TORCH_CHECK(g.stride[a] >= 1 && g.padding[a] >= 0 && g.dilation[a] >= 1,
+                    "conv3x3: expected stride >= 1, padding >= 0 and dilation >= 1, got ",
+                    g.stride[a], ", ", g.padding[a], " and ", g.dilation[a]);
+    const int64_t room = g.in[a] + 2 * g.padding[a] - 2 * g.dilation[a] - 1;
+    const int64_t size = room < 0 ? 0 : room / g.stride[a] + 1;
+    STD_TORCH_CHECK(size >= 1 && g.in[a] >= 1, "conv3x3: the image, ", g.in[a],
+                    " long with padding ", g.padding[a],
+                    ", is smaller than the kernel with dilation ", g.dilation[a]);
+    STD_TORCH_CHECK(g.out[a] == size, "conv3x3: expected an output ", size, " long, got ",
+                    g.out[a]);
+  }
+  return g;
+}
+
+// Stride 1 and as much padding as keeps the size, on matrices whose rows are n images' pixels.
+inline Geometry geometry(int64_t n, int64_t h, int64_t w, const Tensor& y, const Tensor& out,
+                         const Ints& dilation) {
+  STD_TORCH_CHECK(y.dim() == 2 && out.dim() == 2, "conv3x3: expected matrices, got ", y.dim(),
+                  "-D and ", out.dim(), "-D");
+  STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == y.size(0), "conv3x3: ", n,
+                  " images of ", h, " by ", w, " pixels are not ", y.size(0), " rows");
+  STD_TORCH_CHECK(dilation.size() == 2, "conv3x3: expected a dilation of two numbers");
+  STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
+                  dilation[0], " and ", dilation[1]);
+  const int64_t d[2] = {dilation[0], dilation[1]};
+  return {n, y.size(1), out.size(1), {h, w}, {h, w}, {1, 1}, {d[0], d[1]}, {d[0], d[1]}};
+}
+
+inline void expect_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "conv3x3: expected ", name, " in ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+}
+
+inline void expect_weight(const Tensor& weight, const Geometry& g, ScalarType dtype) {
+  expect_dtype("weight", weight, dtype);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == g.k && weight.size(1) == g.c &&
+                      weight.size(2) == 3 && weight.size(3) == 3,
+                  "conv3x3: expected weight of shape [", g.k, ", ", g.c, ", 3, 3]");
+  STD_TORCH_CHECK(g.k >= 1 && g.c >= 1, "conv3x3: expected channels");
+}
+
+inline void expect_vector(const char* name, const Tensor& tensor, int64_t size) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 1 && tensor.size(0) == size && (size == 1 || tensor.stride(0) == 1),
+      "conv3x3: expected ", name, " to be a contiguous vector of ", size);
+}
+
+inline void expect_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns,
+                  "conv3x3: expected ", name, " of shape [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(columns == 1 || matrix.stride(1) == 1, "conv3x3: expected ", name,
+                  " with unit column stride");
+}
+
+inline void expect_weight_gradient(const Tensor& dweight, const Geometry& g, ScalarType dtype) {
+  expect_dtype("dweight", dweight, dtype);
+  STD_TORCH_CHECK(dweight.dim() == 4 && dweight.size(0) == g.k && dweight.size(1) == g.c &&
+                      dweight.size(2) == 3 && dweight.size(3) == 3 && dweight.is_contiguous(),
+                  "conv3x3: expected dweight to be contiguous, of the weight's shape");
+}
+
+}  // namespace conv3x3
+}  // namespace memdense
