@@ -57,11 +57,25 @@ def _stage(
         double_backward: keep x, so that gradients can be differentiated.
     """
     with quiet(x):
-        out, features, statistics, bottlenecks = engine.forward(
-            x, unflatten(StageSpec.decode(spec), tensors, running), mask, backend_for(x.device)
+        out, features, statistics, *bottlenecks = backend_for(x.device).call(
+            _forward_pass, (x, mask), (*tensors, *running), spec, len(tensors)
         )
     # .data: not views to autograd, so that a user may change them in place as any module's output
     return out.data, features.data, statistics, bottlenecks
+
+
+def _forward_pass(
+    backend: engine.Backend,
+    moving: Sequence[Tensor | None],
+    fixed: Sequence[Tensor],
+    spec: str,
+    count: int,
+) -> list[Tensor]:
+    """The engine's, of x and mask, ``count`` parameters and the running statistics behind them."""
+    x, mask = moving
+    s = unflatten(StageSpec.decode(spec), fixed[:count], fixed[count:])
+    out, features, statistics, bottlenecks = engine.forward(x, s, mask, backend)
+    return [out, features, statistics, *bottlenecks]
 
 
 stage = torch.library.custom_op("memdense::stage", _stage, mutates_args=())
@@ -109,20 +123,31 @@ def _stage_backward(
     """The gradients that ``need_x`` and ``need`` ask for, in order; see
     :func:`memdense.engine.backward`.
     """
-    s = unflatten(StageSpec.decode(spec), tensors)
     with quiet(features):
-        dx, dtensors = engine.backward(
-            dout,
-            dfeatures,
-            features,
-            statistics,
-            bottlenecks,
-            s,
-            mask,
+        return backend_for(features.device).call(
+            _backward_pass,
+            (dout, dfeatures, features, statistics, mask, *bottlenecks),
+            tensors,
+            spec,
             need_x,
-            need,
-            backend_for(features.device),
+            tuple(need),
         )
+
+
+def _backward_pass(
+    backend: engine.Backend,
+    moving: Sequence[Tensor | None],
+    fixed: Sequence[Tensor],
+    spec: str,
+    need_x: bool,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """The engine's, of what the gradients need and the stage's parameters."""
+    dout, dfeatures, features, statistics, mask, *bottlenecks = moving
+    s = unflatten(StageSpec.decode(spec), fixed)
+    dx, dtensors = engine.backward(
+        dout, dfeatures, features, statistics, bottlenecks, s, mask, need_x, need, backend
+    )
     return [g for g, n in zip([dx, *dtensors], [need_x, *need], strict=True) if n]
 
 

@@ -7,7 +7,8 @@ with the batch or the resolution.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +116,18 @@ class Reference:
 
     def __init__(self) -> None:
         self.scratch = Scratch()
+
+    def call(
+        self,
+        function: Callable[..., list[Tensor | None]],
+        moving: Sequence[Tensor | None],
+        fixed: Sequence[Tensor],
+        *rest: Any,
+    ) -> list[Tensor | None]:
+        """``function(self, moving, fixed, *rest)``: a pass through a stage, of inputs that are new
+        at every call and of its parameters.
+        """
+        return function(self, moving, fixed, *rest)
 
     # ---- bands
 

@@ -6,13 +6,16 @@ Specification: :class:`memdense.backends.reference.Reference`, method by method.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import _extension
 from ...buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 from ..reference import Reference
-from . import cast, conv1x1, conv3x3, pools, settle, statistics
+from . import cast, conv1x1, conv3x3, pools, replay, settle, statistics
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,6 +38,15 @@ class Triton(Reference):
     @property
     def name(self) -> str:
         return "triton and CUDA 3x3" if _extension.cuda_available() else "triton"
+
+    def call(
+        self,
+        function: Callable[..., list[Tensor | None]],
+        moving: Sequence[Tensor | None],
+        fixed: Sequence[Tensor],
+        *rest: Any,
+    ) -> list[Tensor | None]:
+        return replay.call(self, function, moving, fixed, *rest)
 
     # ---- producing channels
 

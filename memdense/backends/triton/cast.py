@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import ROW_UNIT
-from .launch import Plan, cached, cdiv
+from .launch import Plan, cached, cdiv, constant
 
 BLOCK = 4096  # values that a program writes
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)
@@ -118,6 +118,11 @@ def _table(sources: tuple[Source, ...], device: torch.device) -> Tensor:
 _captured: dict[int, Tensor] = {}
 
 
+def keep_if_captured(table: Tensor) -> None:
+    if table.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(table)] = table
+
+
 @cached
 def _plan(weights: int, largest: int) -> Plan:
     return Plan(cast_weights, (cdiv(largest, BLOCK), weights), (), (BLOCK,), warps=8)
@@ -134,9 +139,8 @@ def cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         (w.data_ptr(), w.dtype, tuple(w.shape), w.stride()) for w in (weights[i] for i in wanted)
     )
     device = weights[wanted[0]].device
-    table = _table(sources, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[id(table)] = table
+    table = constant(lambda: _table(sources, device))
+    keep_if_captured(table)
     places, total, largest = _layout(tuple(source[2] for source in sources))
     packed = torch.empty(total, dtype=dtype, device=device)
     _plan(len(wanted), largest)(table, packed)

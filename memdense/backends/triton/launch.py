@@ -2,15 +2,17 @@
 
 A primitive asks a cached function for the plan of its shapes and dtypes and calls it with tensors.
 The first call on a device compiles through Triton's JIT; later ones hand the compiled kernel its
-pointers, a few microseconds each, after a look at their alignment, which the code depends on.
+pointers, a few microseconds each, after a look at their alignment, which the code depends on. What
+a whole stage launches is replayed by :mod:`.replay`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -30,8 +32,38 @@ class Launch(NamedTuple):
     tensors: tuple[Tensor | None, ...]
 
 
+class Compiled(NamedTuple):
+    """What Triton's launcher needs of a compiled kernel."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+
+
+class Recorder(Protocol):
+    """Who makes a thread's launches while a stage is recorded."""
+
+    def launch(self, plan: Plan, tensors: tuple[Tensor | None, ...]) -> None: ...
+
+    def constant(self, make: Callable[[], Tensor]) -> Tensor: ...
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+thread = _Thread()
 _record: list[Launch] | None = None
 _dry = False
+
+
+def observed() -> bool:
+    """Whether :func:`recorded` wants to see every launch."""
+    return _record is not None
+
+
+def current_stream(device: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 @contextmanager
@@ -75,7 +107,7 @@ class Plan:
         self.constants = constants
         self.arguments = (*sizes, *constants)
         self.options = {"num_warps": warps, "num_stages": stages}
-        self.compiled: dict[tuple, tuple] = {}
+        self.compiled: dict[tuple, Compiled] = {}
 
     @property
     def name(self) -> str:
@@ -86,9 +118,16 @@ class Plan:
             _record.append(Launch(self, tensors))
             if _dry:
                 return
+        if thread.recorder is not None:
+            thread.recorder.launch(self, tensors)
+        else:
+            self.launch(tensors)
+
+    def launch(self, tensors: tuple[Tensor | None, ...]) -> Compiled | None:
+        """Launch it; returns what was launched, None in the interpreter."""
         if INTERPRETED:
             self.kernel[self.grid](*tensors, *self.arguments)
-            return
+            return None
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         dtypes = [None if t is None else t.dtype for t in tensors]
         bits = 0
@@ -98,12 +137,21 @@ class Plan:
         key = tensors[0].get_device(), aligned, *dtypes
         found = self.compiled.get(key)
         if found is None:
-            compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
-            self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
-            return
+            found = self.compiled[key] = self.compile_and_launch(tensors)
+            return found
         run, function, metadata = found
-        stream = torch._C._cuda_getCurrentRawStream(key[0])
+        stream = current_stream(key[0])
         run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.arguments)
+        return found
+
+    def compile_and_launch(self, tensors: tuple[Tensor | None, ...]) -> Compiled:
+        compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
+        return Compiled(compiled.run, compiled.function, compiled.packed_metadata)
+
+
+def constant(make: Callable[[], Tensor]) -> Tensor:
+    """``make()``: a tensor that depends on no values, only on where a stage's parameters are."""
+    return make() if thread.recorder is None else thread.recorder.constant(make)
 
 
 # for what depends on sizes alone, plans above all; one that is lost is made again
