@@ -80,7 +80,7 @@ def norm_relu_conv1x1(
         with torch.no_grad():
             ops.move_running_statistics(
                 [running_mean], [running_var], [] if count is None else [count],
-                [statistics[0]], [statistics[1]], [-1.0 if momentum is None else float(momentum)],
+                statistics, [0], [-1.0 if momentum is None else float(momentum)],
                 input.shape[0] * input.shape[2] * input.shape[3],
             )  # fmt: skip
     return out

@@ -419,33 +419,26 @@ def _update_running_statistics(
     means: Sequence[Tensor],
     variances: Sequence[Tensor],
     counts: Sequence[Tensor],
-    batch_means: Sequence[Tensor],
-    batch_variances: Sequence[Tensor],
+    statistics: Tensor,
+    starts: Sequence[int],
     momenta: Sequence[float],
     rows: int,
 ) -> None:
     """One training step of BatchNorm's buffers: running = (1 - m)*running + m*batch, with the
     unbiased variance.
 
-    ``counts`` (num_batches_tracked) go up by one. A momentum below 0 stands for ``momentum=None``:
-    m = 1 / count.
+    Args:
+        means, variances: the buffers, each (C,).
+        counts: num_batches_tracked, which go up by one; may be empty.
+        statistics: mean and biased variance of the batch, (2, columns).
+        starts: where each buffer's C columns begin.
+        momenta: below 0 for ``momentum=None``: m = 1 / count.
+        rows: how many values each channel had.
     """
-    unbiased = torch._foreach_mul(list(batch_variances), rows / (rows - 1))
-    if counts:
-        torch._foreach_add_(list(counts), 1)
-    for momentum in sorted(set(momenta)):
-        mine = [i for i, m in enumerate(momenta) if m == momentum]
-        for running, batch in ((means, batch_means), (variances, unbiased)):
-            old, new = [running[i] for i in mine], [batch[i] for i in mine]
-            if momentum < 0:
-                for r, b, i in zip(old, new, mine, strict=True):
-                    r.copy_(torch.lerp(r.to(b.dtype), b, counts[i].to(b.dtype).reciprocal()))
-            elif all(r.dtype == b.dtype for r, b in zip(old, new, strict=True)):
-                torch._foreach_mul_(old, 1 - momentum)
-                torch._foreach_add_(old, new, alpha=momentum)
-            else:
-                for r, b in zip(old, new, strict=True):
-                    r.copy_(torch.lerp(r.to(b.dtype), b, momentum))
+    with quiet(statistics):
+        backend_for(statistics.device).update_running(
+            means, variances, counts, statistics, starts, momenta, rows
+        )
 
 
 update_running_statistics = torch.library.custom_op(
@@ -456,14 +449,18 @@ update_running_statistics = torch.library.custom_op(
 
 
 @update_running_statistics.register_fake
-def _(means, variances, counts, batch_means, batch_variances, momenta, rows) -> None:
+def _(means, variances, counts, statistics, starts, momenta, rows) -> None:
     return None
 
 
 def move_running_statistics(
-    means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[Tensor], *batch: Any
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    statistics: Tensor,
+    *rest: Any,
 ) -> None:
     """:func:`update_running_statistics`, which it calls where something watches."""
-    seen = watched(*means, *variances, *counts)
+    seen = watched(*means, *variances, *counts, statistics)
     run = update_running_statistics if seen else _update_running_statistics
-    run(means, variances, counts, *batch)
+    run(means, variances, counts, statistics, *rest)

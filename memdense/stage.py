@@ -276,26 +276,24 @@ def _draw_mask(x: Tensor, stage: Stage, layout: torch.memory_format) -> Tensor |
 
 
 def _update_running(found: StageModules, statistics: Tensor, x: Tensor) -> None:
-    norms = [n for n in found.norms if n.updates]
-    if not norms:
-        return
     columns, _ = reader_columns(found.stage, x.shape[1])
-    batch = [
-        statistics[:, c] for n, c in zip(found.norms, columns.values(), strict=True) if n.updates
-    ]
-    _update(norms, batch, x.shape[0] * x.shape[2] * x.shape[3])
+    starts = [c.start for c in columns.values()]
+    _update(found.norms, statistics, starts, x.shape[0] * x.shape[2] * x.shape[3])
 
 
-def _update(norms: list[NormModule], statistics: list[Tensor], rows: int) -> None:
-    modules = [n.module for n in norms]
+def _update(norms: list[NormModule], statistics: Tensor, starts: list[int], rows: int) -> None:
+    """Move the running statistics of norms whose batch statistics begin at columns ``starts``."""
+    pairs = [(n.running, s) for n, s in zip(norms, starts, strict=True) if n.running is not None]
+    if not pairs:
+        return
     with torch.no_grad():
         ops.move_running_statistics(
-            [m.running_mean for m in modules],
-            [m.running_var for m in modules],
-            [m.num_batches_tracked for m in modules],
-            [s[0] for s in statistics],
-            [s[1] for s in statistics],
-            [-1.0 if m.momentum is None else m.momentum for m in modules],
+            [r.mean for r, _ in pairs],
+            [r.var for r, _ in pairs],
+            [r.count for r, _ in pairs],
+            statistics,
+            [start for _, start in pairs],
+            [-1.0 if r.momentum is None else r.momentum for r, _ in pairs],
             rows,
         )
 
@@ -329,6 +327,5 @@ def run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tenso
     conv, norm = found.conv, found.norm.norm
     spec = StemSpec(norm.spec, conv.stride, conv.padding, conv.dilation, recompute)
     out, _, _, statistics = ops.run_stem(x, conv.weight, *norm[1:], spec=spec.encode())
-    if found.norm.updates:
-        _update([found.norm], [statistics], rows)
+    _update([found.norm], statistics, [0], rows)
     return out

@@ -29,12 +29,21 @@ class Unsupported(Exception):
     """Why a module cannot run efficiently, in a sentence that names it."""
 
 
+class Running(NamedTuple):
+    """The buffers that a training step of a BatchNorm moves."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    momentum: float | None
+
+
 class NormModule(NamedTuple):
-    """A BatchNorm as found, with what it takes to update its buffers."""
+    """A BatchNorm as found; ``running`` is None where a step moves nothing."""
 
     module: nn.Module
     norm: Norm
-    updates: bool
+    running: Running | None
 
 
 def global_hooks() -> str | None:
@@ -77,16 +86,21 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
     check(module, name, (type(module),) if fused else (nn.BatchNorm2d,), "a BatchNorm2d")
     if fused:
         check(module.act, f"{name}.act", (nn.ReLU,), "a ReLU")
-    mean, var = module.running_mean, module.running_var
-    batch = module.training or mean is None
-    updates = module.training and module.track_running_stats and mean is not None
-    if updates and module.num_batches_tracked is None:
-        raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
-    if (module.weight is None) != (module.bias is None):
+    # a module's own attribute access takes longer than all else here
+    parameters, buffers = module._parameters, module._buffers
+    weight, bias = parameters["weight"], parameters["bias"]
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    training, running = module.training, None
+    batch = training or mean is None
+    if training and module.track_running_stats and mean is not None:
+        running = Running(mean, var, buffers["num_batches_tracked"], module.momentum)
+        if running.count is None:
+            raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
+    if (weight is None) != (bias is None):
         raise Unsupported(f"{name} has only one of weight and bias")
-    spec = NormSpec(module.eps, batch, module.weight is not None)
-    norm = Norm(spec, module.weight, module.bias, None if batch else mean, None if batch else var)
-    return NormModule(module, norm, updates)
+    spec = NormSpec(module.eps, batch, weight is not None)
+    norm = Norm(spec, weight, bias, None if batch else mean, None if batch else var)
+    return NormModule(module, norm, running)
 
 
 def read_relu(parent: nn.Module, relu: str, norm: nn.Module, name: str) -> None:

@@ -129,6 +129,39 @@ class Reference:
         """
         return function(self, moving, fixed, *rest)
 
+    def update_running(
+        self,
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        counts: Sequence[Tensor],
+        statistics: Tensor,
+        starts: Sequence[int],
+        momenta: Sequence[float],
+        rows: int,
+    ) -> None:
+        """One training step of BatchNorm's buffers; see
+        :func:`memdense.ops.update_running_statistics`.
+        """
+        mean, var = statistics.unbind()
+        parts = [slice(s, s + len(m)) for s, m in zip(starts, means, strict=True)]
+        unbiased = torch._foreach_mul([var[part] for part in parts], rows / (rows - 1))
+        batch_means = [mean[part] for part in parts]
+        if counts:
+            torch._foreach_add_(list(counts), 1)
+        for momentum in sorted(set(momenta)):
+            mine = [i for i, m in enumerate(momenta) if m == momentum]
+            for running, batch in ((means, batch_means), (variances, unbiased)):
+                old, new = [running[i] for i in mine], [batch[i] for i in mine]
+                if momentum < 0:
+                    for r, b, i in zip(old, new, mine, strict=True):
+                        r.copy_(torch.lerp(r.to(b.dtype), b, counts[i].to(b.dtype).reciprocal()))
+                elif all(r.dtype == b.dtype for r, b in zip(old, new, strict=True)):
+                    torch._foreach_mul_(old, 1 - momentum)
+                    torch._foreach_add_(old, new, alpha=momentum)
+                else:
+                    for r, b in zip(old, new, strict=True):
+                        r.copy_(torch.lerp(r.to(b.dtype), b, momentum))
+
     # ---- bands
 
     def _band_values(self, x: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import _extension
 from ...buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 from ..reference import Reference
-from . import cast, conv1x1, conv3x3, pools, replay, settle, statistics
+from . import cast, conv1x1, conv3x3, pools, replay, running, settle, statistics
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,6 +47,22 @@ class Triton(Reference):
         *rest: Any,
     ) -> list[Tensor | None]:
         return replay.call(self, function, moving, fixed, *rest)
+
+    def update_running(
+        self,
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        counts: Sequence[Tensor],
+        statistics: Tensor,
+        starts: Sequence[int],
+        momenta: Sequence[float],
+        rows: int,
+    ) -> None:
+        if not running.takes(means, variances, counts, statistics):
+            return super().update_running(
+                means, variances, counts, statistics, starts, momenta, rows
+            )
+        return running.update(means, variances, counts, statistics, starts, momenta, rows)
 
     # ---- producing channels
 

@@ -50,6 +50,7 @@ class Place(NamedTuple):
 
 
 NOWHERE = -1
+SCRATCH = -1  # of pieces: the one that all scratch lies in
 
 
 class Piece:
@@ -60,7 +61,7 @@ class Piece:
     def __init__(self, kind: str, like: Tensor) -> None:
         self.kind = kind
         self.begin = like.data_ptr()
-        self.bytes = _extent(like) * like.itemsize
+        self.bytes = _extent(like) * like.itemsize if like.numel() else 0
         self.dtype, self.size, self.stride = like.dtype, like.shape, like.stride()
         self.constant = like if kind == "constant" else None
         self.first: int | None = None  # of the steps that use it
@@ -248,57 +249,58 @@ class Tape:
     values of the tape stand in one list, and only the addresses differ between replays.
     """
 
-    def __init__(
-        self, recorder: Recorder, outputs: Sequence[Place | None], inputs: int
-    ) -> None:
+    def __init__(self, recorder: Recorder, outputs: Sequence[Place | None]) -> None:
         self.outputs = outputs
-        self.pieces = pieces = recorder.pieces
-        self.inputs = inputs
-        self.returned: list[int] = []
-        for place in filter(None, self.outputs):
-            self._claim(place)
-        scratch = [p for p in pieces if p.kind == "scratch" and p.first is not None]
+        self.pieces = recorder.pieces
+        self._claim()
+        scratch = [p for p in self.pieces if p.kind == "scratch" and p.first is not None]
         self.bytes = pack(scratch)
-        self.constants = [p.constant for p in pieces if p.constant is not None]
+        self.constants = [p.constant for p in self.pieces if p.constant is not None]
+        self.made = [(i, p) for i, p in enumerate(self.pieces) if p.kind == "output"]
+        self.tensors = [p.constant for p in self.pieces]
 
-        self.steps: list[tuple[Callable[..., Any], itemgetter | None]] = []
-        self.places: dict[tuple[int, int], int] = {}  # (piece, offset) to index in values
-        self.values: list[Any] = []  # what follows the addresses
-        self.known: dict[int, int] = {}  # id of a value to its index there
+        self.places: dict[tuple[int, int], int] = {}  # (piece, offset) to index in the values
+        self.rest: list[Any] = []  # the values behind addresses
+        self.known: dict[int, int] = {}  # id of a value to its index
         self.stream = object()
-        launches = [s for s in recorder.steps if s.compiled is not None]
-        for step in launches:
-            for place in filter(None, step.args):
-                self._address(place)
+        for step in recorder.steps:
+            if step.compiled is not None:
+                for place in filter(None, step.args):
+                    self._address(place)
+        self.steps: list[tuple[Callable[..., Any], itemgetter | None]] = []
         for i, step in enumerate(recorder.steps):
-            self.steps.append(self._launch(step) if step.compiled else (_Call(self, step), None))
-            over = [j for j, p in enumerate(pieces) if p.kind == "result" and p.last == i]
-            over = [j for j in over if j not in self.returned]
-            if over:
+            self.steps.append(self._launch(step) if step.compiled else (_Call(step), None))
+            if over := self._over(i):
                 self.steps.append((_Drop(over), None))
-        self.fills = {
-            i: [(at, offset) for (piece, offset), at in self.places.items() if piece == i]
-            for i, p in enumerate(pieces)
-            if p.kind == "result"
-        }
-        del self.known
+        # (piece or SCRATCH, offset) of each address
+        self.addresses = [
+            (SCRATCH, self.pieces[i].offset + offset)
+            if self.pieces[i].kind == "scratch"
+            else (i, offset)
+            for i, offset in self.places
+        ]
 
-    def _claim(self, place: Place) -> None:
-        """An output's memory is its own, with the output's shape where it fills it."""
-        if place.piece == NOWHERE:
-            return
-        piece = self.pieces[place.piece]
-        alone = place.piece not in self.returned
-        self.returned.append(place.piece)
-        if piece.kind != "scratch" and piece.kind != "output":
-            return
-        piece.kind = "output"
-        if alone and place.size.numel() * place.dtype.itemsize == piece.bytes:
-            piece.size, piece.stride = place.size, place.stride
+    def _claim(self) -> None:
+        """Memory of outputs is their own; where one fills it, it has the output's shape."""
+        claimed: set[int] = set()
+        for place in filter(None, self.outputs):
+            piece = self.pieces[place.piece]
+            if place.piece == NOWHERE or piece.kind not in ("scratch", "output"):
+                continue
+            piece.kind = "output"
+            fills = place.size.numel() * place.dtype.itemsize == piece.bytes
+            if fills and place.piece not in claimed:
+                piece.size, piece.stride = place.size, place.stride
+            claimed.add(place.piece)
+
+    def _over(self, step: int) -> list[int]:
+        """Results that nobody needs behind a step."""
+        returned = {place.piece for place in self.outputs if place is not None}
+        over = [i for i, p in enumerate(self.pieces) if p.kind == "result" and p.last == step]
+        return [i for i in over if i not in returned]
 
     def _address(self, place: Place) -> None:
-        piece = self.pieces[place.piece]
-        if place.piece != NOWHERE and piece.kind not in ("fixed", "constant"):
+        if place.piece != NOWHERE and self.pieces[place.piece].kind not in ("fixed", "constant"):
             self.places.setdefault((place.piece, place.offset), len(self.places))
 
     def _launch(self, step: Step) -> tuple[Callable[..., Any], itemgetter]:
@@ -320,11 +322,11 @@ class Tape:
         return self.places[place.piece, place.offset]
 
     def _value(self, value: Any) -> int:
-        """Its index in the list."""
+        """Its index."""
         index = self.known.get(id(value))
         if index is None:
-            index = self.known[id(value)] = len(self.places) + len(self.values)
-            self.values.append(value)
+            index = self.known[id(value)] = len(self.places) + len(self.rest)
+            self.rest.append(value)
         return index
 
     def __call__(self, moving: Tensors, fixed: Tensors, device: torch.device) -> list:
@@ -332,9 +334,7 @@ class Tape:
         for table in self.constants:
             keep_if_captured(table)
         run = _Replay(self, (*moving, *fixed), device)
-        stream = launch.current_stream(device.index) if self.places else 0
         values = run.values
-        values += [stream if v is self.stream else v for v in self.values]
         for step, get in self.steps:
             if get is None:
                 step(run)
@@ -349,35 +349,37 @@ class _Replay:
     def __init__(self, tape: Tape, inputs: Tensors, device: torch.device) -> None:
         self.tape = tape
         self.device = device
-        self.tensors: list[Tensor | None] = [*inputs]
-        self.scratch = torch.empty(tape.bytes, dtype=torch.uint8, device=device)
         self.typed: dict[torch.dtype, Tensor] = {}
-        top = self.scratch.data_ptr()
+        self.scratch = torch.empty(tape.bytes, dtype=torch.uint8, device=device)
+        self.tensors = [*inputs, *tape.tensors[len(inputs) :]]
+        for i, p in tape.made:
+            self.tensors[i] = torch.empty_strided(p.size, p.stride, dtype=p.dtype, device=device)
+        # a result has no memory yet
         begins = [0 if t is None else t.data_ptr() for t in self.tensors]
-        for piece in tape.pieces[tape.inputs :]:
-            made, begin = piece.constant, 0
-            if piece.kind == "output":
-                made = torch.empty_strided(
-                    piece.size, piece.stride, dtype=piece.dtype, device=device
-                )
-                begin = made.data_ptr()
-            elif piece.kind == "scratch":
-                begin = top + piece.offset
-            self.tensors.append(made)
-            begins.append(begin)
-        self.values: list[Any] = [begins[piece] + offset for piece, offset in tape.places]
+        begins.append(self.scratch.data_ptr())
+        self.values: list[Any] = [begins[i] + offset for i, offset in tape.addresses]
+        self.values += tape.rest
+        if tape.places:
+            self.values[tape.known[id(tape.stream)]] = launch.current_stream(device.index)
+
+    def bind(self, piece: int, result: Tensor) -> None:
+        self.tensors[piece] = result
+        begin = result.data_ptr()
+        for (i, offset), at in self.tape.places.items():
+            if i == piece:
+                self.values[at] = begin + offset
 
     def tensor(self, place: Place) -> Tensor:
         index, offset, dtype, size, stride = place
         if index == NOWHERE:
             return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
-        piece, at = self.tape.pieces[index], offset // dtype.itemsize
-        if piece.kind == "scratch":
+        tensor, at = self.tensors[index], offset // dtype.itemsize
+        if tensor is None:
             scratch = self.typed.get(dtype)
             if scratch is None:
                 scratch = self.typed[dtype] = self.scratch.view(dtype)
-            return scratch.as_strided(size, stride, piece.offset // dtype.itemsize + at)
-        tensor = self.tensors[index]
+            start = self.tape.pieces[index].offset // dtype.itemsize
+            return scratch.as_strided(size, stride, start + at)
         if not offset and tensor.shape == size and tensor.stride() == stride:
             return tensor
         return tensor.as_strided(size, stride, tensor.storage_offset() + at)
@@ -396,25 +398,20 @@ class _Replay:
 class _Call:
     """One of PyTorch's operations, or a launch in the interpreter."""
 
-    def __init__(self, tape: Tape, step: Step) -> None:
-        self.tape = tape
+    def __init__(self, step: Step) -> None:
         self.step = step
 
     def __call__(self, run: _Replay) -> None:
         function, args, kwargs, results, _ = self.step
         found = function(*run.arguments(args), **run.arguments(kwargs))
-        if not results:
-            return
-        for i, result in zip(
-            results, found if isinstance(found, (tuple, list)) else (found,), strict=True
-        ):
-            run.tensors[i] = result
-            for at, offset in self.tape.fills[i]:
-                run.values[at] = result.data_ptr() + offset
+        if results:
+            each = found if isinstance(found, (tuple, list)) else (found,)
+            for piece, result in zip(results, each, strict=True):
+                run.bind(piece, result)
 
 
 class _Drop:
-    """Results that nobody needs any longer."""
+    """Lets go of results."""
 
     def __init__(self, pieces: list[int]) -> None:
         self.pieces = pieces
@@ -486,8 +483,7 @@ def call(
     with Recorder(moving, fixed) as recorder:
         outputs = function(backend, moving, fixed, *rest)
     places = [None if t is None else recorder.place(t) for t in outputs]
-    inputs = len(moving) + len(fixed)
-    _tapes[key] = None if recorder.failure else Tape(recorder, places, inputs)
+    _tapes[key] = None if recorder.failure else Tape(recorder, places)
     while len(_tapes) > TAPES:
         _tapes.popitem(last=False)
     return outputs

@@ -1,0 +1,120 @@
+"""The host's part of a training step on the Triton backend: what Python, autograd and launching
+take, whatever the GPU does meanwhile.
+
+    python benchmarks/host.py --arch densenet121
+
+On a CUDA device kernels are launched and nobody waits for them; without one, launches are replaced
+by a function that does nothing, and the few operations of PyTorch's own run on the CPU. Images are
+small, so that neither the GPU nor those operations count.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from measure import Clock, default_device, describe, interleaved
+from rich.console import Console
+from rich.table import Table
+
+import memdense
+from memdense import ops
+from memdense.backends.triton import Triton, launch, replay
+
+
+@contextmanager
+def without_gpu() -> Iterator[None]:
+    """Launches that do nothing."""
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    def compiled(*_: Any) -> launch.Compiled:
+        return launch.Compiled(nothing, 0, ())
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch, "INTERPRETED", False))
+        stack.enter_context(mock.patch.object(launch, "current_stream", lambda _: 0))
+        stack.enter_context(mock.patch.object(launch.Plan, "compile_and_launch", compiled))
+        stack.enter_context(mock.patch.object(ops, "backend_for", lambda _: Triton()))
+        yield
+
+
+def training_step(
+    model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    """Forward and backward; returns the loss."""
+    target = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    wanted = dtype != torch.float32
+
+    def run() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, dtype, enabled=wanted):
+            loss = torch.nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        return loss
+
+    return run
+
+
+def launches_of(run: Callable[[], Any]) -> int:
+    """How many Triton kernels a step launches."""
+    with launch.recorded() as log:
+        run()
+    return len(log)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [name for name in memdense.__all__ if name.startswith("densenet")]
+    parser.add_argument("--arch", choices=names, default="densenet121")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--size", type=int, default=32, help="pixels of an image's side")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+
+    device = default_device()
+    torch.set_num_threads(1)
+    model = getattr(memdense, args.arch)().to(device)
+    x = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    step = training_step(model, x, getattr(torch, args.dtype))
+
+    def variant(wanted: bool) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            with replay.replaying(wanted):
+                return step()
+
+        return run
+
+    variants = {"replayed": variant(True), "launch by launch": variant(False)}
+    with nullcontext() if device.type == "cuda" else without_gpu():
+        for _ in range(3):
+            variants["replayed"]()
+        count = launches_of(step)
+        clock = Clock(torch.device("cpu"), shared=device.type != "cuda")
+        times = interleaved(variants, lambda *_: "", clock, 1e9, (args.rounds, args.rounds))
+
+    table = Table(title=f"{args.arch}, {args.batch} images of {args.size}x{args.size}")
+    for column in ("a step's launches", "host's time, ms", "ms, if each launch takes 4 us more"):
+        table.add_column(column)
+    for name, found in times.items():
+        ms = median(found) * 1e3
+        real = "-" if device.type == "cuda" else f"{ms + count * 4e-3:.1f}"
+        table.add_row(f"{count}, {name}", f"{ms:.1f}", real)
+    console = Console(width=110)
+    console.print(table)
+    if device.type != "cuda":
+        console.print("No GPU: launches are replaced by a function that does nothing.")
+    console.print(", ".join(f"{key} {value}" for key, value in describe(device).items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Running statistics of a stage's norms, moved in one launch.
+
+Specification: ``update_running`` of the reference backend.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cast import SOURCES, keep_if_captured
+from .launch import Plan, cached
+
+FIELDS = tl.constexpr(7)  # of a line in the table
+BLOCK = 1024  # channels that a program takes at a time
+
+
+@triton.jit
+def _move(pointer, dtype, c, inside, m, batch):
+    """(1 - m)*old + m*batch of channels c, rounded once."""
+    if dtype == 0:
+        at = pointer.to(tl.pointer_type(tl.float32)) + c
+        old = tl.load(at, inside, 0.0).to(tl.float64)
+        tl.store(at, ((1 - m) * old + m * batch).to(tl.float32), inside)
+    elif dtype == 1:
+        at = pointer.to(tl.pointer_type(tl.float16)) + c
+        old = tl.load(at, inside, 0.0).to(tl.float64)
+        tl.store(at, ((1 - m) * old + m * batch).to(tl.float32).to(tl.float16), inside)
+    else:
+        at = pointer.to(tl.pointer_type(tl.bfloat16)) + c
+        old = tl.load(at, inside, 0.0).to(tl.float32).to(tl.float64)
+        tl.store(at, ((1 - m) * old + m * batch).to(tl.float32).to(tl.bfloat16), inside)
+
+
+@triton.jit
+def move_running(table, statistics, columns, rows, BLOCK: tl.constexpr):
+    """mean = (1 - m)*mean + m*batch_mean, var likewise with the batch's rows/(rows - 1)*var, and
+    count += 1; statistics [2, columns] hold the batch's.
+
+    A line of the table is one norm, and a program: pointers to mean, var and count (or 0), dtype,
+    C, its first column, and the momentum's bits. A momentum below 0 is 1 / count.
+    """
+    line = table + tl.program_id(0) * FIELDS
+    mean = tl.load(line)
+    var = tl.load(line + 1)
+    count = tl.load(line + 2)
+    dtype = tl.load(line + 3)
+    channels = tl.load(line + 4).to(tl.int32)
+    batch = statistics + tl.load(line + 5)
+    m = tl.load(line + 6).to(tl.float64, bitcast=True)
+    if count != 0:
+        at = count.to(tl.pointer_type(tl.int64))
+        steps = tl.load(at) + 1
+        tl.store(at, steps)
+        m = tl.where(m < 0, 1 / steps.to(tl.float64), m)
+    unbiased = rows.to(tl.float64) / (rows.to(tl.float64) - 1)
+    for start in range(0, channels, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        inside = c < channels
+        _move(mean, dtype, c, inside, m, tl.load(batch + c, inside, 0.0).to(tl.float64))
+        wide = tl.load(batch + columns + c, inside, 0.0).to(tl.float64)
+        _move(var, dtype, c, inside, m, wide * unbiased)
+
+
+# (mean, var and count's addresses, dtype, C, first column, momentum)
+Line = tuple[int, int, int, torch.dtype, int, int, float]
+
+
+# Like cast's, it only says where tensors are that are alive when it is looked up.
+@lru_cache(maxsize=256)
+def _table(lines: tuple[Line, ...], device: torch.device) -> Tensor:
+    def encoded(line: Line) -> tuple[int, ...]:
+        *addresses, dtype, channels, start, momentum = line
+        (bits,) = struct.unpack("q", struct.pack("d", momentum))
+        return *addresses, SOURCES.index(dtype), channels, start, bits
+
+    return torch.tensor([encoded(line) for line in lines], dtype=torch.int64).to(device)
+
+
+@cached
+def _plan(norms: int, columns: int, rows: int) -> Plan:
+    return Plan(move_running, (norms,), (columns, rows), (BLOCK,))
+
+
+def takes(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    statistics: Tensor,
+) -> bool:
+    """Whether the kernel does: packed buffers in one dtype of a norm's, each norm's its own."""
+    if statistics.dtype != torch.float32 or not statistics.is_contiguous():
+        return False
+    if not all(t.dtype == torch.int64 for t in counts):
+        return False
+    pairs = list(zip(means, variances, strict=True))
+    fits = [m.dtype in SOURCES and m.dtype == v.dtype for m, v in pairs]
+    packed = all(t.stride(0) == 1 for pair in pairs for t in pair)
+    return packed and all(fits) and len({m.data_ptr() for m in means}) == len(means)
+
+
+def update(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    statistics: Tensor,
+    starts: Sequence[int],
+    momenta: Sequence[float],
+    rows: int,
+) -> None:
+    """In place."""
+    steps = [t.data_ptr() for t in counts] or [0] * len(means)
+    lines = tuple(
+        [
+            (m.data_ptr(), v.data_ptr(), step, m.dtype, m.shape[0], start, momentum)
+            for m, v, step, start, momentum in zip(
+                means, variances, steps, starts, momenta, strict=True
+            )
+        ]
+    )
+    table = _table(lines, statistics.device)
+    keep_if_captured(table)
+    _plan(len(lines), statistics.shape[1], rows)(table, statistics)
