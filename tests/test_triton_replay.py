@@ -1,0 +1,295 @@
+"""A stage that is replayed: the bits of one that runs, in memory of its own, and only where what
+was recorded holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import random
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memdense
+from memdense import ops
+from memdense.backends.triton import Triton, launch, replay
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="runs in Triton's interpreter")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """No tapes of other tests."""
+    with (
+        mock.patch.object(replay, "_tapes", type(replay._tapes)()),
+        mock.patch.object(replay, "_seen", set()),
+        memdense.use_backend("triton"),
+    ):
+        yield
+
+
+@pytest.fixture
+def replays() -> Iterator[list[replay.Tape]]:
+    """The tapes that are replayed, one after another."""
+    done = []
+    run = replay.Tape.__call__
+
+    def call(tape: replay.Tape, *args: Any) -> list[Tensor | None]:
+        done.append(tape)
+        return run(tape, *args)
+
+    with mock.patch.object(replay.Tape, "__call__", call):
+        yield done
+
+
+def network(**options: Any) -> memdense.DenseNet:
+    torch.manual_seed(0)
+    model = memdense.DenseNet(
+        3, (1, 2), 5, num_classes=4, small_inputs=True, **{"bn_size": 2} | options
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.3, 0.5)
+    return model
+
+
+def images(seed: int) -> Tensor:
+    return torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def loss(out: Tensor) -> Tensor:
+    return (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum()
+
+
+def step(model: nn.Module, seed: int, wanted: bool) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a training step."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    x = images(seed).requires_grad_()
+    with replay.replaying(wanted):
+        out = model(x)
+        loss(out).backward()
+    found = {"out": out.detach(), "x": x.grad}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.isfinite().all() and torch.equal(found[name], value), name
+
+
+def tapes() -> list[replay.Tape]:
+    return [tape for tape in replay._tapes.values() if tape is not None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"drop_rate": 0.4}, {"keep_bottlenecks": True}, {"bn_size": None}],
+    ids=["plain", "dropout", "kept", "basic"],
+)
+def test_same_bits(options: dict[str, Any], replays: list[replay.Tape]) -> None:
+    """Run, recorded, replayed and replayed again, each on images of its own."""
+    model = network(**options)
+    twin = copy.deepcopy(model)
+    for seed in range(4):
+        assert_same(step(model, seed, True), step(twin, seed, False))
+    # two stages, two passes, two steps
+    assert len(replays) == 8 and len(set(map(id, replays))) == 4
+
+
+def test_frozen_and_evaluating(replays: list[replay.Tape]) -> None:
+    """What needs no gradient, and norms that read by running statistics."""
+    model = network()
+    model.features.denseblock1.requires_grad_(False)
+    model.features.denseblock2.denselayer1.norm1.eval()
+    model.features.norm5.eval()
+    twin = copy.deepcopy(model)
+    for seed in range(3):
+        assert_same(step(model, seed, True), step(twin, seed, False))
+    assert len(replays) == 4
+
+
+def test_results_outlive_the_next_replay(replays: list[replay.Tape]) -> None:
+    """Two forwards before their backwards, and one of these twice."""
+
+    def run(model: nn.Module, wanted: bool) -> list[Tensor]:
+        found = []
+        with replay.replaying(wanted):
+            for _ in range(3):
+                outs = [model(images(seed)) for seed in (1, 2)]
+                for out in (outs[0], *outs[::-1]):
+                    model.zero_grad()
+                    loss(out).backward(retain_graph=True)
+                    found += [p.grad for p in model.parameters()]
+                found += [out.detach() for out in outs]
+        return found
+
+    model = network()
+    twin = copy.deepcopy(model)
+    for a, b in zip(run(model, True), run(twin, False), strict=True):
+        assert torch.equal(a, b)
+    assert len(replays) > 20
+
+
+def run_at(grid: tuple[int, ...], plan: launch.Plan, dtypes: Any, pointers: Any, rest: Any) -> None:
+    """A launch from bare addresses, in the interpreter."""
+    buffers = [None if p is None else (ctypes.c_char * 8).from_address(p) for p in pointers]
+    tensors = [
+        None if b is None else torch.frombuffer(b, dtype=torch.uint8)[: d.itemsize].view(d)
+        for b, d in zip(buffers, dtypes, strict=True)
+    ]
+    plan.kernel[grid](*tensors, *rest)
+
+
+def test_launches_from_addresses(replays: list[replay.Tape]) -> None:
+    """As on a GPU, where a replay hands compiled kernels nothing but numbers."""
+    count = 0
+
+    def compile_and_launch(plan: launch.Plan, tensors: tuple[Tensor | None, ...]) -> Any:
+        dtypes = [None if t is None else t.dtype for t in tensors]
+        launched = len(tensors)
+
+        def run(*arguments: Any) -> None:
+            nonlocal count
+            count += 1
+            x, y, z, stream, function, metadata, *hooks = arguments[:9]
+            assert (stream, function, metadata, hooks) == (17, "cubin", "meta", [None] * 3)
+            rest = arguments[9:]
+            run_at((x, y, z), plan, dtypes, rest[:launched], rest[launched:])
+
+        plan.kernel[plan.grid](*tensors, *plan.arguments)
+        return launch.Compiled(run, "cubin", "meta")
+
+    model = network(drop_rate=0.4)
+    twin = copy.deepcopy(model)
+    expected = [step(twin, seed, False) for seed in range(3)]
+    with (
+        mock.patch.object(launch, "INTERPRETED", False),
+        mock.patch.object(ops, "backend_for", lambda _: Triton()),
+        mock.patch.object(launch, "current_stream", lambda _: 17),
+        mock.patch.object(launch.Plan, "compile_and_launch", compile_and_launch),
+    ):
+        for seed in range(3):
+            assert_same(step(model, seed, True), expected[seed])
+    assert len(replays) == 4
+    launches = sum(get is not None for tape in replays for _, get in tape.steps)
+    # some of the first step's too, where shapes repeat
+    assert count >= 2 * launches > 60
+
+
+ELSEWHERE = torch.ones(4)
+
+
+def product(backend: Triton, moving: Any, fixed: Any, *rest: Any) -> list[Tensor | None]:
+    """[(x + ...) @ w, None, sum of it]: with scratch, a result of PyTorch's and places within."""
+    x, *others = moving
+    wide = x.new_empty(x.shape[0], 2 * x.shape[1])
+    wide[:, : x.shape[1]].copy_(x)
+    for other in others:
+        wide[:, : x.shape[1]].add_(other)
+    wide[:, x.shape[1] :].zero_()
+    out = torch.mm(wide[:, : x.shape[1]], fixed[0])
+    for more in fixed[1:]:
+        out.add_(more)
+    if "value" in rest:
+        out.mul_(out.sum().item())
+    if "elsewhere" in rest:
+        out.add_(ELSEWHERE)
+    return [out.t(), None, x.new_zeros(4).add_(out.sum(0)), x.new_empty(0)]
+
+
+def ask(moving: list[Tensor], fixed: list[Tensor], *rest: Any) -> None:
+    """A call, whose result is right."""
+    with replay.replaying(True):
+        found = replay.call(Triton(), product, moving, fixed, *rest)
+    expected = product(Triton(), moving, fixed, *rest)
+    assert found[1] is None and found[3].shape == (0,)
+    for a, b in ((found[0], expected[0]), (found[2], expected[2])):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+def test_other_looks_are_other_tapes(replays: list[replay.Tape]) -> None:
+    """Of an input that moves: shape, stride, dtype, alignment; of a fixed one where it is, too."""
+    w = torch.randn(3, 4)
+    base = torch.randn(64)
+    looks = {
+        "as it is": ([torch.randn(5, 3)], [w]),
+        "shape": ([torch.randn(6, 3)], [w]),
+        "stride": ([torch.randn(3, 5).t()], [w]),
+        "slice": ([base[4:19].view(5, 3)], [w]),
+        "alignment": ([base[1:16].view(5, 3)], [w]),
+        "dtype": ([torch.randn(5, 3).double()], [w.double()]),
+        "memory": ([torch.randn(5, 3)], [w.clone()]),
+        "rest": ([torch.randn(5, 3)], [w], 1),
+        "twice": ([torch.randn(5, 3)], [w, w[:1], w[:1]]),
+    }
+    for count, case in enumerate(looks.values(), 1):
+        for _ in range(2):
+            ask(*case)
+        assert not replays and len(tapes()) == count
+    for count, case in enumerate(looks.values(), 1):
+        for t in case[0]:
+            t.copy_(torch.randn(t.shape))
+        ask(*case)
+        assert len(replays) == count and len(tapes()) == len(looks)
+    # what moves may overlap: each is where it is
+    x = torch.randn(6, 3)
+    for _ in range(3):
+        ask([x[1:], x[:-1]], [w])
+    assert len(replays) == len(looks) + 1
+
+
+def test_what_cannot_be_replayed(replays: list[replay.Tape]) -> None:
+    """Values that decide, memory from elsewhere, inputs that overlap: run every time."""
+    w, x = torch.randn(3, 4), torch.randn(6, 3)
+    for case in (
+        ([x], [w], "value"),
+        ([x], [w], "elsewhere"),
+        ([x, x], [w]),
+    ):
+        for _ in range(4):
+            ask(*case)
+    assert not replays and not tapes() and len(replay._tapes) == 3
+    with replay.replaying(True), launch.recorded():
+        assert not replay.enabled()
+
+
+def test_as_many_tapes_as_fit(replays: list[replay.Tape]) -> None:
+    w = torch.randn(3, 4)
+    with mock.patch.object(replay, "TAPES", 2):
+        for rows in (5, 6, 7):
+            for _ in range(2):
+                ask([torch.randn(rows, 3)], [w])
+        assert len(tapes()) == 2 and not replays
+        ask([torch.randn(7, 3)], [w])
+        ask([torch.randn(5, 3)], [w])
+    assert len(replays) == 1
+
+
+def test_packing() -> None:
+    """Pieces in use at one step never overlap; with the largest first, little is wasted."""
+    draw = random.Random(0)
+    for _ in range(200):
+        pieces = []
+        for _ in range(draw.randrange(1, 40)):
+            piece = replay.Piece("scratch", torch.empty(draw.choice([1, 7, 128, 1000, 5000])))
+            piece.first = draw.randrange(30)
+            piece.last = piece.first + draw.randrange(6)
+            pieces.append(piece)
+        total = replay.pack(pieces)
+        live = 0
+        for now in range(40):
+            used = sorted((p for p in pieces if p.first <= now <= p.last), key=lambda p: p.offset)
+            assert all(p.offset % replay.BLOCK == 0 for p in used)
+            assert all(a.offset + a.bytes <= b.offset for a, b in zip(used, used[1:], strict=False))
+            assert not used or used[-1].offset + used[-1].bytes <= total
+            live = max(live, sum(-(-p.bytes // replay.BLOCK) * replay.BLOCK for p in used))
+        assert live <= total <= 1.5 * live
