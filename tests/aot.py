@@ -163,6 +163,10 @@ def stage_step(
 def stem_step(n: int, side: int, channels: int, dtype: torch.dtype) -> None:
     known = spec.StemSpec(norm(channels).spec, (2, 2), (3, 3), (1, 1), True)
     x, weight = empty(n, 3, side, side, dtype=dtype), empty(channels, 3, 7, 7)
+    count = empty(dtype=torch.int64)
+    Triton().update_running(
+        [empty(channels)], [empty(channels)], [count], empty(2, channels), [0], [0.1], n * side**2
+    )
     kept = engine.stem_forward(x, weight, norm(channels), known, Triton())
     engine.stem_backward(
         kept.out, x, weight, norm(channels), kept.convolved, kept.winner, kept.statistics, known,

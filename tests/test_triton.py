@@ -171,6 +171,60 @@ def test_statistics_far_from_zero():
     torch.testing.assert_close(moments.double(), torch.stack((mean, var)), rtol=1e-5, atol=0)
 
 
+# ---- running statistics
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moves_running_statistics_in_one_launch(dtype, counted):
+    """Every momentum, more channels than a program takes at a time, columns anywhere in a table."""
+    sizes, starts = [7, 1, 1030, 16], [3, 0, 20, 4]
+    momenta = [0.1, -1.0, 0.7, 0.1] if counted else [0.1, 0.0, 1.0, 0.1]
+    rows, table = 10, torch.full((2, 1060), torch.nan).float()
+    for size, start in zip(sizes, starts, strict=True):
+        table[:, start : start + size] = torch.rand(2, size).float()
+
+    def buffers():
+        generator = torch.Generator(table.device).manual_seed(1)
+        draw = [torch.rand(2, n, generator=generator, device=table.device) for n in sizes]
+        counts = [torch.tensor(i * 3) for i in range(4)] if counted else []
+        return [d[0].to(dtype) for d in draw], [d[1].to(dtype) for d in draw], counts
+
+    means, variances, counts = buffers()
+    with recorded() as launches:
+        Triton().update_running(means, variances, counts, table, starts, momenta, rows)
+    assert len(launches) == 1
+    exact = buffers()
+    for i, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+        m = momenta[i] if momenta[i] >= 0 else 1 / (i * 3 + 1)
+        batch = table[:, start : start + size].double()
+        for found, old, new in (
+            (means[i], exact[0][i], batch[0]),
+            (variances[i], exact[1][i], batch[1] * rows / (rows - 1)),
+        ):
+            wanted = ((1 - m) * old.double() + m * new).float().to(dtype)
+            assert torch.equal(found, wanted), (i, size)
+        assert not counted or counts[i] == i * 3 + 1
+
+
+def test_running_statistics_that_go_to_the_reference():
+    """float64, and one norm that a stage runs twice."""
+    for dtype, twice in ((torch.float64, False), (torch.float32, True)):
+        found = []
+        for backend in (Triton(), Reference()):
+            mean, var, count = torch.zeros(3).to(dtype), torch.ones(3).to(dtype), torch.tensor(0)
+            table = torch.arange(12.0).view(2, 6).to(dtype)
+            each = 1 + twice
+            with recorded() as launches:
+                backend.update_running(
+                    [mean] * each, [var] * each, [count] * each, table, [0, 3][:each],
+                    [0.5] * each, 5,
+                )  # fmt: skip
+            assert not launches
+            found.append((mean, var, count))
+        assert all(map(torch.equal, *found)) and found[0][2] == 1 + twice
+
+
 # ---- weights
 
 

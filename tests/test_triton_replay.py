@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -289,7 +290,7 @@ def test_packing() -> None:
         for now in range(40):
             used = sorted((p for p in pieces if p.first <= now <= p.last), key=lambda p: p.offset)
             assert all(p.offset % replay.BLOCK == 0 for p in used)
-            assert all(a.offset + a.bytes <= b.offset for a, b in zip(used, used[1:], strict=False))
+            assert all(a.offset + a.bytes <= b.offset for a, b in itertools.pairwise(used))
             assert not used or used[-1].offset + used[-1].bytes <= total
             live = max(live, sum(-(-p.bytes // replay.BLOCK) * replay.BLOCK for p in used))
         assert live <= total <= 1.5 * live

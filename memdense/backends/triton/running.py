@@ -22,20 +22,22 @@ BLOCK = 1024  # channels that a program takes at a time
 
 
 @triton.jit
-def _move(pointer, dtype, c, inside, m, batch):
-    """(1 - m)*old + m*batch of channels c, rounded once."""
+def _move(at, inside, m, batch):
+    """(1 - m)*old + m*batch in float64."""
+    old = tl.load(at, inside, 0.0).to(tl.float32).to(tl.float64)
+    new = ((1 - m) * old + m * batch).to(tl.float32)
+    tl.store(at, new.to(at.dtype.element_ty), inside)
+
+
+@triton.jit
+def _move_as(dtype, pointer, c, inside, m, batch):
+    """Channels c behind a pointer to ``dtype``."""
     if dtype == 0:
-        at = pointer.to(tl.pointer_type(tl.float32)) + c
-        old = tl.load(at, inside, 0.0).to(tl.float64)
-        tl.store(at, ((1 - m) * old + m * batch).to(tl.float32), inside)
+        _move(pointer.to(tl.pointer_type(tl.float32)) + c, inside, m, batch)
     elif dtype == 1:
-        at = pointer.to(tl.pointer_type(tl.float16)) + c
-        old = tl.load(at, inside, 0.0).to(tl.float64)
-        tl.store(at, ((1 - m) * old + m * batch).to(tl.float32).to(tl.float16), inside)
+        _move(pointer.to(tl.pointer_type(tl.float16)) + c, inside, m, batch)
     else:
-        at = pointer.to(tl.pointer_type(tl.bfloat16)) + c
-        old = tl.load(at, inside, 0.0).to(tl.float32).to(tl.float64)
-        tl.store(at, ((1 - m) * old + m * batch).to(tl.float32).to(tl.bfloat16), inside)
+        _move(pointer.to(tl.pointer_type(tl.bfloat16)) + c, inside, m, batch)
 
 
 @triton.jit
@@ -63,9 +65,9 @@ def move_running(table, statistics, columns, rows, BLOCK: tl.constexpr):
     for start in range(0, channels, BLOCK):
         c = start + tl.arange(0, BLOCK)
         inside = c < channels
-        _move(mean, dtype, c, inside, m, tl.load(batch + c, inside, 0.0).to(tl.float64))
+        _move_as(dtype, mean, c, inside, m, tl.load(batch + c, inside, 0.0).to(tl.float64))
         wide = tl.load(batch + columns + c, inside, 0.0).to(tl.float64)
-        _move(var, dtype, c, inside, m, wide * unbiased)
+        _move_as(dtype, var, c, inside, m, wide * unbiased)
 
 
 # (mean, var and count's addresses, dtype, C, first column, momentum)
