@@ -57,6 +57,7 @@ gpu:
 	MEMDENSE_BUILD=require $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
 	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
+	PYTHONPATH=. $(PYTHON) benchmarks/host.py
 
 # On a GPU machine, after make gpu; compute-sanitizer comes with the CUDA toolkit.
 sanitize:

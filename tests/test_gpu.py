@@ -14,6 +14,7 @@ from torchvision.models import DenseNet as Torchvision
 import memdense
 from memdense import memory
 from memdense.backends import backend_for
+from memdense.backends.triton import replay
 
 pytestmark = pytest.mark.gpu
 ARGS = (8, (3, 4, 2), 12, 4, 0, 5)
@@ -136,6 +137,31 @@ def test_repeats_bit_for_bit() -> None:
         results.append([p.grad.clone() for p in model.parameters()])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_replays_are_the_same_bits_in_the_same_memory() -> None:
+    """Of a stage's launches, from the third step on; against launching one by one."""
+    device = torch.device("cuda")
+    model = memdense.DenseNet(*ARGS[:4], 0.2, 5).cuda()
+    twin = copy.deepcopy(model)
+    peaks: dict[bool, list[int]] = {True: [], False: []}
+    for seed in range(4):
+        x = torch.randn(6, 3, 96, 80, device=device)
+        for wanted, net in ((True, model), (False, twin)):
+
+            def step(net: nn.Module = net, x: Tensor = x) -> None:
+                net.zero_grad()
+                with torch.autocast("cuda", torch.bfloat16):
+                    net(x).float().square().sum().backward()
+
+            torch.manual_seed(seed)
+            with replay.replaying(wanted):
+                peaks[wanted].append(memory.peak_memory(step, device=device).peak)
+        for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad), (seed, name)
+        for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
+            assert torch.equal(a, b), (seed, name)
+    assert peaks[True][-1] <= 1.05 * peaks[False][-1]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
