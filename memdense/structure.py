@@ -92,9 +92,11 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
     check(module, name, (type(module),) if fused else (nn.BatchNorm2d,), "a BatchNorm2d")
     if fused:
         check(module.act, f"{name}.act", (nn.ReLU,), "a ReLU")
-    # a module's own attribute access takes longer than all else here
-    parameters, buffers = module._parameters, module._buffers
-    weight, bias = parameters["weight"], parameters["bias"]
+    # a module's own attribute access takes longer than all else here; DataParallel's replicas have
+    # plain attributes
+    found = module._parameters or module.__dict__
+    weight, bias = found["weight"], found["bias"]
+    buffers = module._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
     training, running = module.training, None
     batch = training or mean is None
