@@ -468,3 +468,14 @@ def test_the_suite_runs_and_gives_pytest_benchmark_its_interleaved_times(tmp_pat
         assert b["extra_info"]["ratio"] == pytest.approx(ratios[len(ratios) // 2], rel=1e-6)
         assert 0 < b["extra_info"]["floor"] < 1
     assert "Primitives" in done.stdout
+
+
+def test_the_hosts_part_is_measured_without_a_gpu_too() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "benchmarks/host.py", "--rounds", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("│") for line in done.stdout.splitlines() if "742" in line]
+    times = {row[1].strip(): float(row[3]) for row in rows}
+    assert times.keys() == {"replayed", "launch by launch"} and min(times.values()) > 1

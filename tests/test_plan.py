@@ -158,7 +158,11 @@ def test_ledger_agrees_with_measurement(
         machine = Machine("cpu", on, dtype, torch.get_num_threads())
         ledger = replay(shapes, batch, setting, machine)
         found = measured(network, size, batch, dtype, setting, on)
-        if ledger.peak != pytest.approx(found.peak, rel=0.1):
+        least, most = 0.9 * ledger.peak, 1.1 * ledger.peak
+        if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+            # oneDNN's convolutions of 16 bits take scratch of their own for AMX, whatever the batch
+            most += 1 << 19
+        if not least <= found.peak <= most:
             wrong.append(f"{setting.name} on {on}: peak {ledger.peak}, measured {found.peak}")
         if ledger.kept != pytest.approx(found.live, rel=0.02):
             wrong.append(f"{setting.name} on {on}: kept {ledger.kept}, measured {found.live}")
