@@ -11,7 +11,7 @@ _PLAIN = (Tensor, Parameter)
 
 def watched(*tensors: Tensor | None) -> bool:
     """Whether tracing, a transform, a mode or a subclass is there, which want to see one operation
-    of PyTorch's.
+    of PyTorch's; or a tensor whose values its memory does not show.
     """
     return (
         torch.compiler.is_compiling()
@@ -19,7 +19,7 @@ def watched(*tensors: Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or not all(t is None or type(t) in _PLAIN for t in tensors)
+        or not all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
     )
 
 

@@ -167,7 +167,7 @@ class Features(nn.Sequential):
 
 def is_block(module: nn.Module) -> bool:
     """Whether all children of ``module`` are built like dense layers."""
-    return bool(module._modules) and all(map(_is_layer, module._modules.values()))
+    return len(module._modules) > 0 and all(map(_is_layer, module._modules.values()))
 
 
 def _is_layer(module: nn.Module | None) -> bool:

@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 import memdense
 from memdense import ops
+from memdense.direct import watched
 from memdense.spec import flatten, spec_of
 from memdense.structure import OWN_TYPES, read_stage
 
@@ -162,6 +163,12 @@ def test_watched_or_not(frozen: bool) -> None:
     for name, count in expected.items():
         assert calls.names.count(f"memdense::{name}") == count
     assert calls.names.count("memdense::update_running_statistics") == stages + (not frozen)
+
+
+def test_a_tensor_that_its_memory_does_not_show() -> None:
+    """A view with the sign turned round: the dispatcher knows, a kernel does not."""
+    x = torch.view_as_complex(torch.randn(2, 2)).conj().imag
+    assert x.is_neg() and watched(x) and not watched(x.resolve_neg())
 
 
 def test_a_mode_in_backward_alone() -> None:

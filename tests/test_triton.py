@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from memdense.backends import Reference
-from memdense.backends.triton import Triton, pools
+from memdense.backends.triton import Triton, pools, running
 from memdense.backends.triton.cast import _table
 from memdense.backends.triton.launch import INTERPRETED, recorded
 from memdense.buffers import Geometry, NormGradient, Reader, Share, Sums
@@ -205,6 +205,27 @@ def test_moves_running_statistics_in_one_launch(dtype, counted):
             wanted = ((1 - m) * old.double() + m * new).float().to(dtype)
             assert torch.equal(found, wanted), (i, size)
         assert not counted or counts[i] == i * 3 + 1
+
+
+def test_running_statistics_say_that_they_moved():
+    """What saved them for its backward must not find others there."""
+    mean, var, count = torch.rand(3).float(), torch.rand(3).float(), torch.tensor(0)
+    arguments = [mean], [var], [count], torch.rand(2, 3).float(), [0], [0.1], 5
+    with recorded() as launches:
+        Triton().update_running(*arguments)
+    assert len(launches) == 1 and min(t._version for t in (mean, var, count)) > 0
+    with torch.inference_mode():
+        Triton().update_running([mean.clone()], *arguments[1:])
+
+
+def test_running_statistics_elsewhere():
+    """Counts that stayed on the CPU, and one count for two norms, are PyTorch's business."""
+    a, b, table = torch.rand(2, 3).float(), torch.rand(2, 3).float(), torch.rand(2, 6).float()
+    counts = [torch.tensor(0), torch.tensor(0)]
+    assert running.takes([*a], [*b], counts, table)
+    assert not running.takes([*a], [*b], [counts[0], counts[1].to("meta")], table)
+    assert not running.takes([a[0], a[1].to("meta")], [*b], counts, table)
+    assert not running.takes([*a], [*b], [counts[0]] * 2, table)
 
 
 def test_running_statistics_that_go_to_the_reference():

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import memdense
 from memdense import ops
@@ -116,6 +117,41 @@ def test_frozen_and_evaluating(replays: list[replay.Tape]) -> None:
     for seed in range(3):
         assert_same(step(model, seed, True), step(twin, seed, False))
     assert len(replays) == 4
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["norm1.weight", "conv1.weight", "norm2.bias"])
+def test_below_autograd(name: str, replays: list[replay.Tape]) -> None:
+    """Where a mode watches, operations like ``to`` come undivided: copies that look like views, in
+    memory that was another's. Few gradients and bfloat16 parameters make such copies.
+    """
+    model = network().bfloat16().requires_grad_(False)
+    layer = model.features.denseblock2.denselayer1
+    layer.get_parameter(name).requires_grad_(True)
+    found = []
+    for wanted, net in ((True, model), (False, copy.deepcopy(model))):
+        with replay.replaying(wanted), Watch():
+            for seed in range(3):
+                net.zero_grad()
+                loss(net(images(seed)[:, :, :2, :2].bfloat16())).backward()
+            grad = net.features.denseblock2.denselayer1.get_parameter(name).grad
+            assert grad.isfinite().all() and grad.any()
+            found.append(grad)
+    assert torch.equal(*found) and len(replays) >= 3
+
+
+def test_inference_mode(replays: list[replay.Tape]) -> None:
+    model = network().eval()
+    with torch.inference_mode():
+        for seed in range(3):
+            with replay.replaying(True):
+                found = model(images(seed))
+            assert torch.equal(found, model(images(seed)))
+    assert len(replays) == 2
 
 
 def test_results_outlive_the_next_replay(replays: list[replay.Tape]) -> None:

@@ -38,6 +38,7 @@ class Compiled(NamedTuple):
     run: Callable[..., None]
     function: int
     metadata: Any
+    kernel: Any = None  # which unloads its code when nobody holds it
 
 
 class Recorder(Protocol):
@@ -139,14 +140,14 @@ class Plan:
         if found is None:
             found = self.compiled[key] = self.compile_and_launch(tensors)
             return found
-        run, function, metadata = found
+        run, function, metadata, _ = found
         stream = current_stream(key[0])
         run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.arguments)
         return found
 
     def compile_and_launch(self, tensors: tuple[Tensor | None, ...]) -> Compiled:
         compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
-        return Compiled(compiled.run, compiled.function, compiled.packed_metadata)
+        return Compiled(compiled.run, compiled.function, compiled.packed_metadata, compiled)
 
 
 def constant(make: Callable[[], Tensor]) -> Tensor:

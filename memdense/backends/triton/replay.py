@@ -1,14 +1,16 @@
 """Replaying a stage: what its engine and primitives do to memory is recorded once.
 
-With the same shapes, modes and parameters a stage launches the same kernels on the same places of
-memory, apart from where that memory begins. The second such call is recorded while it runs; later
-ones allocate their results and one piece of scratch, add offsets, and launch. Nothing else changes:
-kernels, their order and so every bit stay the same.
+With the same shapes, modes and addresses of its parameters a stage launches the same kernels on the
+same places of memory, apart from where that memory begins. The second such call is recorded while
+it runs; later ones allocate their results and one piece of scratch, add offsets, and launch. Same
+kernels in the same order, so every bit stays the same. What a recording cannot tell for certain,
+float64 or a gradient expanded from one value for example, runs every time.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import _extension
-from . import launch
+from . import launch, tuning
 from .cast import keep_if_captured
 from .launch import ALIGNMENT, Plan
 
@@ -42,65 +45,67 @@ BLOCK = 512  # bytes that a piece of scratch is rounded up to, as PyTorch's allo
 class Place(NamedTuple):
     """A tensor, as a place in one of the pieces of memory that a recording met."""
 
-    piece: int  # NOWHERE: it has no values
+    piece: int | None  # None: it has no values
     offset: int  # bytes behind the piece's beginning
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
 
 
-NOWHERE = -1
-SCRATCH = -1  # of pieces: the one that all scratch lies in
-
-
 class Piece:
-    """Memory of its own: "fixed" and "moving" inputs, "constant", "scratch", "output" or the
+    """Memory of its own: a "moving" or "fixed" input, a "constant", "scratch", an "output" or the
     "result" of one of PyTorch's operations.
     """
 
-    def __init__(self, kind: str, like: Tensor) -> None:
+    def __init__(self, kind: str, t: Tensor) -> None:
         self.kind = kind
-        self.begin = like.data_ptr()
-        self.bytes = _extent(like) * like.itemsize if like.numel() else 0
-        self.dtype, self.size, self.stride = like.dtype, like.shape, like.stride()
-        self.constant = like if kind == "constant" else None
+        self.begin = t.data_ptr()
+        self.bytes = _bytes(t)
+        self.dtype, self.size, self.stride = t.dtype, t.shape, t.stride()
+        self.constant = t if kind == "constant" else None
         self.first: int | None = None  # of the steps that use it
         self.last = 0
         self.offset = 0  # in the scratch
 
 
-def _extent(t: Tensor) -> int:
-    """Values from a tensor's first to its last, both included."""
-    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+def _bytes(t: Tensor) -> int:
+    """From a tensor's first value to its last, both included."""
+    if not t.numel():
+        return 0
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (1 + last) * t.itemsize
 
 
 class Step(NamedTuple):
     """A launch, or one of PyTorch's operations, on places."""
 
     function: Any
-    args: Any
+    args: tuple
     kwargs: dict[str, Any]
-    results: tuple[int, ...]  # the pieces that its results are
+    results: tuple[int, ...] = ()  # the pieces that its results are
     compiled: launch.Compiled | None = None
 
 
 class Recorder(TorchDispatchMode):
     """Runs what is called inside, and writes down its steps.
 
-    Views are no steps: an address tells which piece a tensor lies in. ``failure`` says why what ran
-    cannot be replayed.
+    A tensor's storage, which lives as long as the recording knows it, tells which piece it lies in;
+    so an operation is a view if its result has a storage that is known. ``replayable`` is False
+    once something cannot be told.
     """
 
     def __init__(self, moving: Tensors, fixed: Tensors) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.pieces: list[Piece] = []
-        self.failure = ""
-        self._at: dict[int, list[int]] = {}  # pieces, by the address of their storage
+        self.replayable = True
+        self._device = fixed[0].device
+        self._at: dict[int, list[int]] = {}  # pieces, by their storage
+        self._storages: list[StorageWeakRef] = []  # keep addresses of storages, not their memory
         self._paused = False
         for kind, tensors in (("moving", moving), ("fixed", fixed)):
             for t in tensors:
-                self._add(kind, t if t is not None and t.numel() else None)
+                self._add(kind, torch.empty(0) if t is None else t)
 
     def __enter__(self) -> Recorder:
         launch.thread.recorder = self
@@ -115,110 +120,99 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
-        if self._paused or function.is_view or function is aten._unsafe_view.default:
-            return out
-        if function in ALLOCATIONS:
-            self._new("scratch", out)
-        elif function in ZEROS:
-            self._new("scratch", out)
-            if out.numel():
-                self._step(aten.zero_.default, (out,), {}, ())
-        else:
-            found = out if isinstance(out, (tuple, list)) else () if out is None else (out,)
-            if not all(isinstance(t, Tensor) for t in found):
-                self.failure = f"{function} depends on values"
-                return out
-            # what it was given comes first, since a result's memory may have been another's
-            step = self._places(args), self._places(kwargs)
-            mutates = function._schema.is_mutable
-            results = () if mutates else tuple(self._new("result", t) for t in found)
-            self._step(function, *step, results, placed=True)
+        if not self._paused:
+            self._operation(function, args, kwargs, out)
         return out
 
+    def _operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        results = out if isinstance(out, (tuple, list)) else () if out is None else (out,)
+        if not all(isinstance(t, Tensor) for t in results):
+            self.replayable = False  # values decide
+            return
+        new = [t for t in results if t.numel() and not self._known(t)]
+        if function in ALLOCATIONS or function in ZEROS:
+            self.replayable &= out.device == self._device
+            self._add("scratch", out)
+            if function in ZEROS and out.numel():
+                self._step(Step(aten.zero_.default, (self.place(out),), {}))
+            return
+        mutates = function._schema.is_mutable
+        if new and (mutates or len(new) < len(results)):
+            self.replayable = False
+        elif new or mutates:
+            places = self._places(args), self._places(kwargs)
+            self._step(Step(function, *places, tuple(self._add("result", t) for t in new)))
+
     def launch(self, plan: Plan, tensors: Tensors) -> None:
-        self._paused = True
-        compiled = plan.launch(tensors)
-        self._paused = False
-        self._step(plan, tensors, {}, (), compiled)
+        with self._pause():
+            compiled = plan.launch(tensors)
+        self._step(Step(plan, self._places(tuple(tensors)), {}, (), compiled))
 
     def constant(self, make: Callable[[], Tensor]) -> Tensor:
-        self._paused = True
-        made = make()
-        self._paused = False
-        self._new("constant", made)
+        with self._pause():
+            made = make()
+        self._add("constant", made)
         return made
 
     def place(self, t: Tensor) -> Place:
-        """Where t lies now."""
+        """Where t lies."""
         if not t.numel():
-            return Place(NOWHERE, 0, t.dtype, t.shape, t.stride())
-        begin, end = t.data_ptr(), t.data_ptr() + _extent(t) * t.itemsize
+            return Place(None, 0, t.dtype, t.shape, t.stride())
+        begin, end = t.data_ptr(), t.data_ptr() + _bytes(t)
         inside = [
             i
-            for i in self._at.get(t.untyped_storage().data_ptr(), ())
+            for i in self._at.get(t.untyped_storage()._cdata, ())
             if self.pieces[i].begin <= begin and end <= self.pieces[i].begin + self.pieces[i].bytes
         ]
-        kinds = {self.pieces[i].kind for i in inside}
-        # where inputs overlap, fixed ones will do so at every replay
-        if len(inside) != 1 and kinds != {"fixed"}:
-            self.failure = "it uses memory from elsewhere, or inputs that overlap"
-            return Place(NOWHERE, 0, t.dtype, t.shape, t.stride())
+        # where inputs overlap, fixed ones do so at every replay
+        if len(inside) != 1 and {self.pieces[i].kind for i in inside} != {"fixed"}:
+            self.replayable = False
+            return Place(None, 0, t.dtype, t.shape, t.stride())
         piece = self.pieces[inside[0]]
-        if piece.dtype != t.dtype:
-            self.failure = "it reads memory as another dtype"
+        self.replayable &= piece.dtype == t.dtype
         return Place(inside[0], begin - piece.begin, t.dtype, t.shape, t.stride())
 
-    def _add(self, kind: str, t: Tensor | None) -> int:
-        if t is None:
-            t = torch.empty(0)
-        else:
-            self._at.setdefault(t.untyped_storage().data_ptr(), []).append(len(self.pieces))
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _known(self, t: Tensor) -> bool:
+        return t.untyped_storage()._cdata in self._at
+
+    def _add(self, kind: str, t: Tensor) -> int:
+        if t.numel():
+            storage = t.untyped_storage()
+            self._at.setdefault(storage._cdata, []).append(len(self.pieces))
+            self._storages.append(StorageWeakRef(storage))
         self.pieces.append(Piece(kind, t))
         return len(self.pieces) - 1
 
-    def _new(self, kind: str, t: Tensor) -> int:
-        """Whatever had this memory before has given it back."""
-        self._at.pop(t.untyped_storage().data_ptr(), None)
-        return self._add(kind, t if t.numel() else None)
-
     def _places(self, values: Any) -> Any:
-        """Tensors in an operation's arguments, as places."""
-        if isinstance(values, Tensor):
-            return self.place(values)
-        if isinstance(values, dict):
-            return {name: self._places(value) for name, value in values.items()}
-        if isinstance(values, (tuple, list)):
-            return type(values)(map(self._places, values))
-        return values
+        """Arguments, with places for tensors."""
+        return _mapped(self.place, Tensor, values)
 
-    def _step(
-        self,
-        function: Any,
-        args: Any,
-        kwargs: dict[str, Any],
-        results: tuple[int, ...],
-        compiled: launch.Compiled | None = None,
-        placed: bool = False,
-    ) -> None:
-        if not placed:
-            args = self._places(args)
-        for i in (*results, *_pieces_of((args, kwargs))):
-            piece = self.pieces[i]
+    def _step(self, step: Step) -> None:
+        used = [*step.results]
+        _mapped(lambda place: used.append(place.piece), Place, (step.args, step.kwargs))
+        for piece in (self.pieces[i] for i in used if i is not None):
             piece.first = len(self.steps) if piece.first is None else piece.first
             piece.last = len(self.steps)
-        self.steps.append(Step(function, args, kwargs, results, compiled))
+        self.steps.append(step)
 
 
-def _pieces_of(values: Any) -> Iterator[int]:
-    """The pieces that arguments lie in."""
-    if isinstance(values, Place):
-        if values.piece != NOWHERE:
-            yield values.piece
-    elif isinstance(values, dict):
-        yield from _pieces_of(tuple(values.values()))
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _pieces_of(value)
+def _mapped(function: Callable[[Any], Any], kind: type, values: Any) -> Any:
+    """Arguments of an operation, with function(x) for every x of a kind in them."""
+    if isinstance(values, kind):
+        return function(values)
+    if isinstance(values, dict):
+        return {name: _mapped(function, kind, value) for name, value in values.items()}
+    if isinstance(values, (tuple, list)) and not isinstance(values, torch.Size):
+        return type(values)([_mapped(function, kind, value) for value in values])
+    return values
 
 
 def pack(pieces: Sequence[Piece]) -> int:
@@ -242,92 +236,99 @@ def _rounded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-class Tape:
-    """A recording, ready to be replayed on other inputs of the same kind.
-
-    A launch is a function with an ``itemgetter`` of its arguments: all addresses, sizes and other
-    values of the tape stand in one list, and only the addresses differ between replays.
+class _Values:
+    """All that a tape's launches are given: addresses first, which differ between replays, then
+    what does not.
     """
+
+    def __init__(self, pieces: Sequence[Piece], steps: Sequence[Step]) -> None:
+        self.pieces = pieces
+        self.addresses: dict[tuple[int, int], int] = {}  # (piece, offset) to its index
+        self.rest: list[Any] = []
+        self._known: dict[int, int] = {}  # id of one of the rest to its index
+        self.stream = object()
+        places = [p for step in steps if step.compiled for p in step.args if p is not None]
+        for place in places:
+            if place.piece is not None and pieces[place.piece].kind not in ("fixed", "constant"):
+                self.addresses.setdefault((place.piece, place.offset), len(self.addresses))
+        self.stream_index = self.index(self.stream)
+
+    def index(self, value: Any) -> int:
+        at = self._known.get(id(value))
+        if at is None:
+            at = self._known[id(value)] = len(self.addresses) + len(self.rest)
+            self.rest.append(value)
+        return at
+
+    def index_of(self, place: Place | None) -> int:
+        """Of an address."""
+        if place is None or place.piece is None:
+            return self.index(None if place is None else 0)
+        piece = self.pieces[place.piece]
+        if piece.kind in ("fixed", "constant"):
+            return self.index(piece.begin + place.offset)
+        return self.addresses[place.piece, place.offset]
+
+    def launch(self, step: Step) -> tuple[Callable[..., None], itemgetter]:
+        """A launch, as a function and what gets its arguments out of the list."""
+        plan, compiled = step.function, step.compiled
+        head = *plan.grid, self.stream, compiled.function, compiled.metadata, None, None, None
+        indices = [*map(self.index, head), *map(self.index_of, step.args)]
+        return compiled.run, itemgetter(*indices, *map(self.index, plan.arguments))
+
+
+class Tape:
+    """A recording, ready to be replayed on other inputs of the same kind."""
 
     def __init__(self, recorder: Recorder, outputs: Sequence[Place | None]) -> None:
         self.outputs = outputs
         self.pieces = recorder.pieces
-        self._claim()
+        returned = [place for place in outputs if place is not None and place.piece is not None]
+        self._claim(returned)
         scratch = [p for p in self.pieces if p.kind == "scratch" and p.first is not None]
-        self.bytes = pack(scratch)
+        self.scratch_bytes = pack(scratch)
         self.constants = [p.constant for p in self.pieces if p.constant is not None]
         self.made = [(i, p) for i, p in enumerate(self.pieces) if p.kind == "output"]
-        self.tensors = [p.constant for p in self.pieces]
 
-        self.places: dict[tuple[int, int], int] = {}  # (piece, offset) to index in the values
-        self.rest: list[Any] = []  # the values behind addresses
-        self.known: dict[int, int] = {}  # id of a value to its index
-        self.stream = object()
-        for step in recorder.steps:
-            if step.compiled is not None:
-                for place in filter(None, step.args):
-                    self._address(place)
+        values = _Values(self.pieces, recorder.steps)
         self.steps: list[tuple[Callable[..., Any], itemgetter | None]] = []
-        for i, step in enumerate(recorder.steps):
-            self.steps.append(self._launch(step) if step.compiled else (_Call(step), None))
-            if over := self._over(i):
-                self.steps.append((_Drop(over), None))
-        # (piece or SCRATCH, offset) of each address
+        dropped = self._dropped(recorder.steps, {place.piece for place in returned})
+        for step, over in zip(recorder.steps, dropped, strict=True):
+            self.steps.append(values.launch(step) if step.compiled else (_Call(step, over), None))
+        self.rest, self.stream_index = values.rest, values.stream_index
+        # where each address begins: a piece, or behind them all the scratch
         self.addresses = [
-            (SCRATCH, self.pieces[i].offset + offset)
+            (len(self.pieces), self.pieces[i].offset + offset)
             if self.pieces[i].kind == "scratch"
             else (i, offset)
-            for i, offset in self.places
+            for i, offset in values.addresses
         ]
+        self.of_results: dict[int, list[tuple[int, int]]] = {}  # (index, offset) of addresses
+        for (i, offset), at in values.addresses.items():
+            if self.pieces[i].kind == "result":
+                self.of_results.setdefault(i, []).append((at, offset))
 
-    def _claim(self) -> None:
-        """Memory of outputs is their own; where one fills it, it has the output's shape."""
-        claimed: set[int] = set()
-        for place in filter(None, self.outputs):
+    def _claim(self, returned: Sequence[Place]) -> None:
+        """Scratch that is returned becomes an output, in the output's shape where that fills it."""
+        for place in returned:
             piece = self.pieces[place.piece]
-            if place.piece == NOWHERE or piece.kind not in ("scratch", "output"):
-                continue
-            piece.kind = "output"
-            fills = place.size.numel() * place.dtype.itemsize == piece.bytes
-            if fills and place.piece not in claimed:
-                piece.size, piece.stride = place.size, place.stride
-            claimed.add(place.piece)
+            if piece.kind == "scratch":
+                piece.kind = "output"
+                if place.size.numel() * place.dtype.itemsize == piece.bytes:
+                    piece.size, piece.stride = place.size, place.stride
 
-    def _over(self, step: int) -> list[int]:
-        """Results that nobody needs behind a step."""
-        returned = {place.piece for place in self.outputs if place is not None}
-        over = [i for i, p in enumerate(self.pieces) if p.kind == "result" and p.last == step]
-        return [i for i in over if i not in returned]
-
-    def _address(self, place: Place) -> None:
-        if place.piece != NOWHERE and self.pieces[place.piece].kind not in ("fixed", "constant"):
-            self.places.setdefault((place.piece, place.offset), len(self.places))
-
-    def _launch(self, step: Step) -> tuple[Callable[..., Any], itemgetter]:
-        run, function, metadata = step.compiled
-        plan: Plan = step.function
-        arguments = (
-            *map(self._value, (*plan.grid, self.stream, function, metadata, None, None, None)),
-            *(self._value(None) if p is None else self._pointer(p) for p in step.args),
-            *map(self._value, plan.arguments),
-        )
-        return run, itemgetter(*arguments)
-
-    def _pointer(self, place: Place) -> int:
-        if place.piece == NOWHERE:
-            return self._value(0)
-        piece = self.pieces[place.piece]
-        if piece.kind in ("fixed", "constant"):
-            return self._value(piece.begin + place.offset)
-        return self.places[place.piece, place.offset]
-
-    def _value(self, value: Any) -> int:
-        """Its index."""
-        index = self.known.get(id(value))
-        if index is None:
-            index = self.known[id(value)] = len(self.places) + len(self.rest)
-            self.rest.append(value)
-        return index
+    def _dropped(self, steps: Sequence[Step], returned: set[int | None]) -> list[list[int]]:
+        """The results that nobody needs behind each step: behind the operation before it, since
+        launches let go of nothing.
+        """
+        dropped: list[list[int]] = [[] for _ in steps]
+        for i, piece in enumerate(self.pieces):
+            if piece.kind == "result" and i not in returned:
+                later = range(piece.last, len(steps))
+                at = next((j for j in later if not steps[j].compiled), None)
+                if at is not None:
+                    dropped[at].append(i)
+        return dropped
 
     def __call__(self, moving: Tensors, fixed: Tensors, device: torch.device) -> list:
         """The outputs for inputs like the recorded ones."""
@@ -350,8 +351,8 @@ class _Replay:
         self.tape = tape
         self.device = device
         self.typed: dict[torch.dtype, Tensor] = {}
-        self.scratch = torch.empty(tape.bytes, dtype=torch.uint8, device=device)
-        self.tensors = [*inputs, *tape.tensors[len(inputs) :]]
+        self.scratch = torch.empty(tape.scratch_bytes, dtype=torch.uint8, device=device)
+        self.tensors = [*inputs, *(p.constant for p in tape.pieces[len(inputs) :])]
         for i, p in tape.made:
             self.tensors[i] = torch.empty_strided(p.size, p.stride, dtype=p.dtype, device=device)
         # a result has no memory yet
@@ -359,72 +360,56 @@ class _Replay:
         begins.append(self.scratch.data_ptr())
         self.values: list[Any] = [begins[i] + offset for i, offset in tape.addresses]
         self.values += tape.rest
-        if tape.places:
-            self.values[tape.known[id(tape.stream)]] = launch.current_stream(device.index)
+        if any(get is not None for _, get in tape.steps):
+            self.values[tape.stream_index] = launch.current_stream(device.index)
 
     def bind(self, piece: int, result: Tensor) -> None:
         self.tensors[piece] = result
-        begin = result.data_ptr()
-        for (i, offset), at in self.tape.places.items():
-            if i == piece:
-                self.values[at] = begin + offset
+        for at, offset in self.tape.of_results.get(piece, ()):
+            self.values[at] = result.data_ptr() + offset
 
     def tensor(self, place: Place) -> Tensor:
         index, offset, dtype, size, stride = place
-        if index == NOWHERE:
+        if index is None:
             return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
-        tensor, at = self.tensors[index], offset // dtype.itemsize
-        if tensor is None:
-            scratch = self.typed.get(dtype)
-            if scratch is None:
-                scratch = self.typed[dtype] = self.scratch.view(dtype)
-            start = self.tape.pieces[index].offset // dtype.itemsize
-            return scratch.as_strided(size, stride, start + at)
+        piece, at = self.tape.pieces[index], offset // dtype.itemsize
+        if piece.kind == "scratch":
+            if dtype not in self.typed:
+                self.typed[dtype] = self.scratch.view(dtype)
+            start = piece.offset // dtype.itemsize + at
+            return self.typed[dtype].as_strided(size, stride, start)
+        tensor = self.tensors[index]
         if not offset and tensor.shape == size and tensor.stride() == stride:
             return tensor
         return tensor.as_strided(size, stride, tensor.storage_offset() + at)
 
-    def arguments(self, values: Any) -> Any:
-        """Places in an operation's arguments, as tensors."""
-        if isinstance(values, Place):
-            return self.tensor(values)
-        if isinstance(values, dict):
-            return {name: self.arguments(value) for name, value in values.items()}
-        if isinstance(values, (tuple, list)):
-            return type(values)(map(self.arguments, values))
-        return values
-
 
 class _Call:
-    """One of PyTorch's operations, or a launch in the interpreter."""
+    """One of PyTorch's operations, or a launch in the interpreter; behind it, some results are let
+    go of.
+    """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, dropped: list[int]) -> None:
         self.step = step
+        self.dropped = dropped
 
     def __call__(self, run: _Replay) -> None:
         function, args, kwargs, results, _ = self.step
-        found = function(*run.arguments(args), **run.arguments(kwargs))
+        args, kwargs = _mapped(run.tensor, Place, (args, kwargs))
+        found = function(*args, **kwargs)
         if results:
             each = found if isinstance(found, (tuple, list)) else (found,)
             for piece, result in zip(results, each, strict=True):
                 run.bind(piece, result)
-
-
-class _Drop:
-    """Lets go of results."""
-
-    def __init__(self, pieces: list[int]) -> None:
-        self.pieces = pieces
-
-    def __call__(self, run: _Replay) -> None:
-        for i in self.pieces:
-            run.tensors[i] = None
+        for piece in self.dropped:
+            run.tensors[piece] = None
 
 
 TAPES = 256  # a DenseNet of four blocks takes eight for a size and batch of images
 
-_tapes: OrderedDict[Key, Tape | None] = OrderedDict()
+_tapes: OrderedDict[Key, Tape | None] = OrderedDict()  # None: it cannot be replayed
 _seen: set[int] = set()  # hashes of keys: one that is mistaken for another is recorded early
+_lock = threading.Lock()
 _chosen: bool | None = None
 
 
@@ -441,7 +426,7 @@ def replaying(wanted: bool) -> Iterator[None]:
 
 def enabled() -> bool:
     """What :func:`replaying` says, else not in the interpreter and not with MEMDENSE_REPLAY=0."""
-    if launch.observed() or launch.thread.recorder is not None:
+    if launch.observed() or launch.thread.recorder is not None or tuning.is_forced():
         return False
     if _chosen is not None:
         return _chosen
@@ -459,8 +444,8 @@ def call(
 
     Args:
         backend: :class:`memdense.backends.triton.Triton`.
-        function: what it does must depend only on what its inputs look like and on ``rest``.
-        moving: inputs that are new at every call.
+        function: what it does must depend only on ``rest`` and on what its inputs look like.
+        moving: inputs that are new at every call; read only.
         fixed: inputs that usually lie where they did: a stage's parameters.
         rest: hashable.
     """
@@ -468,30 +453,35 @@ def call(
         return function(backend, moving, fixed, *rest)
     device = fixed[0].device
     key = (
-        function, device, _extension.tf32(), rest, tuple(map(_look, moving)),
+        function, device, _extension.tf32(), rest, tuple(map(_signature, moving)),
         tuple([None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in fixed]),
     )  # fmt: skip
-    tape = _tapes.get(key)
+    with _lock:
+        tape = _tapes.get(key)
+        if tape is not None:
+            _tapes.move_to_end(key)
+        record = key not in _tapes and hash(key) in _seen
+        if tape is None and not record:
+            if len(_seen) > 16 * TAPES:
+                _seen.clear()
+            _seen.add(hash(key))
     if tape is not None:
-        _tapes.move_to_end(key)
         return tape(moving, fixed, device)
-    if key in _tapes or hash(key) not in _seen:
-        if len(_seen) > 16 * TAPES:
-            _seen.clear()
-        _seen.add(hash(key))
+    if not record:
         return function(backend, moving, fixed, *rest)
     with Recorder(moving, fixed) as recorder:
         outputs = function(backend, moving, fixed, *rest)
     places = [None if t is None else recorder.place(t) for t in outputs]
-    _tapes[key] = None if recorder.failure else Tape(recorder, places)
-    while len(_tapes) > TAPES:
-        _tapes.popitem(last=False)
+    tape = Tape(recorder, places) if recorder.replayable else None
+    with _lock:
+        _tapes[key] = tape
+        while len(_tapes) > TAPES:
+            _tapes.popitem(last=False)
     return outputs
 
 
-def _look(t: Tensor | None) -> tuple | None:
+def _signature(t: Tensor | None) -> tuple | None:
     """What of an input that moves decides which kernels run."""
     if t is None:
         return None
-    aligned = not t.data_ptr() % ALIGNMENT
-    return t.dtype, t.shape, t.stride(), aligned, t.storage_offset() != 0
+    return t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNMENT, t.storage_offset() != 0

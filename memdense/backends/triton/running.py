@@ -96,15 +96,20 @@ def takes(
     counts: Sequence[Tensor],
     statistics: Tensor,
 ) -> bool:
-    """Whether the kernel does: packed buffers in one dtype of a norm's, each norm's its own."""
+    """Whether the kernel does: packed buffers on one device, in one dtype of a norm's, each norm's
+    its own.
+    """
     if statistics.dtype != torch.float32 or not statistics.is_contiguous():
         return False
-    if not all(t.dtype == torch.int64 for t in counts):
-        return False
-    pairs = list(zip(means, variances, strict=True))
-    fits = [m.dtype in SOURCES and m.dtype == v.dtype for m, v in pairs]
-    packed = all(t.stride(0) == 1 for pair in pairs for t in pair)
-    return packed and all(fits) and len({m.data_ptr() for m in means}) == len(means)
+    buffers = [*means, *variances]
+    tensors = [*buffers, *counts]
+    return (
+        all(t.device == statistics.device for t in tensors)
+        and all(t.dtype == torch.int64 for t in counts)
+        and all(t.dtype in SOURCES and t.stride(0) == 1 for t in buffers)
+        and all(m.dtype == v.dtype for m, v in zip(means, variances, strict=True))
+        and len({t.data_ptr() for t in tensors}) == len(tensors)
+    )
 
 
 def update(
@@ -129,3 +134,6 @@ def update(
     table = _table(lines, statistics.device)
     keep_if_captured(table)
     _plan(len(lines), statistics.shape[1], rows)(table, statistics)
+    # whoever saved them for a backward must hear of it
+    moved = [t for t in (*means, *variances, *counts) if not t.is_inference()]
+    torch.autograd.graph.increment_version(moved)

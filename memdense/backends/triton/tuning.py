@@ -75,6 +75,11 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
         _forced = before
 
 
+def is_forced() -> bool:
+    """Whether :func:`forced` decides."""
+    return _forced is not None
+
+
 def choose(
     kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], candidates: Sequence[Config]
 ) -> Config:
