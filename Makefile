@@ -48,14 +48,16 @@ report: .venv/test
 	$(PY) benchmarks/report.py benchmarks/results/$(RESULTS).json --out docs/$(RESULTS) \
 		--into README.md docs/roofline.md
 
-# On a GPU machine, with the torch of its own python3: no venv, no network.
+# On a GPU machine, with the torch of its own python3: no venv, no network. The tests compile some 700
+# kernels, a second each: in as many processes as there may be.
 gpu:
 	@$(PYTHON) -c 'import importlib.util, sys; \
 		importlib.util.find_spec("torch") or sys.exit("make gpu: $(PYTHON) has no torch; set PYTHON="); \
 		import torch; \
 		torch.cuda.is_available() or sys.exit("make gpu: no CUDA device here; nothing was run")'
 	MEMDENSE_BUILD=require $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu $(PYTEST_FLAGS)
+	workers=$$($(PYTHON) -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null); \
+	PYTHONPATH=. $(PYTHON) -m pytest $$workers -m gpu $(PYTEST_FLAGS)
 	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
 	PYTHONPATH=. $(PYTHON) benchmarks/host.py
 
