@@ -22,8 +22,8 @@ class Place {
 #ifdef __CUDACC__
   explicit Place(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    const auto found = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+    STD_TORCH_CHECK(found == AOTI_TORCH_SUCCESS, "conv3x3: found no current CUDA stream");
     stream_ = static_cast<device::Stream>(stream);
     properties_ = device::properties(tensor.get_device_index());
   }
