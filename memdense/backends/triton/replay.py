@@ -318,8 +318,8 @@ class Tape:
                     piece.size, piece.stride = place.size, place.stride
 
     def _dropped(self, steps: Sequence[Step], returned: set[int | None]) -> list[list[int]]:
-        """The results that nobody needs behind each step: behind the operation before it, since
-        launches let go of nothing.
+        """The results that each step lets go of: the first operation at or behind their last use,
+        since launches let go of nothing.
         """
         dropped: list[list[int]] = [[] for _ in steps]
         for i, piece in enumerate(self.pieces):
