@@ -46,6 +46,20 @@ def without_gpu() -> Iterator[None]:
         yield
 
 
+class HostClock(Clock):
+    """The host's clock, from when the device has nothing to do; where there is no device, that of
+    this thread alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.device("cpu"), shared=device.type != "cuda")
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def time(self, run: Callable[[], Any]) -> float:
+        self.wait()
+        return super().time(run)
+
+
 def training_step(
     model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
@@ -88,8 +102,6 @@ def main() -> int:
 
     def variant(wanted: bool) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             with replay.replaying(wanted):
                 return step()
 
@@ -100,8 +112,8 @@ def main() -> int:
         for _ in range(3):
             variants["replayed"]()
         count = launches_of(step)
-        clock = Clock(torch.device("cpu"), shared=device.type != "cuda")
-        times = interleaved(variants, lambda *_: "", clock, 1e9, (args.rounds, args.rounds))
+        rounds = args.rounds, args.rounds
+        times = interleaved(variants, lambda *_: "", HostClock(device), 1e9, rounds)
 
     table = Table(title=f"{args.arch}, {args.batch} images of {args.size}x{args.size}")
     for column in ("launches", "of a step", "host's time, ms"):
