@@ -511,8 +511,9 @@ class WinogradTiles:
     a chunk of tiles, of weights and of lines make up the scratch.
     """
 
-    # kChunkBytes, kMinTiles, kMinProducts, kMinDepth and kSkew there
-    CHUNK_BYTES, MIN_TILES, MIN_PRODUCTS, MIN_DEPTH, SKEW = 300 << 10, 28, 1 << 22, 24, 80
+    # kChunkBytes, kSharedBytes, kMinTiles, ... there
+    CHUNK_BYTES, SHARED_BYTES = 300 << 10, 512 << 10
+    MIN_TILES, MIN_PRODUCTS, MIN_PIECES, MIN_DEPTH, SKEW = 28, 1 << 22, 3, 24, 80
     LANES = 16
     MAX_ROWS = (0, 14, 14, 9)  # of a product's tile 1, 2 or 3 vectors wide
     LINES = 5  # staged
@@ -548,33 +549,53 @@ class WinogradTiles:
         """Values of a line between its columns of zeros."""
         return (1 + self.width + 1 + self.width % 2) * self.stride(channels)
 
-    def chunk(self, values: int, rows: int) -> int:
+    def chunk(self, values: int, rows: int, shared: int, least: int) -> int:
         """How many tiles are transformed at a time."""
         fit = self.CHUNK_BYTES // (16 * values * WIDE)
-        return max(1, fit // rows) * rows
+        least = least if shared * WIDE > self.SHARED_BYTES else 1
+        return max(max(1, fit // rows) * rows, least)
+
+    def blocks(self, columns: int) -> int:
+        """Blocks of two vectors of columns, a last one of three."""
+        return max(1, self.vectors(columns) // 2)
+
+    def panels(self, rows: int, columns: int) -> int:
+        """Values of weights, or of sums."""
+        padded = self.vectors(columns) * self.LANES
+        return self.matrices(4, 1) * (rows * padded + self.blocks(columns) * self.SKEW)
 
     def convolution(self, channels: int, outputs: int) -> int:
         vectors = self.vectors(outputs)
         widest = 3 if vectors % 2 and vectors > 1 else min(vectors, 2)
         rows = self.MAX_ROWS[vectors if vectors <= 3 else 2]
         width, stride = widest * self.LANES, self.stride(channels)
-        tiles = self.chunk(stride + width, rows)
+        weights = self.panels(channels, outputs)
+        tiles = self.chunk(stride + width, rows, weights, self.MIN_PIECES * rows)
         values = self.LINES * self.line(channels)
         values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
         values += 16 * (tiles * width + self.SKEW) + 4 * tiles * width
-        weights = self.matrices(4, 1) * channels * vectors * self.LANES
         return (self.threads * values + weights) * WIDE
 
     def weight_gradient(self, channels: int, outputs: int) -> int:
+        shared = WIDE * self.panels(outputs, channels) > self.SHARED_BYTES
+        parts = math.gcd(self.threads, self.blocks(channels)) if shared else 1
+        step = self.blocks(channels) // parts * 2 * self.LANES
+        last = channels - (parts - 1) * step
+        size = max(self.weight_task(c, outputs, parts) for c in {step if parts > 1 else last, last})
+        return self.threads * size * WIDE
+
+    def weight_task(self, channels: int, outputs: int, parts: int) -> int:
+        """Values of one task, on a part of the channels."""
         stride, out_stride = self.stride(channels), self.stride(outputs)
-        tiles = max(self.MIN_DEPTH, self.chunk(stride + out_stride, 1))
+        sums = self.panels(outputs, channels)
+        chunk = self.chunk(stride + out_stride, 1, sums, 2 * self.MIN_DEPTH)
+        tiles = max(self.MIN_DEPTH, chunk)
         values = self.LINES * (self.line(channels) + self.width * out_stride)
         values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
         values += self.matrices(4, 1) * (tiles * out_stride + self.SKEW)
-        partial = self.matrices(4, 1) * outputs * self.vectors(channels) * self.LANES
         # sums of 1024 tiles are added to the rest apart
-        groups = 2 if self.tiles / self.threads > 1024 else 1
-        return self.threads * (values + groups * partial) * WIDE
+        groups = 2 if self.tiles * parts / self.threads > 1024 else 1
+        return values + groups * sums
 
 
 class ReferenceScratch(FusedScratch):

@@ -34,9 +34,12 @@ namespace winograd {
 
 constexpr int64_t kChunkBytes = 300 << 10;  // of transformed values, beside weights in L2
 constexpr int64_t kMinTiles = 28, kMinProducts = 1 << 22;  // that are worth the transforms
-constexpr int64_t kMinDepth = 24;  // of a product that is added to a sum in memory
+constexpr int64_t kSharedBytes = 512 << 10;  // of weights, or sums, that stay in L2 beside a chunk
+constexpr int64_t kMinPieces = 3;            // that share what does not
+constexpr int64_t kMinDepth = 24;            // of a product that is added to a sum in memory
 constexpr int64_t kSkew = 80;  // values between matrices: their lines fall into other cache sets
-constexpr int kMaxWidth = 48;  // of a block of columns: three vectors
+constexpr int64_t kPackChannels = 16;  // whose weights are gathered at a time
+constexpr int kMaxWidth = 48;          // of a block of columns: three vectors
 
 // ---- tiles
 
@@ -172,12 +175,28 @@ void for_tiles(const PairedAxis& rows, const PairedAxis& columns, int64_t begin,
   for (int k = 0; k < 4; ++k) flush_kind(k);
 }
 
-// As many tiles as fit with `values` in each matrix, a multiple of `rows`.
+// As many tiles as fit with `values` in each matrix, a multiple of `rows`; at least `least` of them
+// where the `shared` values that each chunk reads anew come from beyond L2.
 template <typename T>
-int64_t chunk_tiles(int64_t values, int64_t rows) {
-  const int64_t fit = kChunkBytes / (16 * values * static_cast<int64_t>(sizeof(T)));
-  return std::max<int64_t>(1, fit / rows) * rows;
+int64_t chunk_tiles(int64_t values, int64_t rows, int64_t shared, int64_t least) {
+  const int64_t size = static_cast<int64_t>(sizeof(T));
+  const int64_t fit = kChunkBytes / (16 * values * size);
+  return std::max(std::max<int64_t>(1, fit / rows) * rows,
+                  shared * size > kSharedBytes ? least : 1);
 }
+
+// Matrices of [row][column] for each block of columns, which are padded with zeros.
+template <typename T>
+struct Panels {
+  Blocks<T> blocks;
+  int64_t rows, matrices;
+
+  int64_t size(int64_t block) const { return rows * blocks.width(block) + kSkew; }
+  int64_t start(int64_t block) const {
+    return matrices * (rows * blocks.start(block) + block * kSkew);
+  }
+  int64_t values() const { return matrices * (rows * blocks.padded() + blocks.count * kSkew); }
+};
 
 // Transformed values of a chunk of each kind of tiles, `of(kind).count` matrices of [tile][value].
 struct Matrices {
@@ -502,6 +521,7 @@ struct Walk {
   PairedAxis rows, columns;
   Lines<T> lines;
   Blocks<T> blocks;
+  Panels<T> weights;
   int64_t images, tiles;  // tiles: of a chunk
   Matrices z;
   bool turned;  // the weights
@@ -511,8 +531,10 @@ struct Walk {
         columns(c),
         lines(lines_of(r, c, channels)),
         blocks(outputs),
+        weights{blocks, channels, rows.weights() * columns.weights()},
         images(images),
-        tiles(chunk_tiles<T>(lines.stride + blocks.max_width(), blocks.max_rows(0))),
+        tiles(chunk_tiles<T>(lines.stride + blocks.max_width(), blocks.max_rows(0),
+                             weights.values(), kMinPieces * blocks.max_rows(0))),
         z(inputs_of(rows, columns, tiles * lines.stride + kSkew)),
         turned(turned) {}
 
@@ -539,26 +561,26 @@ struct Walk {
            4 * tiles * blocks.max_width();
   }
 
-  // ---- weights: [block of columns][u][channel][column], columns padded with zeros
+  // ---- weights: [block of columns][u][channel][column]
 
-  int64_t matrices() const { return rows.weights() * columns.weights(); }
-  int64_t packed_values() const { return matrices() * lines.channels * blocks.padded(); }
+  int64_t packed_values() const { return weights.values(); }
 
-  // channel r's; weight[tap, column] by their strides
+  // of channels [begin, end)
   template <typename S>
-  void pack(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, int64_t r,
-            T* packed) const {
-    T taps[9 * kMaxWidth];
+  void pack(const Weights<S>& given, int64_t begin, int64_t end, T* packed) const {
+    const Weights<S> source = turned ? given.turned() : given;
+    T taps[kPackChannels * 9 * kMaxWidth];
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t width = blocks.width(block);
-      for (int64_t i = 0; i < 9; ++i) {
-        const int64_t tap = turned ? 8 - i : i;
-        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
-                      block, taps + i * width);
+      for (int64_t r = begin, last; r < end; r = last) {
+        last = std::min(end, r + kPackChannels);
+        blocks.gather(source, r, last, block, taps, 9 * width, width);
+        for (int64_t i = r; i < last; ++i) {
+          memdense::dispatch<TransformWeights<T>>(TransformWeights<T>{
+              taps + (i - r) * 9 * width, width, rows.weights(), columns.weights(),
+              packed + weights.start(block) + i * width, weights.size(block)});
+        }
       }
-      T* out = packed + matrices() * lines.channels * blocks.start(block) + r * width;
-      memdense::dispatch<TransformWeights<T>>(TransformWeights<T>{
-          taps, width, rows.weights(), columns.weights(), out, lines.channels * width});
     }
   }
 
@@ -612,7 +634,7 @@ struct Walk {
   void multiply(Kind kind, int64_t count, int64_t block, const T* packed, const T* inputs,
                 T* products) const {
     const int64_t width = blocks.width(block), channels = lines.channels;
-    const T* weights = packed + matrices() * channels * blocks.start(block);
+    const T* u = packed + weights.start(block);
     const int64_t pieces = (count + blocks.max_rows(block) - 1) / blocks.max_rows(block);
     for (int a = 0; a < PairedAxis::products(kind.rows); ++a) {
       for (int b = 0; b < PairedAxis::products(kind.columns); ++b, products += product_matrix()) {
@@ -624,7 +646,7 @@ struct Walk {
             const Term column = PairedAxis::term(kind.columns, b, j);
             const int matrix = row.z * columns.inputs(kind.columns) + column.z;
             terms[used++] = {inputs + z.at(kind, matrix),
-                             weights + (row.u * columns.weights() + column.u) * channels * width};
+                             u + (row.u * columns.weights() + column.u) * weights.size(block)};
           }
         }
         for (int64_t i = 0; i < pieces; ++i) {
@@ -666,6 +688,7 @@ struct WeightWalk {
   PairedAxis rows, columns;
   Lines<T> x_lines, dy_lines;
   Blocks<T> blocks;  // of c
+  Panels<T> sums;
   int64_t images, tiles;
   Matrices z, u;
 
@@ -675,8 +698,10 @@ struct WeightWalk {
         x_lines(Walk<T>::lines_of(rows, columns, g.c)),
         dy_lines{g.out[0], g.out[1], 0, 0, g.k, pixel_stride<T>(g.k)},
         blocks(g.c),
+        sums{blocks, g.k, rows.weights() * columns.weights()},
         images(g.n),
-        tiles(std::max(kMinDepth, chunk_tiles<T>(x_lines.stride + dy_lines.stride, 1))),
+        tiles(std::max(kMinDepth, chunk_tiles<T>(x_lines.stride + dy_lines.stride, 1, sums.values(),
+                                                 2 * kMinDepth))),
         z(Walk<T>::inputs_of(rows, columns, tiles * x_lines.stride + kSkew)),
         u(tiles * dy_lines.stride + kSkew, [&](Kind kind) {
           const bool there = rows.inputs(kind.rows) * columns.inputs(kind.columns) > 0;
@@ -685,8 +710,7 @@ struct WeightWalk {
 
   int64_t units() const { return images * rows.count() * columns.count(); }
   int64_t pixels_of_unit() const { return 4; }
-  int64_t matrices() const { return rows.weights() * columns.weights(); }
-  int64_t partial_values() const { return matrices() * dy_lines.channels * blocks.padded(); }
+  int64_t partial_values() const { return sums.values(); }
   int64_t scratch_values() const {
     return x_lines.scratch_values() + dy_lines.scratch_values() + z.values() + u.values();
   }
@@ -710,18 +734,22 @@ struct WeightWalk {
         });
   }
 
-  // dweight[j, c, ky, kx] of one j: the tasks' partial sums, added in their order
-  void reduce(const T* partials, int64_t tasks, int64_t j, T* dweight) const {
+  // Are the sums so many that tasks had better share the channels than the tiles?
+  bool wide() const { return sums.values() * static_cast<int64_t>(sizeof(T)) > kSharedBytes; }
+
+  // dweight[j, c, ky, kx] for j in [begin, end): the tasks' partial sums, added in their order
+  void reduce(const T* partials, int64_t partial, int64_t tasks, int64_t begin, int64_t end,
+              T* dweight, int64_t dweight_row) const {
     T taps[9 * kMaxWidth];
-    const int64_t outputs = dy_lines.channels, channels = x_lines.channels;
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t width = blocks.width(block);
-      memdense::dispatch<TransformSums<T>>(TransformSums<T>{
-          partials + matrices() * blocks.start(block) * outputs + j * width, tasks,
-          partial_values(), outputs * width, rows.weights(), columns.weights(), width, taps});
-      for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          dweight[(j * channels + blocks.start(block) + c) * 9 + tap] = taps[tap * width + c];
+      for (int64_t j = begin; j < end; ++j) {
+        memdense::dispatch<TransformSums<T>>(
+            TransformSums<T>{partials + sums.start(block) + j * width, tasks, partial,
+                             sums.size(block), rows.weights(), columns.weights(), width, taps});
+        T* to = dweight + j * dweight_row + blocks.start(block) * 9;
+        for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
+          for (int64_t tap = 0; tap < 9; ++tap) to[c * 9 + tap] = taps[tap * width + c];
         }
       }
     }
@@ -749,7 +777,7 @@ struct WeightWalk {
 
   void multiply(Kind kind, int64_t count, const T* inputs, const T* gradients, T* partial) const {
     for (int64_t block = 0; block < blocks.count; ++block) {
-      T* sums = partial + matrices() * dy_lines.channels * blocks.start(block);
+      T* m = partial + sums.start(block);
       const T* z_block = inputs + blocks.start(block);
       for (int a = 0; a < PairedAxis::products(kind.rows); ++a) {
         for (int b = 0; b < PairedAxis::products(kind.columns); ++b) {
@@ -760,8 +788,7 @@ struct WeightWalk {
               const Term column = PairedAxis::term(kind.columns, b, j);
               const int matrix = row.z * columns.inputs(kind.columns) + column.z;
               accumulate(block, count, e, z_block + z.at(kind, matrix),
-                         sums + (row.u * columns.weights() + column.u) * dy_lines.channels *
-                                    blocks.width(block));
+                         m + (row.u * columns.weights() + column.u) * sums.size(block));
             }
           }
         }
