@@ -507,12 +507,12 @@ class NativeScratch(FusedScratch):
 class WinogradTiles:
     """csrc/cpu/winograd3x3.h, with AVX-512 and no dilation: the bytes that its threads hold.
 
-    Tiles are 2 x 2 outputs, and halves of them at the end of an odd axis; the transformed values of
-    a chunk of tiles, of weights and of lines make up the scratch.
+    Tiles are 2 x 2 outputs, and at the end of an odd axis halves of them, or padded ones; the
+    transformed values of a chunk of tiles, of weights and of lines make up the scratch.
     """
 
-    # kChunkBytes, kSharedBytes, kMinTiles, ... there
-    CHUNK_BYTES, SHARED_BYTES = 300 << 10, 512 << 10
+    # kChunkBytes, kSharedBytes, kWeight, kMinTiles, ... there
+    CHUNK_BYTES, SHARED_BYTES, WEIGHT = 300 << 10, 512 << 10, 64
     MIN_TILES, MIN_PRODUCTS, MIN_PIECES, MIN_DEPTH, SKEW = 28, 1 << 22, 3, 24, 80
     LANES = 16
     MAX_ROWS = (0, 14, 14, 9)  # of a product's tile 1, 2 or 3 vectors wide
@@ -524,14 +524,18 @@ class WinogradTiles:
         self.threads = min(threads, n * h)
         self.axes = h, w
         self.tiles = n * -(-h // 2) * -(-w // 2)
+        self.multiplications = math.prod(4 * (size // 2) + 2 * (size % 2) for size in self.axes)
+        weights = math.prod(4 + size % 2 for size in self.axes)
+        halves = n * self.multiplications + self.WEIGHT * weights
+        self.padded = 16 * (self.tiles + self.WEIGHT) < halves
 
     def matrices(self, whole: int, half: int) -> int:
         """How many there are over both axes of what has so many a tile, whole or half."""
-        return math.prod(whole + half * (size % 2) for size in self.axes)
+        return math.prod(whole + half * (size % 2 and not self.padded) for size in self.axes)
 
     def pay(self, channels: int, outputs: int) -> bool:
         direct = math.prod(3 * size - 2 for size in self.axes)
-        here = math.prod(4 * (size // 2) + 2 * (size % 2) for size in self.axes)
+        here = self.multiplications
         enough = self.tiles >= self.MIN_TILES and (
             self.n * here * channels * outputs >= self.MIN_PRODUCTS
         )
@@ -590,7 +594,8 @@ class WinogradTiles:
         sums = self.panels(outputs, channels)
         chunk = self.chunk(stride + out_stride, 1, sums, 2 * self.MIN_DEPTH)
         tiles = max(self.MIN_DEPTH, chunk)
-        values = self.LINES * (self.line(channels) + self.width * out_stride)
+        out_width = self.width + self.width % 2 * self.padded
+        values = self.LINES * (self.line(channels) + out_width * out_stride)
         values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
         values += self.matrices(4, 1) * (tiles * out_stride + self.SKEW)
         # sums of 1024 tiles are added to the rest apart

@@ -144,7 +144,9 @@ auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
   const auto paired = backward ? winograd::PairedAxis::backward : winograd::PairedAxis::forward;
   const int64_t channels = backward ? g.k : g.c, columns = backward ? g.c : g.k;
   if (winograd::pays(g)) {
-    return f(winograd::Walk<T>(paired(g, 0), paired(g, 1), channels, columns, g.n, backward));
+    const bool padded = winograd::padded(g);
+    return f(winograd::Walk<T>(paired(g, 0, padded), paired(g, 1, padded), channels, columns, g.n,
+                               backward));
   }
   return f(Walk<T>(axis(g, 0), axis(g, 1), channels, columns, g.n, tasks));
 }
@@ -409,7 +411,8 @@ void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<
                                dweight);
   }
   using Walk = winograd::WeightWalk<T>;
-  const Walk whole(g);
+  const bool padded = winograd::padded(g);
+  const Walk whole(g, padded);
   const Blocks<T>& blocks = whole.blocks;
   const int64_t parts = whole.wide() ? std::gcd(tasks, blocks.count) : 1;
   const int64_t step = blocks.start(blocks.count / parts);
@@ -417,7 +420,7 @@ void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<
   for (int64_t i = 0; i < parts; ++i) {
     Geometry part = g;
     part.c = i + 1 < parts ? step : g.c - i * step;
-    walks.emplace_back(part);
+    walks.emplace_back(part, padded);
   }
   run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
 }

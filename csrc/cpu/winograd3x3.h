@@ -15,6 +15,7 @@
 //
 // Where an axis ends in half a pair, its one output is a plain sum of z = (d0, d1, d2) times
 // u = (g0, g1, g2): g1 is the fifth of the transformed weights, and e0 * d1 the fifth of the sums.
+// Or, where few tiles would share those, a zero stands for d3 and the second output is dropped.
 //
 // All coefficients are powers of two and no output reads beyond its own taps, so errors stay about
 // those of the direct sum, and a NaN goes no further. A task takes a chunk of tiles at a time,
@@ -33,6 +34,7 @@ namespace conv3x3 {
 namespace winograd {
 
 constexpr int64_t kChunkBytes = 300 << 10;  // of transformed values, beside weights in L2
+constexpr int64_t kWeight = 64;             // multiplications that take as long as making a weight
 constexpr int64_t kMinTiles = 28, kMinProducts = 1 << 22;  // that are worth the transforms
 constexpr int64_t kSharedBytes = 512 << 10;  // of weights, or sums, that stay in L2 beside a chunk
 constexpr int64_t kMinPieces = 3;            // that share what does not
@@ -43,9 +45,11 @@ constexpr int kMaxWidth = 48;          // of a block of columns: three vectors
 
 // ---- tiles
 
-// Outputs `first` and, if whole, first + dilation.
+// Outputs `first` and, of two, first + dilation. Half a pair has one, and so may a whole one have
+// that is padded.
 struct Pair {
   int64_t first;
+  int outputs;
   bool whole;
 };
 
@@ -61,37 +65,45 @@ struct PairedAxis {
   std::vector<int64_t> places;  // of a sorted axis: the destinations, in the order of the pairs
   int half_taps = 0;            // of half a pair, as far as any lie inside; 0: there is none
 
-  // `sorted`: whole pairs before halves
-  PairedAxis(int64_t source, int64_t destination, int64_t dilation, int64_t padding, bool sorted)
+  // `padded`: no halves; `sorted`: two outputs before one
+  PairedAxis(int64_t source, int64_t destination, int64_t dilation, int64_t padding, bool padded,
+             bool sorted)
       : source(source), destination(destination), dilation(dilation), padding(padding) {
     for (int64_t phase = 0; phase < std::min(dilation, destination); ++phase) {
       for (int64_t y = phase; y < destination; y += 2 * dilation) {
-        pairs.push_back({y, y + dilation < destination});
+        const bool both = y + dilation < destination;
+        pairs.push_back({y, both ? 2 : 1, both || padded});
         if (pairs.back().whole) continue;
         half_taps = std::max(half_taps, source_of(pairs.back(), 2) < source ? 3 : 2);
       }
     }
     if (!sorted) return;
-    std::stable_partition(pairs.begin(), pairs.end(), [](const Pair& p) { return p.whole; });
+    std::stable_partition(pairs.begin(), pairs.end(), [](const Pair& p) { return p.outputs == 2; });
     for (const Pair& pair : pairs) {
       places.push_back(pair.first);
-      if (pair.whole) places.push_back(pair.first + dilation);
+      if (pair.outputs == 2) places.push_back(pair.first + dilation);
     }
   }
 
   // Rows stay in the order in which they share lines; columns make long runs of tiles of one kind.
-  static PairedAxis forward(const Geometry& g, int a) {
-    return {g.in[a], g.out[a], g.dilation[a], g.padding[a], a == 1};
+  static PairedAxis forward(const Geometry& g, int a, bool padded) {
+    return {g.in[a], g.out[a], g.dilation[a], g.padding[a], padded, a == 1};
   }
   // the same with the weights turned round
-  static PairedAxis backward(const Geometry& g, int a) {
-    return {g.out[a], g.in[a], g.dilation[a], 2 * g.dilation[a] - g.padding[a], a == 1};
+  static PairedAxis backward(const Geometry& g, int a, bool padded) {
+    return {g.out[a], g.in[a], g.dilation[a], 2 * g.dilation[a] - g.padding[a], padded, a == 1};
   }
 
   int64_t count() const { return static_cast<int64_t>(pairs.size()); }
   // of pair i's destinations and those behind it
   const int64_t* places_of(int64_t i) const {
     return places.data() + i + std::min(i, static_cast<int64_t>(places.size()) - count());
+  }
+  // destinations beyond the last that pairs name
+  int64_t beyond() const {
+    int64_t end = destination;
+    for (const Pair& pair : pairs) end = std::max(end, pair.first + pair.whole * dilation + 1);
+    return end - destination;
   }
   int64_t source_of(const Pair& pair, int r) const { return pair.first - padding + r * dilation; }
 
@@ -112,21 +124,37 @@ struct PairedAxis {
   }
 };
 
+// What there is to do for each product of channels: multiplications of tiles, and weights.
+struct Work {
+  int64_t multiplications, weights;
+
+  Work(const Geometry& g, bool padded) : multiplications(g.n), weights(1) {
+    for (int a = 0; a < 2; ++a) {
+      const PairedAxis axis = PairedAxis::forward(g, a, padded);
+      multiplications *= axis.multiplications();
+      weights *= axis.weights();
+    }
+  }
+  int64_t total() const { return multiplications + kWeight * weights; }
+};
+
+// Are halves of pairs worth weights of their own?
+inline bool padded(const Geometry& g) { return Work(g, true).total() < Work(g, false).total(); }
+
 // Is this the way for the geometry? Where few taps of a tile lie inside the image, or little work
 // shares the transforms, the direct kernel has less to do.
 inline bool pays(const Geometry& g) {
   if (g.stride[0] != 1 || g.stride[1] != 1 || g.c < 16 || g.k < 8) return false;
-  int64_t direct = 1, here = 1, tiles = g.n;
+  int64_t direct = g.n, tiles = g.n;
   for (int a = 0; a < 2; ++a) {
     const Axis axis = Axis::forward(g, a);
     int64_t taps = 0;
     for (const Tap& tap : axis.phases[0].tap) taps += std::max<int64_t>(0, tap.last - tap.first);
-    const PairedAxis paired = PairedAxis::forward(g, a);
     direct *= taps;
-    here *= paired.multiplications();
-    tiles *= paired.count();
+    tiles *= PairedAxis::forward(g, a, false).count();
   }
-  return 4 * direct > 5 * here && tiles >= kMinTiles && g.n * here * g.c * g.k >= kMinProducts;
+  const int64_t here = Work(g, false).multiplications;
+  return 4 * direct > 5 * here && tiles >= kMinTiles && here * g.c * g.k >= kMinProducts;
 }
 
 // Both ways, is a tile whole or half?
@@ -142,6 +170,7 @@ struct Run {
   int64_t image;
   Kind kind;
   Pair row;
+  int outputs;  // of each column
   int64_t first, count;
   int64_t slot;  // of the first one's transformed values
 };
@@ -165,8 +194,8 @@ void for_tiles(const PairedAxis& rows, const PairedAxis& columns, int64_t begin,
     const int k = kind.index();
     const int64_t limit = std::min({end - i, columns.count() - first, tiles - counts[k]});
     int64_t count = 1;
-    while (count < limit && columns.pairs[first + count].whole == left.whole) ++count;
-    runs[k].push_back({line / rows.count(), kind, row, first, count, counts[k]});
+    while (count < limit && columns.pairs[first + count].outputs == left.outputs) ++count;
+    runs[k].push_back({line / rows.count(), kind, row, left.outputs, first, count, counts[k]});
     take(runs[k].back());
     i += count;
     counts[k] += count;
@@ -438,11 +467,12 @@ struct TransformWeights {
 };
 
 // Outputs of `count` tiles from products[row][column of tiles][tile][column]:
-// out[line][pixel][column], with as many lines and columns of pixels as the tiles have.
+// out[line][pixel][column], with as many lines and columns of pixels as are wanted of each tile.
 template <typename T>
 struct TransformOutputs {
   const T* products;
   int64_t matrix, width, count;
+  int lines, pixels;  // wanted
   T* out;
   int64_t out_line;
 
@@ -463,12 +493,14 @@ struct TransformOutputs {
             }
 #pragma GCC unroll 2
             for (int i = 0; i < kI; ++i) {
+              if (i >= a.lines) continue;
 #pragma GCC unroll 4
               for (int s = 0; s < kS; ++s) m[s] = columns[s][i];
               outputs<kColumns>(m, out);
 #pragma GCC unroll 2
               for (int j = 0; j < kJ; ++j) {
-                store(a.out + i * a.out_line + (tile * kJ + j) * a.width + c, out[j]);
+                if (j >= a.pixels) continue;
+                store(a.out + i * a.out_line + (tile * a.pixels + j) * a.width + c, out[j]);
               }
             }
           });
@@ -666,13 +698,13 @@ struct Walk {
   // Results of a run to [line][pixel][column]; where they end.
   template <typename Emit>
   T* finish(const Run& run, int64_t block, const T* products, T* results, Emit& emit) const {
-    const int64_t width = blocks.width(block), pixels = run.count * (run.kind.columns ? 2 : 1);
+    const int64_t width = blocks.width(block), pixels = run.count * run.outputs;
     const int64_t* places = columns.places_of(run.first);
     memdense::dispatch<OfKind<TransformOutputs<T>>>(
         TransformOutputs<T>{products + run.slot * width, product_matrix(), width, run.count,
-                            results, pixels * width},
+                            run.row.outputs, run.outputs, results, pixels * width},
         run.kind);
-    for (int i = 0; i < (run.kind.rows ? 2 : 1); ++i, results += pixels * width) {
+    for (int i = 0; i < run.row.outputs; ++i, results += pixels * width) {
       emit.results(run.image, run.row.first + i * rows.dilation, block,
                    Result<T>{results, width, pixels, blocks.columns_of(block), places});
     }
@@ -692,11 +724,11 @@ struct WeightWalk {
   int64_t images, tiles;
   Matrices z, u;
 
-  explicit WeightWalk(const Geometry& g)
-      : rows(PairedAxis::forward(g, 0)),
-        columns(PairedAxis::forward(g, 1)),
+  WeightWalk(const Geometry& g, bool padded)
+      : rows(PairedAxis::forward(g, 0, padded)),
+        columns(PairedAxis::forward(g, 1, padded)),
         x_lines(Walk<T>::lines_of(rows, columns, g.c)),
-        dy_lines{g.out[0], g.out[1], 0, 0, g.k, pixel_stride<T>(g.k)},
+        dy_lines{g.out[0], g.out[1], 0, columns.beyond(), g.k, pixel_stride<T>(g.k)},
         blocks(g.c),
         sums{blocks, g.k, rows.weights() * columns.weights()},
         images(g.n),
