@@ -507,12 +507,13 @@ class NativeScratch(FusedScratch):
 class WinogradTiles:
     """csrc/cpu/winograd3x3.h, with AVX-512 and no dilation: the bytes that its threads hold.
 
-    Tiles are 2 x 2 outputs, and halves of them at the end of an odd axis; the transformed values of
-    a chunk of tiles, of weights and of lines make up the scratch.
+    Tiles are 2 x 2 outputs, and at the end of an odd axis halves of them, or padded ones; the
+    transformed values of a chunk of tiles, of weights and of lines make up the scratch.
     """
 
-    # kChunkBytes, kMinTiles, kMinProducts, kMinDepth and kSkew there
-    CHUNK_BYTES, MIN_TILES, MIN_PRODUCTS, MIN_DEPTH, SKEW = 300 << 10, 28, 1 << 22, 24, 80
+    # kChunkBytes, kSharedBytes, kWeight, kMinTiles, ... there
+    CHUNK_BYTES, SHARED_BYTES, WEIGHT = 300 << 10, 512 << 10, 64
+    MIN_TILES, MIN_PRODUCTS, MIN_PIECES, MIN_DEPTH, SKEW = 28, 1 << 22, 3, 24, 80
     LANES = 16
     MAX_ROWS = (0, 14, 14, 9)  # of a product's tile 1, 2 or 3 vectors wide
     LINES = 5  # staged
@@ -523,14 +524,18 @@ class WinogradTiles:
         self.threads = min(threads, n * h)
         self.axes = h, w
         self.tiles = n * -(-h // 2) * -(-w // 2)
+        self.multiplications = math.prod(4 * (size // 2) + 2 * (size % 2) for size in self.axes)
+        weights = math.prod(4 + size % 2 for size in self.axes)
+        halves = n * self.multiplications + self.WEIGHT * weights
+        self.padded = 16 * (self.tiles + self.WEIGHT) < halves
 
     def matrices(self, whole: int, half: int) -> int:
         """How many there are over both axes of what has so many a tile, whole or half."""
-        return math.prod(whole + half * (size % 2) for size in self.axes)
+        return math.prod(whole + half * (size % 2 and not self.padded) for size in self.axes)
 
     def pay(self, channels: int, outputs: int) -> bool:
         direct = math.prod(3 * size - 2 for size in self.axes)
-        here = math.prod(4 * (size // 2) + 2 * (size % 2) for size in self.axes)
+        here = self.multiplications
         enough = self.tiles >= self.MIN_TILES and (
             self.n * here * channels * outputs >= self.MIN_PRODUCTS
         )
@@ -548,33 +553,54 @@ class WinogradTiles:
         """Values of a line between its columns of zeros."""
         return (1 + self.width + 1 + self.width % 2) * self.stride(channels)
 
-    def chunk(self, values: int, rows: int) -> int:
+    def chunk(self, values: int, rows: int, shared: int, least: int) -> int:
         """How many tiles are transformed at a time."""
         fit = self.CHUNK_BYTES // (16 * values * WIDE)
-        return max(1, fit // rows) * rows
+        least = least if shared * WIDE > self.SHARED_BYTES else 1
+        return max(max(1, fit // rows) * rows, least)
+
+    def blocks(self, columns: int) -> int:
+        """Blocks of two vectors of columns, a last one of three."""
+        return max(1, self.vectors(columns) // 2)
+
+    def panels(self, rows: int, columns: int) -> int:
+        """Values of weights, or of sums."""
+        padded = self.vectors(columns) * self.LANES
+        return self.matrices(4, 1) * (rows * padded + self.blocks(columns) * self.SKEW)
 
     def convolution(self, channels: int, outputs: int) -> int:
         vectors = self.vectors(outputs)
         widest = 3 if vectors % 2 and vectors > 1 else min(vectors, 2)
         rows = self.MAX_ROWS[vectors if vectors <= 3 else 2]
         width, stride = widest * self.LANES, self.stride(channels)
-        tiles = self.chunk(stride + width, rows)
+        weights = self.panels(channels, outputs)
+        tiles = self.chunk(stride + width, rows, weights, self.MIN_PIECES * rows)
         values = self.LINES * self.line(channels)
         values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
         values += 16 * (tiles * width + self.SKEW) + 4 * tiles * width
-        weights = self.matrices(4, 1) * channels * vectors * self.LANES
         return (self.threads * values + weights) * WIDE
 
     def weight_gradient(self, channels: int, outputs: int) -> int:
+        shared = WIDE * self.panels(outputs, channels) > self.SHARED_BYTES
+        parts = math.gcd(self.threads, self.blocks(channels)) if shared else 1
+        step = self.blocks(channels) // parts * 2 * self.LANES
+        last = channels - (parts - 1) * step
+        size = max(self.weight_task(c, outputs, parts) for c in {step if parts > 1 else last, last})
+        return self.threads * size * WIDE
+
+    def weight_task(self, channels: int, outputs: int, parts: int) -> int:
+        """Values of one task, on a part of the channels."""
         stride, out_stride = self.stride(channels), self.stride(outputs)
-        tiles = max(self.MIN_DEPTH, self.chunk(stride + out_stride, 1))
-        values = self.LINES * (self.line(channels) + self.width * out_stride)
+        sums = self.panels(outputs, channels)
+        chunk = self.chunk(stride + out_stride, 1, sums, 2 * self.MIN_DEPTH)
+        tiles = max(self.MIN_DEPTH, chunk)
+        out_width = self.width + self.width % 2 * self.padded
+        values = self.LINES * (self.line(channels) + out_width * out_stride)
         values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
         values += self.matrices(4, 1) * (tiles * out_stride + self.SKEW)
-        partial = self.matrices(4, 1) * outputs * self.vectors(channels) * self.LANES
         # sums of 1024 tiles are added to the rest apart
-        groups = 2 if self.tiles / self.threads > 1024 else 1
-        return self.threads * (values + groups * partial) * WIDE
+        groups = 2 if self.tiles * parts / self.threads > 1024 else 1
+        return values + groups * sums
 
 
 class ReferenceScratch(FusedScratch):

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <numeric>
 #include <type_traits>
 
 #include "../conv3x3_arguments.h"
@@ -143,7 +144,9 @@ auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
   const auto paired = backward ? winograd::PairedAxis::backward : winograd::PairedAxis::forward;
   const int64_t channels = backward ? g.k : g.c, columns = backward ? g.c : g.k;
   if (winograd::pays(g)) {
-    return f(winograd::Walk<T>(paired(g, 0), paired(g, 1), channels, columns, g.n, backward));
+    const bool padded = winograd::padded(g);
+    return f(winograd::Walk<T>(paired(g, 0, padded), paired(g, 1, padded), channels, columns, g.n,
+                               backward));
   }
   return f(Walk<T>(axis(g, 0), axis(g, 1), channels, columns, g.n, tasks));
 }
@@ -153,16 +156,13 @@ template <typename S, typename T, typename Walk, typename Emit>
 void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Reading<T> read,
               const Tensor& weight, std::vector<Emit>& emits) {
   const Scratch<T> packed(walk.packed_values());
-  const int64_t channel_stride = weight.stride(backward ? 0 : 1);
-  const int64_t column_stride = weight.stride(backward ? 1 : 0);
-  const int64_t taps[2] = {weight.stride(2), weight.stride(3)};
-  const S* data = static_cast<const S*>(weight.const_data_ptr());
+  const Weights<S> weights{static_cast<const S*>(weight.const_data_ptr()),
+                           weight.stride(backward ? 0 : 1),
+                           weight.stride(backward ? 1 : 0),
+                           {weight.stride(2), weight.stride(3)}};
   torch::stable::parallel_for(
-      0, weight.size(backward ? 0 : 1), 16, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          walk.pack(data + r * channel_stride, taps, column_stride, r, packed.data);
-        }
-      });
+      0, weight.size(backward ? 0 : 1), 16,
+      [&](int64_t begin, int64_t end) { walk.pack(weights, begin, end, packed.data); });
 
   const int64_t tasks = static_cast<int64_t>(emits.size()), share = aligned(walk.scratch_values());
   const Scratch<T> scratch(tasks * share);
@@ -356,36 +356,73 @@ MEMDENSE_SIMD void add(const T* __restrict__ values, int64_t count, T* __restric
   for (int64_t i = 0; i < count; ++i) to[i] += values[i];
 }
 
+// Walks over equal parts of the channels, `step` apart, each by as many tasks as the next.
+template <typename S, typename Walk>
+void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t tasks,
+                      const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
+                      const Reading<Compute<S>>& read, Compute<S>* dweight) {
+  using T = Compute<S>;
+  const int64_t shares = tasks / static_cast<int64_t>(walks.size());
+  int64_t scratch_size = 0, partial = 0;
+  for (const Walk& walk : walks) {
+    scratch_size = std::max(scratch_size, aligned(walk.scratch_values()));
+    partial = std::max(partial, aligned(walk.partial_values()));
+  }
+  const Scratch<T> scratch(tasks * scratch_size), partials(tasks * partial);
+  for_tasks(tasks, tasks, [&](int64_t task, int64_t, int64_t) {
+    const Walk& walk = walks[task / shares];
+    const int64_t channel = task / shares * step, share = task % shares,
+                  size = walk.partial_values();
+    const int64_t begin = share * walk.units() / shares, end = (share + 1) * walk.units() / shares;
+    const Images<const S> source{x.data + channel * x.strides.c, x.strides};
+    const Reading<T> reading =
+        read.scale ? Reading<T>{read.scale + channel, read.shift + channel} : read;
+    T* mine = partials.data + task * partial;
+    std::fill_n(mine, size, T{0});
+    const int64_t units = std::max<int64_t>(1, kPartialPixels / walk.pixels_of_unit());
+    const Scratch<T> group(end - begin > units ? size : 0);
+    for (int64_t first = begin, last; first < end; first = last) {
+      // a last group may be a little larger
+      last = end - first < 2 * units ? end : first + units;
+      T* sums = mine;
+      if (first > begin) {
+        sums = group.data;
+        std::fill_n(sums, size, T{0});
+      }
+      walk.run(first, last, dy, source, reading, scratch.data + task * scratch_size, sums);
+      if (first > begin) add(sums, size, mine);
+    }
+  });
+  torch::stable::parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < walks.size(); ++i) {
+      walks[i].reduce(partials.data + i * shares * partial, partial, shares, begin, end,
+                      dweight + i * step * 9, g.c * 9);
+    }
+  });
+}
+
 template <typename S>
 void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
                      Reading<Compute<S>> read, Compute<S>* dweight) {
   using T = Compute<S>;
   const int64_t tasks = task_count(g.n * g.out[0]);
-  const auto run = [&](const auto& walk) {
-    const int64_t share = aligned(walk.scratch_values()), partial = walk.partial_values();
-    const Scratch<T> scratch(tasks * share), partials(tasks * partial);
-    for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
-      T* mine = partials.data + task * partial;
-      std::fill_n(mine, partial, T{0});
-      const int64_t units = std::max<int64_t>(1, kPartialPixels / walk.pixels_of_unit());
-      const Scratch<T> group(end - begin > units ? partial : 0);
-      for (int64_t first = begin, last; first < end; first = last) {
-        // a last group may be a little larger
-        last = end - first < 2 * units ? end : first + units;
-        T* sums = mine;
-        if (first > begin) {
-          sums = group.data;
-          std::fill_n(sums, partial, T{0});
-        }
-        walk.run(first, last, dy, x, read, scratch.data + task * share, sums);
-        if (first > begin) add(sums, partial, mine);
-      }
-    });
-    torch::stable::parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) walk.reduce(partials.data, tasks, j, dweight);
-    });
-  };
-  winograd::pays(g) ? run(winograd::WeightWalk<T>(g)) : run(WeightWalk<T>(g, tasks));
+  if (!winograd::pays(g)) {
+    return run_weight_walks<S>(std::vector{WeightWalk<T>(g, tasks)}, 0, tasks, g, dy, x, read,
+                               dweight);
+  }
+  using Walk = winograd::WeightWalk<T>;
+  const bool padded = winograd::padded(g);
+  const Walk whole(g, padded);
+  const Blocks<T>& blocks = whole.blocks;
+  const int64_t parts = whole.wide() ? std::gcd(tasks, blocks.count) : 1;
+  const int64_t step = blocks.start(blocks.count / parts);
+  std::vector<Walk> walks;
+  for (int64_t i = 0; i < parts; ++i) {
+    Geometry part = g;
+    part.c = i + 1 < parts ? step : g.c - i * step;
+    walks.emplace_back(part, padded);
+  }
+  run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
 }
 
 Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& stride,

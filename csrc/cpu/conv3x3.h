@@ -41,6 +41,20 @@ struct Images {
   S* line(int64_t n, int64_t h) const { return data + n * strides.n + h * strides.h; }
 };
 
+// Weights as a walk reads them, by the strides of its channels, columns and taps.
+template <typename S>
+struct Weights {
+  const S* data;
+  int64_t channel, column, taps[2];
+
+  Weights turned() const {
+    return {data + 2 * (taps[0] + taps[1]), channel, column, {-taps[0], -taps[1]}};
+  }
+  const S& at(int64_t r, int64_t tap, int64_t j) const {
+    return data[r * channel + tap / 3 * taps[0] + tap % 3 * taps[1] + j * column];
+  }
+};
+
 // How a BatchNorm is read: z = relu(scale * x + shift); no vectors, no reading: z = x.
 template <typename T>
 struct Reading {
@@ -140,13 +154,33 @@ struct Blocks {
   int64_t max_width() const { return width(count - 1) > width(0) ? width(count - 1) : width(0); }
   int64_t padded() const { return vectors * lanes; }
 
-  // A block's columns of one row of a matrix, padded with zeros.
+  // Channels [begin, end) of a block's weights, columns padded with zeros, to
+  // out[channel][tap][column] by the strides given.
   template <typename S>
-  void gather(const S* row, int64_t stride, int64_t block, T* out) const {
-    const int64_t real = columns_of(block);
-    row += start(block) * stride;
-    for (int64_t j = 0; j < real; ++j) out[j] = load(row[j * stride]);
-    std::fill(out + real, out + width(block), T{0});
+  void gather(const Weights<S>& w, int64_t begin, int64_t end, int64_t block, T* out,
+              int64_t out_channel, int64_t out_tap) const {
+    const int64_t real = columns_of(block), first = start(block);
+    const auto copy = [&](int64_t r, int64_t tap, int64_t j) {
+      out[(r - begin) * out_channel + tap * out_tap + j] = load(w.at(r, tap, first + j));
+    };
+    // in the order of memory
+    if (w.channel < w.column) {
+      for (int64_t j = 0; j < real; ++j) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          for (int64_t r = begin; r < end; ++r) copy(r, tap, j);
+        }
+      }
+    } else {
+      for (int64_t r = begin; r < end; ++r) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          for (int64_t j = 0; j < real; ++j) copy(r, tap, j);
+        }
+      }
+    }
+    for (int64_t i = 0; real < width(block) && i < 9 * (end - begin); ++i) {
+      T* row = out + i / 9 * out_channel + i % 9 * out_tap;
+      std::fill(row + real, row + width(block), T{0});
+    }
   }
 };
 
@@ -383,17 +417,14 @@ struct Walk {
 
   int64_t packed_values() const { return 9 * channels * blocks.padded(); }
 
-  // channel r's; weight[tap, column] by their strides
+  // of channels [begin, end)
   template <typename S>
-  void pack(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, int64_t r,
-            T* packed) const {
+  void pack(const Weights<S>& weights, int64_t begin, int64_t end, T* packed) const {
     for (int64_t block = 0; block < blocks.count; ++block) {
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
-                      block,
-                      packed + 9 * channels * blocks.start(block) +
-                          (tap * channels + r) * blocks.width(block));
-      }
+      const int64_t width = blocks.width(block);
+      blocks.gather(weights, begin, end, block,
+                    packed + 9 * channels * blocks.start(block) + begin * width, width,
+                    channels * width);
     }
   }
 
@@ -535,16 +566,19 @@ struct WeightWalk {
     for (int64_t i = begin; i < end; ++i) run_band(bands[i], dy, x, read, scratch, partial);
   }
 
-  // dweight[j, c, ky, kx] of one j: the tasks' partial sums, added in their order
-  void reduce(const T* partials, int64_t tasks, int64_t j, T* dweight) const {
-    for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t width = blocks.width(block);
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        const T* from = partials + 9 * g.k * blocks.start(block) + (tap * g.k + j) * width;
-        for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
-          T sum = from[c];
-          for (int64_t t = 1; t < tasks; ++t) sum += from[t * partial_values() + c];
-          dweight[(j * g.c + blocks.start(block) + c) * 9 + tap] = sum;
+  // dweight[j, c, ky, kx] for j in [begin, end): the tasks' partial sums, added in their order
+  void reduce(const T* partials, int64_t partial, int64_t tasks, int64_t begin, int64_t end,
+              T* dweight, int64_t dweight_row) const {
+    for (int64_t j = begin; j < end; ++j) {
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        const int64_t width = blocks.width(block);
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          const T* from = partials + 9 * g.k * blocks.start(block) + (tap * g.k + j) * width;
+          for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
+            T sum = from[c];
+            for (int64_t t = 1; t < tasks; ++t) sum += from[t * partial + c];
+            dweight[j * dweight_row + (blocks.start(block) + c) * 9 + tap] = sum;
+          }
         }
       }
     }

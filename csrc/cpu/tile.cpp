@@ -16,6 +16,9 @@ constexpr int64_t chain(int64_t products) {
   return chains < 2 ? products : (products + chains - 1) / chains;
 }
 
+// Rows of b that are fetched before their turn: many weights come from beyond L2.
+constexpr int64_t kAhead = 16;
+
 // 12 sums, 2 columns and a broadcast value are in 16 registers
 namespace baseline {
 constexpr int kVectorBytes = 16, kMaxVectors = 2, kMaxRows[] = {0, 6, 6, 0};

@@ -15,6 +15,7 @@
 //
 // Where an axis ends in half a pair, its one output is a plain sum of z = (d0, d1, d2) times
 // u = (g0, g1, g2): g1 is the fifth of the transformed weights, and e0 * d1 the fifth of the sums.
+// Or, where few tiles would share those, a zero stands for d3 and the second output is dropped.
 //
 // All coefficients are powers of two and no output reads beyond its own taps, so errors stay about
 // those of the direct sum, and a NaN goes no further. A task takes a chunk of tiles at a time,
@@ -33,16 +34,22 @@ namespace conv3x3 {
 namespace winograd {
 
 constexpr int64_t kChunkBytes = 300 << 10;  // of transformed values, beside weights in L2
+constexpr int64_t kWeight = 64;             // multiplications that take as long as making a weight
 constexpr int64_t kMinTiles = 28, kMinProducts = 1 << 22;  // that are worth the transforms
-constexpr int64_t kMinDepth = 24;  // of a product that is added to a sum in memory
+constexpr int64_t kSharedBytes = 512 << 10;  // of weights, or sums, that stay in L2 beside a chunk
+constexpr int64_t kMinPieces = 3;            // that share what does not
+constexpr int64_t kMinDepth = 24;            // of a product that is added to a sum in memory
 constexpr int64_t kSkew = 80;  // values between matrices: their lines fall into other cache sets
-constexpr int kMaxWidth = 48;  // of a block of columns: three vectors
+constexpr int64_t kPackChannels = 16;  // whose weights are gathered at a time
+constexpr int kMaxWidth = 48;          // of a block of columns: three vectors
 
 // ---- tiles
 
-// Outputs `first` and, if whole, first + dilation.
+// Outputs `first` and, of two, first + dilation. Half a pair has one, and so may a whole one have
+// that is padded.
 struct Pair {
   int64_t first;
+  int outputs;
   bool whole;
 };
 
@@ -58,37 +65,45 @@ struct PairedAxis {
   std::vector<int64_t> places;  // of a sorted axis: the destinations, in the order of the pairs
   int half_taps = 0;            // of half a pair, as far as any lie inside; 0: there is none
 
-  // `sorted`: whole pairs before halves
-  PairedAxis(int64_t source, int64_t destination, int64_t dilation, int64_t padding, bool sorted)
+  // `padded`: no halves; `sorted`: two outputs before one
+  PairedAxis(int64_t source, int64_t destination, int64_t dilation, int64_t padding, bool padded,
+             bool sorted)
       : source(source), destination(destination), dilation(dilation), padding(padding) {
     for (int64_t phase = 0; phase < std::min(dilation, destination); ++phase) {
       for (int64_t y = phase; y < destination; y += 2 * dilation) {
-        pairs.push_back({y, y + dilation < destination});
+        const bool both = y + dilation < destination;
+        pairs.push_back({y, both ? 2 : 1, both || padded});
         if (pairs.back().whole) continue;
         half_taps = std::max(half_taps, source_of(pairs.back(), 2) < source ? 3 : 2);
       }
     }
     if (!sorted) return;
-    std::stable_partition(pairs.begin(), pairs.end(), [](const Pair& p) { return p.whole; });
+    std::stable_partition(pairs.begin(), pairs.end(), [](const Pair& p) { return p.outputs == 2; });
     for (const Pair& pair : pairs) {
       places.push_back(pair.first);
-      if (pair.whole) places.push_back(pair.first + dilation);
+      if (pair.outputs == 2) places.push_back(pair.first + dilation);
     }
   }
 
   // Rows stay in the order in which they share lines; columns make long runs of tiles of one kind.
-  static PairedAxis forward(const Geometry& g, int a) {
-    return {g.in[a], g.out[a], g.dilation[a], g.padding[a], a == 1};
+  static PairedAxis forward(const Geometry& g, int a, bool padded) {
+    return {g.in[a], g.out[a], g.dilation[a], g.padding[a], padded, a == 1};
   }
   // the same with the weights turned round
-  static PairedAxis backward(const Geometry& g, int a) {
-    return {g.out[a], g.in[a], g.dilation[a], 2 * g.dilation[a] - g.padding[a], a == 1};
+  static PairedAxis backward(const Geometry& g, int a, bool padded) {
+    return {g.out[a], g.in[a], g.dilation[a], 2 * g.dilation[a] - g.padding[a], padded, a == 1};
   }
 
   int64_t count() const { return static_cast<int64_t>(pairs.size()); }
   // of pair i's destinations and those behind it
   const int64_t* places_of(int64_t i) const {
     return places.data() + i + std::min(i, static_cast<int64_t>(places.size()) - count());
+  }
+  // destinations beyond the last that pairs name
+  int64_t beyond() const {
+    int64_t end = destination;
+    for (const Pair& pair : pairs) end = std::max(end, pair.first + pair.whole * dilation + 1);
+    return end - destination;
   }
   int64_t source_of(const Pair& pair, int r) const { return pair.first - padding + r * dilation; }
 
@@ -109,21 +124,37 @@ struct PairedAxis {
   }
 };
 
+// What there is to do for each product of channels: multiplications of tiles, and weights.
+struct Work {
+  int64_t multiplications, weights;
+
+  Work(const Geometry& g, bool padded) : multiplications(g.n), weights(1) {
+    for (int a = 0; a < 2; ++a) {
+      const PairedAxis axis = PairedAxis::forward(g, a, padded);
+      multiplications *= axis.multiplications();
+      weights *= axis.weights();
+    }
+  }
+  int64_t total() const { return multiplications + kWeight * weights; }
+};
+
+// Are halves of pairs worth weights of their own?
+inline bool padded(const Geometry& g) { return Work(g, true).total() < Work(g, false).total(); }
+
 // Is this the way for the geometry? Where few taps of a tile lie inside the image, or little work
 // shares the transforms, the direct kernel has less to do.
 inline bool pays(const Geometry& g) {
   if (g.stride[0] != 1 || g.stride[1] != 1 || g.c < 16 || g.k < 8) return false;
-  int64_t direct = 1, here = 1, tiles = g.n;
+  int64_t direct = g.n, tiles = g.n;
   for (int a = 0; a < 2; ++a) {
     const Axis axis = Axis::forward(g, a);
     int64_t taps = 0;
     for (const Tap& tap : axis.phases[0].tap) taps += std::max<int64_t>(0, tap.last - tap.first);
-    const PairedAxis paired = PairedAxis::forward(g, a);
     direct *= taps;
-    here *= paired.multiplications();
-    tiles *= paired.count();
+    tiles *= PairedAxis::forward(g, a, false).count();
   }
-  return 4 * direct > 5 * here && tiles >= kMinTiles && g.n * here * g.c * g.k >= kMinProducts;
+  const int64_t here = Work(g, false).multiplications;
+  return 4 * direct > 5 * here && tiles >= kMinTiles && here * g.c * g.k >= kMinProducts;
 }
 
 // Both ways, is a tile whole or half?
@@ -139,6 +170,7 @@ struct Run {
   int64_t image;
   Kind kind;
   Pair row;
+  int outputs;  // of each column
   int64_t first, count;
   int64_t slot;  // of the first one's transformed values
 };
@@ -162,8 +194,8 @@ void for_tiles(const PairedAxis& rows, const PairedAxis& columns, int64_t begin,
     const int k = kind.index();
     const int64_t limit = std::min({end - i, columns.count() - first, tiles - counts[k]});
     int64_t count = 1;
-    while (count < limit && columns.pairs[first + count].whole == left.whole) ++count;
-    runs[k].push_back({line / rows.count(), kind, row, first, count, counts[k]});
+    while (count < limit && columns.pairs[first + count].outputs == left.outputs) ++count;
+    runs[k].push_back({line / rows.count(), kind, row, left.outputs, first, count, counts[k]});
     take(runs[k].back());
     i += count;
     counts[k] += count;
@@ -172,12 +204,28 @@ void for_tiles(const PairedAxis& rows, const PairedAxis& columns, int64_t begin,
   for (int k = 0; k < 4; ++k) flush_kind(k);
 }
 
-// As many tiles as fit with `values` in each matrix, a multiple of `rows`.
+// As many tiles as fit with `values` in each matrix, a multiple of `rows`; at least `least` of them
+// where the `shared` values that each chunk reads anew come from beyond L2.
 template <typename T>
-int64_t chunk_tiles(int64_t values, int64_t rows) {
-  const int64_t fit = kChunkBytes / (16 * values * static_cast<int64_t>(sizeof(T)));
-  return std::max<int64_t>(1, fit / rows) * rows;
+int64_t chunk_tiles(int64_t values, int64_t rows, int64_t shared, int64_t least) {
+  const int64_t size = static_cast<int64_t>(sizeof(T));
+  const int64_t fit = kChunkBytes / (16 * values * size);
+  return std::max(std::max<int64_t>(1, fit / rows) * rows,
+                  shared * size > kSharedBytes ? least : 1);
 }
+
+// Matrices of [row][column] for each block of columns, which are padded with zeros.
+template <typename T>
+struct Panels {
+  Blocks<T> blocks;
+  int64_t rows, matrices;
+
+  int64_t size(int64_t block) const { return rows * blocks.width(block) + kSkew; }
+  int64_t start(int64_t block) const {
+    return matrices * (rows * blocks.start(block) + block * kSkew);
+  }
+  int64_t values() const { return matrices * (rows * blocks.padded() + blocks.count * kSkew); }
+};
 
 // Transformed values of a chunk of each kind of tiles, `of(kind).count` matrices of [tile][value].
 struct Matrices {
@@ -419,11 +467,12 @@ struct TransformWeights {
 };
 
 // Outputs of `count` tiles from products[row][column of tiles][tile][column]:
-// out[line][pixel][column], with as many lines and columns of pixels as the tiles have.
+// out[line][pixel][column], with as many lines and columns of pixels as are wanted of each tile.
 template <typename T>
 struct TransformOutputs {
   const T* products;
   int64_t matrix, width, count;
+  int lines, pixels;  // wanted
   T* out;
   int64_t out_line;
 
@@ -444,12 +493,14 @@ struct TransformOutputs {
             }
 #pragma GCC unroll 2
             for (int i = 0; i < kI; ++i) {
+              if (i >= a.lines) continue;
 #pragma GCC unroll 4
               for (int s = 0; s < kS; ++s) m[s] = columns[s][i];
               outputs<kColumns>(m, out);
 #pragma GCC unroll 2
               for (int j = 0; j < kJ; ++j) {
-                store(a.out + i * a.out_line + (tile * kJ + j) * a.width + c, out[j]);
+                if (j >= a.pixels) continue;
+                store(a.out + i * a.out_line + (tile * a.pixels + j) * a.width + c, out[j]);
               }
             }
           });
@@ -502,6 +553,7 @@ struct Walk {
   PairedAxis rows, columns;
   Lines<T> lines;
   Blocks<T> blocks;
+  Panels<T> weights;
   int64_t images, tiles;  // tiles: of a chunk
   Matrices z;
   bool turned;  // the weights
@@ -511,8 +563,10 @@ struct Walk {
         columns(c),
         lines(lines_of(r, c, channels)),
         blocks(outputs),
+        weights{blocks, channels, rows.weights() * columns.weights()},
         images(images),
-        tiles(chunk_tiles<T>(lines.stride + blocks.max_width(), blocks.max_rows(0))),
+        tiles(chunk_tiles<T>(lines.stride + blocks.max_width(), blocks.max_rows(0),
+                             weights.values(), kMinPieces * blocks.max_rows(0))),
         z(inputs_of(rows, columns, tiles * lines.stride + kSkew)),
         turned(turned) {}
 
@@ -539,26 +593,26 @@ struct Walk {
            4 * tiles * blocks.max_width();
   }
 
-  // ---- weights: [block of columns][u][channel][column], columns padded with zeros
+  // ---- weights: [block of columns][u][channel][column]
 
-  int64_t matrices() const { return rows.weights() * columns.weights(); }
-  int64_t packed_values() const { return matrices() * lines.channels * blocks.padded(); }
+  int64_t packed_values() const { return weights.values(); }
 
-  // channel r's; weight[tap, column] by their strides
+  // of channels [begin, end)
   template <typename S>
-  void pack(const S* weight, const int64_t (&tap_stride)[2], int64_t column_stride, int64_t r,
-            T* packed) const {
-    T taps[9 * kMaxWidth];
+  void pack(const Weights<S>& given, int64_t begin, int64_t end, T* packed) const {
+    const Weights<S> source = turned ? given.turned() : given;
+    T taps[kPackChannels * 9 * kMaxWidth];
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t width = blocks.width(block);
-      for (int64_t i = 0; i < 9; ++i) {
-        const int64_t tap = turned ? 8 - i : i;
-        blocks.gather(weight + tap / 3 * tap_stride[0] + tap % 3 * tap_stride[1], column_stride,
-                      block, taps + i * width);
+      for (int64_t r = begin, last; r < end; r = last) {
+        last = std::min(end, r + kPackChannels);
+        blocks.gather(source, r, last, block, taps, 9 * width, width);
+        for (int64_t i = r; i < last; ++i) {
+          memdense::dispatch<TransformWeights<T>>(TransformWeights<T>{
+              taps + (i - r) * 9 * width, width, rows.weights(), columns.weights(),
+              packed + weights.start(block) + i * width, weights.size(block)});
+        }
       }
-      T* out = packed + matrices() * lines.channels * blocks.start(block) + r * width;
-      memdense::dispatch<TransformWeights<T>>(TransformWeights<T>{
-          taps, width, rows.weights(), columns.weights(), out, lines.channels * width});
     }
   }
 
@@ -612,7 +666,7 @@ struct Walk {
   void multiply(Kind kind, int64_t count, int64_t block, const T* packed, const T* inputs,
                 T* products) const {
     const int64_t width = blocks.width(block), channels = lines.channels;
-    const T* weights = packed + matrices() * channels * blocks.start(block);
+    const T* u = packed + weights.start(block);
     const int64_t pieces = (count + blocks.max_rows(block) - 1) / blocks.max_rows(block);
     for (int a = 0; a < PairedAxis::products(kind.rows); ++a) {
       for (int b = 0; b < PairedAxis::products(kind.columns); ++b, products += product_matrix()) {
@@ -624,7 +678,7 @@ struct Walk {
             const Term column = PairedAxis::term(kind.columns, b, j);
             const int matrix = row.z * columns.inputs(kind.columns) + column.z;
             terms[used++] = {inputs + z.at(kind, matrix),
-                             weights + (row.u * columns.weights() + column.u) * channels * width};
+                             u + (row.u * columns.weights() + column.u) * weights.size(block)};
           }
         }
         for (int64_t i = 0; i < pieces; ++i) {
@@ -644,13 +698,13 @@ struct Walk {
   // Results of a run to [line][pixel][column]; where they end.
   template <typename Emit>
   T* finish(const Run& run, int64_t block, const T* products, T* results, Emit& emit) const {
-    const int64_t width = blocks.width(block), pixels = run.count * (run.kind.columns ? 2 : 1);
+    const int64_t width = blocks.width(block), pixels = run.count * run.outputs;
     const int64_t* places = columns.places_of(run.first);
     memdense::dispatch<OfKind<TransformOutputs<T>>>(
         TransformOutputs<T>{products + run.slot * width, product_matrix(), width, run.count,
-                            results, pixels * width},
+                            run.row.outputs, run.outputs, results, pixels * width},
         run.kind);
-    for (int i = 0; i < (run.kind.rows ? 2 : 1); ++i, results += pixels * width) {
+    for (int i = 0; i < run.row.outputs; ++i, results += pixels * width) {
       emit.results(run.image, run.row.first + i * rows.dilation, block,
                    Result<T>{results, width, pixels, blocks.columns_of(block), places});
     }
@@ -666,17 +720,20 @@ struct WeightWalk {
   PairedAxis rows, columns;
   Lines<T> x_lines, dy_lines;
   Blocks<T> blocks;  // of c
+  Panels<T> sums;
   int64_t images, tiles;
   Matrices z, u;
 
-  explicit WeightWalk(const Geometry& g)
-      : rows(PairedAxis::forward(g, 0)),
-        columns(PairedAxis::forward(g, 1)),
+  WeightWalk(const Geometry& g, bool padded)
+      : rows(PairedAxis::forward(g, 0, padded)),
+        columns(PairedAxis::forward(g, 1, padded)),
         x_lines(Walk<T>::lines_of(rows, columns, g.c)),
-        dy_lines{g.out[0], g.out[1], 0, 0, g.k, pixel_stride<T>(g.k)},
+        dy_lines{g.out[0], g.out[1], 0, columns.beyond(), g.k, pixel_stride<T>(g.k)},
         blocks(g.c),
+        sums{blocks, g.k, rows.weights() * columns.weights()},
         images(g.n),
-        tiles(std::max(kMinDepth, chunk_tiles<T>(x_lines.stride + dy_lines.stride, 1))),
+        tiles(std::max(kMinDepth, chunk_tiles<T>(x_lines.stride + dy_lines.stride, 1, sums.values(),
+                                                 2 * kMinDepth))),
         z(Walk<T>::inputs_of(rows, columns, tiles * x_lines.stride + kSkew)),
         u(tiles * dy_lines.stride + kSkew, [&](Kind kind) {
           const bool there = rows.inputs(kind.rows) * columns.inputs(kind.columns) > 0;
@@ -685,8 +742,7 @@ struct WeightWalk {
 
   int64_t units() const { return images * rows.count() * columns.count(); }
   int64_t pixels_of_unit() const { return 4; }
-  int64_t matrices() const { return rows.weights() * columns.weights(); }
-  int64_t partial_values() const { return matrices() * dy_lines.channels * blocks.padded(); }
+  int64_t partial_values() const { return sums.values(); }
   int64_t scratch_values() const {
     return x_lines.scratch_values() + dy_lines.scratch_values() + z.values() + u.values();
   }
@@ -710,18 +766,22 @@ struct WeightWalk {
         });
   }
 
-  // dweight[j, c, ky, kx] of one j: the tasks' partial sums, added in their order
-  void reduce(const T* partials, int64_t tasks, int64_t j, T* dweight) const {
+  // Are the sums so many that tasks had better share the channels than the tiles?
+  bool wide() const { return sums.values() * static_cast<int64_t>(sizeof(T)) > kSharedBytes; }
+
+  // dweight[j, c, ky, kx] for j in [begin, end): the tasks' partial sums, added in their order
+  void reduce(const T* partials, int64_t partial, int64_t tasks, int64_t begin, int64_t end,
+              T* dweight, int64_t dweight_row) const {
     T taps[9 * kMaxWidth];
-    const int64_t outputs = dy_lines.channels, channels = x_lines.channels;
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t width = blocks.width(block);
-      memdense::dispatch<TransformSums<T>>(TransformSums<T>{
-          partials + matrices() * blocks.start(block) * outputs + j * width, tasks,
-          partial_values(), outputs * width, rows.weights(), columns.weights(), width, taps});
-      for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          dweight[(j * channels + blocks.start(block) + c) * 9 + tap] = taps[tap * width + c];
+      for (int64_t j = begin; j < end; ++j) {
+        memdense::dispatch<TransformSums<T>>(
+            TransformSums<T>{partials + sums.start(block) + j * width, tasks, partial,
+                             sums.size(block), rows.weights(), columns.weights(), width, taps});
+        T* to = dweight + j * dweight_row + blocks.start(block) * 9;
+        for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
+          for (int64_t tap = 0; tap < 9; ++tap) to[c * 9 + tap] = taps[tap * width + c];
         }
       }
     }
@@ -749,7 +809,7 @@ struct WeightWalk {
 
   void multiply(Kind kind, int64_t count, const T* inputs, const T* gradients, T* partial) const {
     for (int64_t block = 0; block < blocks.count; ++block) {
-      T* sums = partial + matrices() * dy_lines.channels * blocks.start(block);
+      T* m = partial + sums.start(block);
       const T* z_block = inputs + blocks.start(block);
       for (int a = 0; a < PairedAxis::products(kind.rows); ++a) {
         for (int b = 0; b < PairedAxis::products(kind.columns); ++b) {
@@ -760,8 +820,7 @@ struct WeightWalk {
               const Term column = PairedAxis::term(kind.columns, b, j);
               const int matrix = row.z * columns.inputs(kind.columns) + column.z;
               accumulate(block, count, e, z_block + z.at(kind, matrix),
-                         sums + (row.u * columns.weights() + column.u) * dy_lines.channels *
-                                    blocks.width(block));
+                         m + (row.u * columns.weights() + column.u) * sums.size(block));
             }
           }
         }
