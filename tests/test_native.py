@@ -64,11 +64,16 @@ def test_float64_matches_the_reference(shape, count):
 @built
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_errs_no_more_than_the_reference(shape):
-    inputs = Inputs(*shape, torch.float32)
-    exact = inputs.run(Reference(), torch.float64)
-    reference = inputs.run(Reference(), torch.float32)
-    found = inputs.run(Native(), torch.float32, poisoned)
-    assert_errs_no_more(found, reference, exact)
+    # several draws where channels are few: a handful of errors says little
+    draws = [Inputs(*shape, torch.float32) for _ in range(40 if shape[1] < 16 else 1)]
+
+    def run(*arguments):
+        results = [inputs.run(*arguments) for inputs in draws]
+        return {name: torch.cat([r[name] for r in results], -1) for name in results[0]}
+
+    exact = run(Reference(), torch.float64)
+    reference = run(Reference(), torch.float32)
+    assert_errs_no_more(run(Native(), torch.float32, poisoned), reference, exact)
 
 
 @built
