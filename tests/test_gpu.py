@@ -161,7 +161,8 @@ def test_replays_are_the_same_bits_in_the_same_memory() -> None:
             assert torch.equal(a.grad, b.grad), (seed, name)
         for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
             assert torch.equal(a, b), (seed, name)
-    assert peaks[True][-1] <= 1.05 * peaks[False][-1]
+    # a replay allocates all gradients of a stage before its first launch
+    assert peaks[True][-1] <= 1.15 * peaks[False][-1]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
