@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memdense import buffers, engine, spec
-from memdense.backends.triton import Triton, conv3x3, tune, tuning
+from memdense.backends.triton import Triton, conv3x3, running, tune, tuning
 from memdense.backends.triton.launch import ALIGNMENT, Launch, cdiv, recorded
 
 TYPES = {
@@ -164,7 +164,7 @@ def stem_step(n: int, side: int, channels: int, dtype: torch.dtype) -> None:
     known = spec.StemSpec(norm(channels).spec, (2, 2), (3, 3), (1, 1), True)
     x, weight = empty(n, 3, side, side, dtype=dtype), empty(channels, 3, 7, 7)
     count = empty(dtype=torch.int64)
-    Triton().update_running(
+    running.update(
         [empty(channels)], [empty(channels)], [count], empty(2, channels), [0], [0.1], n * side**2
     )
     kept = engine.stem_forward(x, weight, norm(channels), known, Triton())
