@@ -20,8 +20,8 @@ import torch
 from measure import Clock, default_device, describe, interleaved
 from rich.console import Console
 from rich.table import Table
+from variants import ARCHS, Setting, inputs, memdense_model, step
 
-import memdense
 from memdense import ops
 from memdense.backends.triton import Triton, launch, replay
 
@@ -60,23 +60,6 @@ class HostClock(Clock):
         return super().time(run)
 
 
-def training_step(
-    model: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype
-) -> Callable[[], torch.Tensor]:
-    """Forward and backward; returns the loss."""
-    target = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    wanted = dtype != torch.float32
-
-    def run() -> torch.Tensor:
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(x.device.type, dtype, enabled=wanted):
-            loss = torch.nn.functional.cross_entropy(model(x), target)
-        loss.backward()
-        return loss
-
-    return run
-
-
 def launches_of(run: Callable[[], Any]) -> int:
     """How many Triton kernels a step launches."""
     with launch.recorded() as log:
@@ -86,8 +69,7 @@ def launches_of(run: Callable[[], Any]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [name for name in memdense.__all__ if name.startswith("densenet")]
-    parser.add_argument("--arch", choices=names, default="densenet121")
+    parser.add_argument("--arch", choices=ARCHS, default="densenet121")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=32, help="pixels of an image's side")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -96,14 +78,19 @@ def main() -> int:
 
     device = default_device()
     torch.set_num_threads(1)
-    model = getattr(memdense, args.arch)().to(device)
-    x = torch.randn(args.batch, 3, args.size, args.size, device=device)
-    step = training_step(model, x, getattr(torch, args.dtype))
+    arch, dtype = ARCHS[args.arch], getattr(torch, args.dtype)
+    setting = Setting(arch, args.arch, args.batch, args.size, dtype, device)
+    model = memdense_model(arch).to(device)
+    x, target = inputs(setting)
+
+    def training_step() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        return step(model, x, target, setting)
 
     def variant(wanted: bool) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
             with replay.replaying(wanted):
-                return step()
+                return training_step()
 
         return run
 
@@ -111,7 +98,7 @@ def main() -> int:
     with nullcontext() if device.type == "cuda" else without_gpu():
         for _ in range(3):
             variants["replayed"]()
-        count = launches_of(step)
+        count = launches_of(training_step)
         rounds = args.rounds, args.rounds
         times = interleaved(variants, lambda *_: "", HostClock(device), 1e9, rounds)
 

@@ -276,6 +276,8 @@ def _draw_mask(x: Tensor, stage: Stage, layout: torch.memory_format) -> Tensor |
 
 
 def _update_running(found: StageModules, statistics: Tensor, x: Tensor) -> None:
+    if all(n.running is None for n in found.norms):
+        return
     columns, _ = reader_columns(found.stage, x.shape[1])
     starts = [c.start for c in columns.values()]
     _update(found.norms, statistics, starts, x.shape[0] * x.shape[2] * x.shape[3])
@@ -284,8 +286,6 @@ def _update_running(found: StageModules, statistics: Tensor, x: Tensor) -> None:
 def _update(norms: list[NormModule], statistics: Tensor, starts: list[int], rows: int) -> None:
     """Move the running statistics of norms whose batch statistics begin at columns ``starts``."""
     pairs = [(n.running, s) for n, s in zip(norms, starts, strict=True) if n.running is not None]
-    if not pairs:
-        return
     with torch.no_grad():
         ops.move_running_statistics(
             [r.mean for r, _ in pairs],
@@ -327,5 +327,6 @@ def run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tenso
     conv, norm = found.conv, found.norm.norm
     spec = StemSpec(norm.spec, conv.stride, conv.padding, conv.dilation, recompute)
     out, _, _, statistics = ops.run_stem(x, conv.weight, *norm[1:], spec=spec.encode())
-    _update([found.norm], statistics, [0], rows)
+    if found.norm.running is not None:
+        _update([found.norm], statistics, [0], rows)
     return out

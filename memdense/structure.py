@@ -61,13 +61,8 @@ def check(module: nn.Module, name: str, types: Iterable[type], expected: str) ->
     if type(module) not in types:
         raise Unsupported(f"{name} is {article(type(module).__name__)}, not {expected}")
     own = module.__dict__
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
-        kinds = [kind for attribute, kind in HOOKS.items() if own[attribute]]
+    if any(map(own.get, HOOKS)):
+        kinds = [kind for attribute, kind in HOOKS.items() if own.get(attribute)]
         raise Unsupported(f"{name} carries a {kinds[0]}")
     if "forward" in own:
         raise Unsupported(f"the forward of {name} was replaced on the instance")

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import ROW_UNIT
-from .launch import Plan, cached, cdiv, constant
+from .launch import Plan, cached, cdiv, constant, keep_if_captured
 
 BLOCK = 4096  # values that a program writes
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,15 +112,6 @@ def _table(sources: tuple[Source, ...], device: torch.device) -> Tensor:
             (pointer, SOURCES.index(dtype), start, size, c, padded, taps, across, *strides)
         )
     return torch.tensor(lines, dtype=torch.int64).to(device)
-
-
-# A captured graph reads its table at every replay, so these are never dropped.
-_captured: dict[int, Tensor] = {}
-
-
-def keep_if_captured(table: Tensor) -> None:
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured[id(table)] = table
 
 
 @cached

@@ -155,6 +155,15 @@ def constant(make: Callable[[], Tensor]) -> Tensor:
     return make() if thread.recorder is None else thread.recorder.constant(make)
 
 
+# A captured graph reads its tables of pointers whenever it runs, so these are never dropped.
+_captured: dict[int, Tensor] = {}
+
+
+def keep_if_captured(table: Tensor) -> None:
+    if table.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(table)] = table
+
+
 # for what depends on sizes alone, plans above all; one that is lost is made again
 cached = lru_cache(maxsize=1 << 14)
 

@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import _extension
 from . import launch, tuning
-from .cast import keep_if_captured
-from .launch import ALIGNMENT, Plan
+from .launch import ALIGNMENT, Plan, keep_if_captured
 
 aten = torch.ops.aten
 Tensors = Sequence[Tensor | None]
@@ -287,7 +286,8 @@ class Tape:
         self._claim(returned)
         scratch = [p for p in self.pieces if p.kind == "scratch" and p.first is not None]
         self.scratch_bytes = pack(scratch)
-        self.constants = [p.constant for p in self.pieces if p.constant is not None]
+        self.tensors = [p.constant for p in self.pieces]
+        self.constants = [t for t in self.tensors if t is not None]
         self.made = [(i, p) for i, p in enumerate(self.pieces) if p.kind == "output"]
 
         values = _Values(self.pieces, recorder.steps)
@@ -296,6 +296,7 @@ class Tape:
         for step, over in zip(recorder.steps, dropped, strict=True):
             self.steps.append(values.launch(step) if step.compiled else (_Call(step, over), None))
         self.rest, self.stream_index = values.rest, values.stream_index
+        self.launches = any(get is not None for _, get in self.steps)
         # where each address begins: a piece, or behind them all the scratch
         self.addresses = [
             (len(self.pieces), self.pieces[i].offset + offset)
@@ -352,7 +353,7 @@ class _Replay:
         self.device = device
         self.typed: dict[torch.dtype, Tensor] = {}
         self.scratch = torch.empty(tape.scratch_bytes, dtype=torch.uint8, device=device)
-        self.tensors = [*inputs, *(p.constant for p in tape.pieces[len(inputs) :])]
+        self.tensors = [*inputs, *tape.tensors[len(inputs) :]]
         for i, p in tape.made:
             self.tensors[i] = torch.empty_strided(p.size, p.stride, dtype=p.dtype, device=device)
         # a result has no memory yet
@@ -360,7 +361,7 @@ class _Replay:
         begins.append(self.scratch.data_ptr())
         self.values: list[Any] = [begins[i] + offset for i, offset in tape.addresses]
         self.values += tape.rest
-        if any(get is not None for _, get in tape.steps):
+        if tape.launches:
             self.values[tape.stream_index] = launch.current_stream(device.index)
 
     def bind(self, piece: int, result: Tensor) -> None:

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cast import SOURCES, keep_if_captured
-from .launch import Plan, cached
+from .cast import SOURCES
+from .launch import Plan, cached, keep_if_captured
 
 FIELDS = tl.constexpr(7)  # of a line in the table
 BLOCK = 1024  # channels that a program takes at a time
