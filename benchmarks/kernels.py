@@ -154,6 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     cuda = args.device.type == "cuda"
     torch.set_num_threads(1 if args.shared else args.threads)
+    torch.backends.cudnn.benchmark = True  # as in the suite
     dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     clock = Clock(args.device, cold=not args.warm, shared=args.shared)
     ceiling = ceilings(args.device, dtype)

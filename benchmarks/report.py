@@ -360,6 +360,7 @@ COLOURS = {
     "checkpointed layers": "#D55E00",
     "memdense": "#0072B2",
     "memdense without extension": "#56B4E9",
+    "memdense, 3x3 in Triton": "#56B4E9",
     "memdense, recompute_stem=False": "#009E73",
     "memdense, keep_bottlenecks=True": "#004466",
 }

@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="write a picture here")
     args = parser.parse_args()
 
+    torch.backends.cudnn.benchmark = True  # as in the suite
     arch, dtype = ARCHS[args.arch], getattr(torch, args.dtype)
     size = args.size or arch.size
     setting = Setting(arch, args.arch, args.batch, size, dtype, args.device, args.inference)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torchvision
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import memdense
-from memdense import memory
+from memdense import _extension, memory
 from memdense.backends import backend_for
 
 
@@ -128,6 +129,7 @@ VARIANTS = {
     "checkpointed layers": Variant(torchvision_model, checkpointed),
     "memdense": Variant(memdense_model),
     "memdense without extension": Variant(memdense_model),
+    "memdense, 3x3 in Triton": Variant(memdense_model),
     "memdense, recompute_stem=False": Variant(partial(memdense_model, recompute_stem=False)),
     "memdense, keep_bottlenecks=True": Variant(partial(memdense_model, keep_bottlenecks=True)),
 }
@@ -137,8 +139,11 @@ BASE = next(iter(VARIANTS))
 def names(setting: Setting) -> list[str]:
     """The variants that differ in what they do here."""
     found = list(VARIANTS)
-    if backend_for(setting.device).name != "native":
+    chosen = backend_for(setting.device).name
+    if chosen != "native":
         found.remove("memdense without extension")
+    if chosen != "triton and CUDA 3x3":
+        found.remove("memdense, 3x3 in Triton")
     if setting.name != "densenet121":  # the stem is the same in all, and small inputs have none
         found.remove("memdense, recompute_stem=False")
     if setting.inference:  # nothing is kept, so there is nothing to recompute
@@ -161,8 +166,12 @@ def left_out(name: str, setting: Setting, compiled: Sequence[str]) -> str:
 
 
 def backend(name: str) -> AbstractContextManager[None]:
-    """What a variant runs on: whatever memdense chooses, or PyTorch's operations."""
-    return memdense.use_backend("reference") if "without extension" in name else nullcontext()
+    """What a variant runs on: whatever memdense chooses, or less."""
+    if "without extension" in name:
+        return memdense.use_backend("reference")
+    if "in Triton" in name:
+        return mock.patch.object(_extension, "cuda_runs_on", lambda device: False)
+    return nullcontext()
 
 
 def forward(model: nn.Module, x: Tensor, target: Tensor, setting: Setting) -> Tensor:
