@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memdense import buffers, engine, spec
-from memdense.backends.triton import Triton, conv3x3, running, tune, tuning
+from memdense.backends.triton import Triton, conv1x1, conv3x3, running, tune, tuning
 from memdense.backends.triton.launch import ALIGNMENT, Launch, cdiv, recorded
 
 TYPES = {
@@ -209,8 +209,9 @@ def candidates(dtype: torch.dtype) -> None:
 NETS = {"densenet121": densenet121, "bc100_12": bc100_12, "candidates": candidates}
 
 
-def step_launches(net: str, dtype: torch.dtype) -> list[Launch]:
-    """What a training step launches, each machine code once."""
+def step_launches(net: str, dtype: torch.dtype, arch: int = 90) -> list[Launch]:
+    """What a training step launches on an sm_``arch``, each machine code once."""
+    conv1x1.hopper = tune.hopper = lambda device: arch >= 90
     # rows as they are on a GPU
     buffers.row_stride = lambda channels, device: cdiv(channels, 16) * 16
     with recorded(dry=True) as launches, torch.no_grad():
@@ -222,9 +223,9 @@ def main(net: str, dtype: str, archs: Sequence[str]) -> None:
     if dtype == "ieee":
         torch.backends.cudnn.conv.fp32_precision = dtype
         dtype = "float32"
-    for launch in step_launches(net, getattr(torch, dtype)):
-        for arch in archs:
-            found = compile_launch(launch, int(arch))
+    for arch in map(int, archs):
+        for launch in step_launches(net, getattr(torch, dtype), arch):
+            found = compile_launch(launch, arch)
             row = {name: getattr(found, name) for name in ("name", "arch", "registers", "stack")}
             row |= {name: getattr(found, name) for name in ("shared", "tensor_cores", "wide")}
             print(json.dumps(row | {"product": found.product}), flush=True)

@@ -188,13 +188,13 @@ def test_repeats_bit_for_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_splits_of_the_weight_gradient_add_up(monkeypatch):
+def test_splits_of_the_gradients_add_up(monkeypatch):
     monkeypatch.setattr(conv1x1, "SPLIT_ROWS", 32)
     case = Case.draw(300, 20, 12)
     with launch.recorded() as log:
         found = case.run(Triton(), torch.float32)
-    grids = {entry.plan.grid for entry in log if entry.plan.name == "weight_gradient_1x1"}
-    assert len(grids) == 1 and grids.pop()[2] > 3
+    grids = {entry.plan.grid for entry in log if entry.plan.name == "gradients_1x1"}
+    assert len(grids) == 1 and grids.pop()[0] > 3
     exact, theirs = (case.run(Reference(), t) for t in (torch.float64, torch.float32))
     assert_as_exact(found, theirs, exact)
 
@@ -206,8 +206,9 @@ def test_every_configuration_gives_the_same_numbers(dtype):
     sizes, precise = (1, 1 << 15, 1 << 20), launch.precision(dtype)
     kernels = {
         "forward_1x1": [conv1x1.forward_configs(dtype, precise, m, 48) for m in sizes],
-        "input_gradient_1x1": [conv1x1.input_configs(dtype, precise, m, 48) for m in sizes],
-        "weight_gradient_1x1": [conv1x1.weight_configs(dtype, precise)],
+        "gradients_1x1": [
+            conv1x1.gradient_configs(dtype, precise, 48, new) for new in (True, False)
+        ],
     }
     for kernel, configs in kernels.items():
         for config in set(chain.from_iterable(configs)):
@@ -225,8 +226,8 @@ def test_a_bottleneck_too_wide_takes_the_reference():
 
 
 def test_what_is_not_wanted_is_not_launched():
-    """Forward is 2 launches with statistics and 1 without; backward 3 with a weight's gradient and
-    2 without, the rest unchanged.
+    """Forward is 2 launches with statistics and 1 without; backward 2, one more behind a norm. A
+    weight's gradient changes nothing else.
     """
     case = Case.draw(40, 20, 12)
     x, dz, g = (t.to(DEVICE, torch.float32) for t in (case.x, case.dz, case.g))
@@ -246,6 +247,6 @@ def test_what_is_not_wanted_is_not_launched():
             results.append([y, into.g, into.sums, *sums])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert [entry.plan.name for entry in log] == [
-        "forward_1x1", "merge_moments", "input_gradient_1x1", "weight_gradient_1x1",
-        "merge_gradients", "forward_1x1", "input_gradient_1x1", "merge_gradients",
+        "forward_1x1", "merge_moments", "gradients_1x1", "merge_gradients",
+        "forward_1x1", "gradients_1x1", "merge_gradients",
     ]  # fmt: skip

@@ -65,7 +65,7 @@ def test_every_candidate_is_timed_in_its_own_configuration():
     """A timer that counts launches of the kernel by its grid finds the candidates apart."""
     size = (300, 16, 16)
     found = list(tune.problems(torch.float16, [size], torch.device("cpu")))
-    assert {p.kernel for p in found} == {"forward_1x1", "weight_gradient_1x1"}
+    assert {p.kernel for p in found} == {"forward_1x1", "gradients_1x1"}
     problem = next(p for p in found if p.kernel == "forward_1x1")
 
     def programs(run) -> float:

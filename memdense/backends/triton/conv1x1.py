@@ -1,4 +1,4 @@
-"""bn-relu-conv1x1: forward, input gradient and weight gradient.
+"""bn-relu-conv1x1: forward, and its input and weight gradients in one walk.
 
 Specification: ``bn_relu_conv1x1`` and ``bn_relu_conv1x1_backward`` of the reference backend.
 """
@@ -11,14 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, NormGradient, Reader, Sums
-from .launch import Plan, cached, cdiv, power, precision, readable
+from .launch import Plan, cached, cdiv, hopper, power, precision, readable
 from .reduce import merge, merge_sums, moments_partial, sums_partial
-from .shared import answer, behind_vectors, norm_vectors, relu, store_moments, store_sums
+from .settle import normalised_
+from .shared import norm_vectors, relu, store_moments, store_sums
 from .tuning import Config, choose
 
 MAX_BLOCKS = 3  # accumulators side by side; a wider B takes another path
-PROGRAMS = 264  # two for each multiprocessor of a large GPU
-SPLIT_ROWS = 1024  # the fewest that a split of the weight gradient is worth
+PROGRAMS = 132  # one for each multiprocessor of a large GPU
+SPLIT_ROWS = 512  # the fewest that a split of the gradients is worth
 
 
 @triton.jit
@@ -77,122 +78,116 @@ def _store(acc, y, partial, plane, valid, count, n, B, tile, tiles):
 
 
 @triton.jit
-def _behind(
-    dz, y, mean, var, weight, dbeta, dgamma, valid, b, B, M, eps,
-    BEHIND: tl.constexpr, BATCH: tl.constexpr, STORE: tl.constexpr,
-):  # fmt: skip
-    """Columns b of a tile of dY = a*dZ + b*Y + c, the gradient behind a BatchNorm (dY = dZ where
-    there is none), in dZ's place where STORE; dz and y point to the tile's rows.
-    """
-    inside = valid & (b < B)[None, :]
-    dz += b[None, :]
-    dy = tl.load(dz, inside, 0.0)
-    if BEHIND:
-        va, vb, vc = behind_vectors(mean, var, weight, dbeta, dgamma, eps, M, b, b < B, BATCH)
-        wide = va[None, :] * dy.to(tl.float32)
-        if BATCH:
-            wide += vb[None, :] * tl.load(y + b[None, :], inside, 0.0).to(tl.float32) + vc[None, :]
-        dy = tl.where(inside, wide, 0.0).to(dz.dtype.element_ty)
-        if STORE:
-            tl.store(dz, dy, inside)
-    return dy
+def _pairs(values, BM: tl.constexpr, BC: tl.constexpr):
+    """Sums of rows g and g + 8 of every 16, which one thread holds of a product."""
+    return tl.sum(tl.reshape(values, [BM // 16, 2, 8, BC]), 1)
 
 
 @triton.jit
-def input_gradient_1x1(
-    dz, y, mean2, var2, weight2, dbeta2, dgamma2, w, x, mean, var, weight, bias, g, partial,
-    M, C, CX, CW, CG, B, ldz, ldy, ldw, ldx, ldg, eps2, eps, tiles, plane,
+def _column_sums(pairs):
+    return tl.sum(tl.sum(pairs, 0), 0)
+
+
+@triton.jit
+def gradients_1x1(
+    dy, w, x, mean, var, weight, bias, g, partial, weights,
+    M, C, CX, CW, CG, B, ldy, ldw, ldx, ldg, eps, across, share, plane, size,
     BM: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, BLOCKS: tl.constexpr,
-    BEHIND: tl.constexpr, BATCH: tl.constexpr, STORE: tl.constexpr,
-    SEEDED: tl.constexpr, ROUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dY = a*dZ + b*Y + c, dA = dY @ W, dX = dA*[s*X + t > 0], G += s*dX, and each tile's sums at
-    partial [4, C, tiles]; dZ, Y [M, B], W [B, C], X, G [M, C].
+    """dA = dY @ W, dX = dA*[s*X + t > 0], G += s*dX and with WEIGHT dW = dY^T @ relu(s*X + t);
+    dY [M, B], W [B, C], X, G [M, C].
 
-    A program owns BM rows: it makes dY once and walks over W's and X's columns. With STORE dY takes
-    dZ's place, for the weight gradient. CX, CW and CG columns of X, W and G may be touched.
+    A program owns BC columns and walks down one split's ``share`` rows. W's columns, the norm's
+    vectors and all sums stay with it; the latter, of dX and dX*x_hat and of what G took in, go to
+    partial [2 or 4, C, splits], its share of dW to weights [splits, B, C] (plane = C*splits,
+    size = B*C). CX, CW and CG columns of X, W and G may be touched, W's beyond C being 0.
     """
-    tile = tl.program_id(0)
-    row = tl.arange(0, BM)
-    valid = (tile * BM + row < M)[:, None]
+    split = tl.program_id(0) // across
+    c = tl.program_id(0) % across * BC + tl.arange(0, BC)
     b = tl.arange(0, BB)
-    top = tile.to(tl.int64) * BM
-    dz += top * ldz + row[:, None] * ldz
-    if y is not None:
-        y += top * ldy + row[:, None] * ldy
-    dy0 = _behind(
-        dz, y, mean2, var2, weight2, dbeta2, dgamma2,
-        valid, b, B, M, eps2, BEHIND, BATCH, STORE,
-    )  # fmt: skip
-    dy1 = dy0
-    dy2 = dy0
-    if BLOCKS > 1:
-        dy1 = _behind(
-            dz, y, mean2, var2, weight2, dbeta2, dgamma2,
-            valid, b + BB, B, M, eps2, BEHIND, BATCH, STORE,
-        )  # fmt: skip
-    if BLOCKS > 2:
-        dy2 = _behind(
-            dz, y, mean2, var2, weight2, dbeta2, dgamma2,
-            valid, b + 2 * BB, B, M, eps2, BEHIND, BATCH, STORE,
-        )  # fmt: skip
-    x += top * ldx
-    g += top * ldg
-    for start in range(0, C, BC):
-        c = start + tl.arange(0, BC)
-        columns = (c < CW)[None, :]
-        tail = w + b[:, None] * ldw + c[None, :]
-        da = tl.dot(dy0, tl.load(tail, columns & (b < B)[:, None], 0.0), input_precision=PRECISION)
-        if BLOCKS > 1:
-            right = columns & (b + BB < B)[:, None]
-            da = tl.dot(dy1, tl.load(tail + BB * ldw, right, 0.0), da, PRECISION)
-        if BLOCKS > 2:
-            right = columns & (b + 2 * BB < B)[:, None]
-            da = tl.dot(dy2, tl.load(tail + 2 * BB * ldw, right, 0.0), da, PRECISION)
-        s, t, mu, r = norm_vectors(mean, var, weight, bias, eps, c, c < C)
-        values = tl.load(x + row[:, None] * ldx + c[None, :], valid & (c < CX)[None, :], 0.0)
-        dbeta, dgamma, stored_beta, stored_gamma = answer(
-            da, values, s[None, :], t[None, :], mu[None, :], r[None, :],
-            g + row[:, None] * ldg + c[None, :], valid & (c < CG)[None, :],
-            valid & (c < C)[None, :], True, SEEDED,
-        )  # fmt: skip
-        store_sums(
-            partial, plane, dbeta, dgamma, stored_beta, stored_gamma, c, c < C, tile, tiles, ROUNDS
-        )
-
-
-@triton.jit
-def weight_gradient_1x1(
-    dy, x, mean, var, weight, bias, partial,
-    M, C, CX, B, ldy, ldx, eps, share, size,
-    BM: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dW = dY^T @ relu(s*X + t) for dY [M, B], X [M, C]: the sum over one split's ``share`` rows at
-    partial [splits, B, C], size = B*C. A program owns BB by BC of it.
-    """
-    split = tl.program_id(2)
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    b = tl.program_id(1) * BB + tl.arange(0, BB)
     row = tl.arange(0, BM)
+    s, t, mu, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
+    s = tl.where(c < C, s, 0.0)  # so that G keeps what stands behind C
+    at = w + b[:, None] * ldw + c[None, :]
+    columns = (c < CW)[None, :]
+    w0 = tl.load(at, columns & (b < B)[:, None], 0.0)
+    if BLOCKS > 1:
+        w1 = tl.load(at + BB * ldw, columns & (b + BB < B)[:, None], 0.0)
+    if BLOCKS > 2:
+        w2 = tl.load(at + 2 * BB * ldw, columns & (b + 2 * BB < B)[:, None], 0.0)
     first = split * share
     last = tl.minimum(first + share, M)
-    dy += split.to(tl.int64) * share * ldy
-    x += split.to(tl.int64) * share * ldx
-    s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
-    acc = tl.zeros([BB, BC], tl.float32)
+    top = split.to(tl.int64) * share
+    dy += top * ldy + row[:, None] * ldy + b[None, :]
+    x += top * ldx + row[:, None] * ldx + c[None, :]
+    g += top * ldg + row[:, None] * ldg + c[None, :]
+    readable = (c < CX)[None, :]
+    writable = (c < CG)[None, :]
+    acc0 = tl.zeros([BB, BC], tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    dbeta = tl.zeros([BM // 16, 8, BC], tl.float32)
+    dgamma = dbeta
+    stored_beta = dbeta
+    stored_gamma = dbeta
+    if SEEDED:
+        held = tl.load(g, (first + row < last)[:, None] & writable, 0.0)
     for start in range(first, last, BM):
-        valid = start + row < last
-        d = tl.load(dy + row[None, :] * ldy + b[:, None], valid[None, :] & (b < B)[:, None], 0.0)
-        mask = valid[:, None] & (c < CX)[None, :]
-        values = tl.load(x + row[:, None] * ldx + c[None, :], mask, 0.0)
-        z = relu(values.to(tl.float32) * s[None, :] + t[None, :])
-        # what stands behind C, or a NaN behind the last row, must not meet dY's zeros
-        z = tl.where(mask & (c < C)[None, :], z, 0.0).to(x.dtype.element_ty)
-        acc = tl.dot(d, z, acc, PRECISION)
+        valid = (start + row < last)[:, None]
+        values = tl.load(x, valid & readable, 0.0).to(tl.float32)
+        d0 = tl.load(dy, valid & (b < B)[None, :], 0.0)
+        da = tl.dot(d0, w0, input_precision=PRECISION)
+        if BLOCKS > 1:
+            d1 = tl.load(dy + BB, valid & (b + BB < B)[None, :], 0.0)
+            da = tl.dot(d1, w1, da, PRECISION)
+        if BLOCKS > 2:
+            d2 = tl.load(dy + 2 * BB, valid & (b + 2 * BB < B)[None, :], 0.0)
+            da = tl.dot(d2, w2, da, PRECISION)
+        z = values * s[None, :] + t[None, :]
+        dx = tl.where(z <= 0.0, 0.0, da)
+        taken = s[None, :] * dx
+        if SEEDED:
+            old = held.to(tl.float32)
+            # the next rows are under way while these are answered
+            later = (start + BM + row < last)[:, None]
+            held = tl.load(g + BM * ldg, later & writable, 0.0)
+            new = (old + taken).to(g.dtype.element_ty)
+            taken = new.to(tl.float32) - old
+        else:
+            new = taken.to(g.dtype.element_ty)
+            taken = new.to(tl.float32)
+        tl.store(g, new, valid & writable)
+        if WEIGHT:
+            z = relu(z).to(x.dtype.element_ty)
+            acc0 = tl.dot(tl.trans(d0), z, acc0, PRECISION)
+            if BLOCKS > 1:
+                acc1 = tl.dot(tl.trans(d1), z, acc1, PRECISION)
+            if BLOCKS > 2:
+                acc2 = tl.dot(tl.trans(d2), z, acc2, PRECISION)
+        centred = values - mu[None, :]
+        dbeta += _pairs(dx, BM, BC)
+        dgamma += _pairs(dx * centred, BM, BC)
+        if ROUNDS:
+            stored_beta += _pairs(taken, BM, BC)
+            stored_gamma += _pairs(taken * centred, BM, BC)
         dy += BM * ldy
         x += BM * ldx
-    at = partial + split.to(tl.int64) * size + b[:, None] * C + c[None, :]
-    tl.store(at, acc, (b < B)[:, None] & (c < C)[None, :])
+        g += BM * ldg
+    r = tl.rsqrt(tl.load(var + c, c < C, 0.0) + eps)
+    store_sums(
+        partial, plane, _column_sums(dbeta), r * _column_sums(dgamma),
+        _column_sums(stored_beta), r * _column_sums(stored_gamma),
+        c, c < C, split, tl.num_programs(0) // across, ROUNDS,
+    )  # fmt: skip
+    if WEIGHT:
+        at = weights + split.to(tl.int64) * size + b[:, None] * C + c[None, :]
+        inside = (c < C)[None, :]
+        tl.store(at, acc0, inside & (b < B)[:, None])
+        if BLOCKS > 1:
+            tl.store(at + BB * C, acc1, inside & (b + BB < B)[:, None])
+        if BLOCKS > 2:
+            tl.store(at + 2 * BB * C, acc2, inside & (b + 2 * BB < B)[:, None])
 
 
 def blocks(columns: int, precise: str) -> tuple[int, int]:
@@ -221,34 +216,22 @@ def forward_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[C
     if count > 1:
         return Config(64, width, 32, 8, 3), Config(64, width, 32, 8, 2)
     # W is read once per tile: tall tiles, as long as there are enough to fill a GPU
-    tall, low = Config(256, width, 32, 16, 3), Config(128, width, 32, 8 if width > 64 else 4, 3)
-    if m >= 256 * PROGRAMS:
+    tall, low = Config(256, width, 64, 16, 3), Config(128, width, 32, 8 if width > 64 else 4, 3)
+    if m >= 512 * PROGRAMS:
         return tall, low
-    return (low, tall) if m >= 64 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
+    return (low, tall) if m >= 128 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
 
 
 @cached
-def input_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[Config, ...]:
-    """Of :func:`input_gradient_1x1`: rows, columns of X at a time, width of dY's parts."""
+def gradient_configs(dtype: torch.dtype, precise: str, b: int, hopper: bool) -> tuple[Config, ...]:
+    """Of :func:`gradients_1x1`: rows at a time, columns of X, width of dY's parts."""
     width, count = blocks(b, precise)
     if precise == "ieee":
-        return (Config(64, 32, width, 8, 2) if count == 1 else Config(16, 32, width, 8, 1),)
-    if dtype == torch.float32:
-        return (Config(64, 32, width, 8, 2 if count == 1 else 1),)
-    low = Config(64, 64, width, 8, 2)
-    if count > 1 or m < 64 * PROGRAMS:
-        return (low,)
-    return Config(128, 64, width, 16, 2), low, Config(128, 32, width, 8, 2)
-
-
-@cached
-def weight_configs(dtype: torch.dtype, precise: str) -> tuple[Config, ...]:
-    """Of :func:`weight_gradient_1x1`: rows at a time, columns of X, columns of dY."""
-    if precise == "ieee":
-        return (Config(32, 64, 64, 8, 2),)
-    if dtype == torch.float32:
-        return (Config(32, 64, 128, 8, 2),)
-    return Config(64, 128, 128, 8, 2), Config(32, 128, 128, 8, 3)
+        return (Config(16, 32, width, 8, 1),)
+    if not hopper:
+        return (Config(64 if count == 1 else 32, 32, width, 8, 2),)
+    narrow = Config(64, 32, width, 8, 3)
+    return (Config(64, 64, width, 8, 3), narrow) if count == 1 else (narrow,)
 
 
 @cached
@@ -282,45 +265,31 @@ def forward(x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None) -> 
 
 
 @cached
-def _input_plan(
-    k: Config, precise: str, m: int, c: int, b: int, strides: tuple[int, ...],
-    eps: tuple[float, float], behind: bool, batch: bool, store: bool, seeded: bool, rounds: bool,
+def _gradients_plan(
+    k: Config, precise: str, m: int, c: int, b: int, strides: tuple[int, ...], eps: float,
+    splits: int, need_weight: bool, seeded: bool, rounds: bool,
 ) -> Plan:  # fmt: skip
-    tiles, count = cdiv(m, k.rows), blocks(b, precise)[1]
-    _, _, ldw, ldx, ldg = strides
+    across, count = cdiv(c, k.columns), blocks(b, precise)[1]
+    _, ldw, ldx, ldg = strides
     writable = readable(c, ldg) if seeded else c
     return Plan(
-        input_gradient_1x1,
-        (tiles,),
-        (m, c, readable(c, ldx), readable(c, ldw), writable, b, *strides, *eps, tiles, c * tiles),
-        (k.rows, k.columns, k.inner, count, behind, batch, store, seeded, rounds, precise),
+        gradients_1x1,
+        (across * splits,),
+        (
+            m, c, readable(c, ldx), readable(c, ldw), writable, b, *strides, eps,
+            across, cdiv(cdiv(m, splits), k.rows) * k.rows, c * splits, b * c,
+        ),
+        (k.rows, k.columns, k.inner, count, need_weight, seeded, rounds, precise),
         k.warps,
         k.stages,
-    )
+    )  # fmt: skip
 
 
-@cached
-def _weight_plan(
-    k: Config, precise: str, m: int, c: int, b: int, ldy: int, ldx: int, eps: float, splits: int
-) -> Plan:
-    columns, inner = min(k.columns, power(c)), min(k.inner, power(b))
-    share = cdiv(cdiv(m, splits), k.rows) * k.rows
-    return Plan(
-        weight_gradient_1x1,
-        (cdiv(c, columns), cdiv(b, inner), splits),
-        (m, c, readable(c, ldx), b, ldy, ldx, eps, share, b * c),
-        (k.rows, columns, inner, precise),
-        k.warps,
-        k.stages,
-    )
-
-
-def weight_splits(k: Config, m: int, c: int, b: int) -> int:
-    """How many programs share the rows: enough to fill a GPU, few enough to keep partial sums
+def gradient_splits(k: Config, m: int, c: int) -> int:
+    """How many programs share the rows: enough to fill a GPU, few enough to keep partial results
     small beside what they read.
     """
-    programs = cdiv(c, k.columns) * cdiv(b, k.inner)
-    splits = max(1, min(PROGRAMS // programs, m // SPLIT_ROWS))
+    splits = max(1, min(PROGRAMS // cdiv(c, k.columns), m // SPLIT_ROWS))
     share = cdiv(cdiv(m, splits), k.rows) * k.rows
     return cdiv(m, share)
 
@@ -337,28 +306,15 @@ def backward(
 ) -> tuple[Sums, Tensor | None]:
     """Into G; the reader's sums and dW (B, C) in float32."""
     (m, c), b, g, precise = x.shape, len(weight), into.g, precision(x.dtype)
-    k = choose("input_gradient_1x1", x.dtype, (m, c, b), input_configs(x.dtype, precise, m, b))
-    partial = sums_partial(x, c, cdiv(m, k.rows), into)
-    batch, norm2, eps2 = False, (None,) * 5, 0.0
-    if behind is not None:
-        read2 = behind.read
-        batch, eps2 = read2.batch, read2.eps
-        norm2 = (read2.mean, read2.var, read2.weight, *behind.sums)
-    plan = _input_plan(
-        k, precise, m, c, b,
-        (dz.stride(0), y.stride(0) if batch else 0, weight.stride(0), x.stride(0), g.stride(0)),
-        (eps2, read.eps), behind is not None, batch, behind is not None and need_weight,
-        into.seeded, into.rounds,
+    dy = dz if behind is None else normalised_(dz, y, behind)
+    candidates = gradient_configs(x.dtype, precise, b, hopper(x.device))
+    k = choose("gradients_1x1", x.dtype, (m, c, b), candidates)
+    splits = gradient_splits(k, m, c)
+    partial = sums_partial(x, c, splits, into)
+    weights = x.new_empty((splits, b, c), dtype=torch.float32) if need_weight else None
+    plan = _gradients_plan(
+        k, precise, m, c, b, (dy.stride(0), weight.stride(0), x.stride(0), g.stride(0)),
+        read.eps, splits, need_weight, into.seeded, into.rounds,
     )  # fmt: skip
-    plan(
-        dz, y if batch else None, *norm2, weight, x, read.mean, read.var, read.weight, read.bias,
-        g, partial,
-    )  # fmt: skip
-    weights = None
-    if need_weight:
-        k = choose("weight_gradient_1x1", x.dtype, (m, c, b), weight_configs(x.dtype, precise))
-        splits = weight_splits(k, m, c, b)
-        weights = x.new_empty((splits, b, c), dtype=torch.float32)
-        plan = _weight_plan(k, precise, m, c, b, dz.stride(0), x.stride(0), read.eps, splits)
-        plan(dz, x, read.mean, read.var, read.weight, read.bias, weights)
+    plan(dy, weight, x, read.mean, read.var, read.weight, read.bias, g, partial, weights)
     return merge_sums(partial, read, into, weights)

@@ -216,6 +216,14 @@ def readable_slice(matrix: Tensor) -> int:
     return c if matrix.storage_offset() else readable(c, matrix.stride(0))
 
 
+@cached
+def hopper(device: torch.device) -> bool:
+    """Whether products take 64 rows at a time, from shared memory; where nothing runs on tensor
+    cores, in the interpreter, as if.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s ``input_precision``."""
     return "tf32" if dtype != torch.float32 or _extension.tf32() else "ieee"

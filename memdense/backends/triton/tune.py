@@ -10,7 +10,7 @@ import triton
 
 from ...buffers import Into, NormGradient, Reader, Sums
 from . import conv1x1
-from .launch import precision
+from .launch import hopper, precision
 from .tuning import Config, bucket, device_name, forced, save
 
 # M, C, B: the blocks of an ImageNet network at batches 16 and 256, and those of a narrow one
@@ -59,8 +59,11 @@ def problems(
 
         kernels = (
             ("forward_1x1", conv1x1.forward_configs(dtype, precise, m, b), forward),
-            ("input_gradient_1x1", conv1x1.input_configs(dtype, precise, m, b), backward),
-            ("weight_gradient_1x1", conv1x1.weight_configs(dtype, precise), backward),
+            (
+                "gradients_1x1",
+                conv1x1.gradient_configs(dtype, precise, b, hopper(device)),
+                backward,
+            ),
         )
         for kernel, candidates, run in kernels:
             if len(candidates) >= least:
