@@ -205,7 +205,11 @@ def test_every_configuration_gives_the_same_numbers(dtype):
     exact, theirs = (case.run(Reference(), t) for t in (torch.float64, dtype))
     sizes, precise = (1, 1 << 15, 1 << 20), launch.precision(dtype)
     kernels = {
-        "forward_1x1": [conv1x1.forward_configs(dtype, precise, m, 48) for m in sizes],
+        "forward_1x1": [
+            conv1x1.forward_configs(dtype, precise, m, 48, new)
+            for m in sizes
+            for new in (True, False)
+        ],
         "gradients_1x1": [
             conv1x1.gradient_configs(dtype, precise, 48, new) for new in (True, False)
         ],

@@ -119,9 +119,12 @@ def gradients_1x1(
     first = split * share
     last = tl.minimum(first + share, M)
     top = split.to(tl.int64) * share
-    dy += top * ldy + row[:, None] * ldy + b[None, :]
-    x += top * ldx + row[:, None] * ldx + c[None, :]
-    g += top * ldg + row[:, None] * ldg + c[None, :]
+    dy += top * ldy
+    x += top * ldx
+    g += top * ldg
+    in_dy = row[:, None] * ldy + b[None, :]
+    in_x = row[:, None] * ldx + c[None, :]
+    in_g = row[:, None] * ldg + c[None, :]
     readable = (c < CX)[None, :]
     writable = (c < CG)[None, :]
     acc0 = tl.zeros([BB, BC], tl.float32)
@@ -132,17 +135,17 @@ def gradients_1x1(
     stored_beta = dbeta
     stored_gamma = dbeta
     if SEEDED:
-        held = tl.load(g, (first + row < last)[:, None] & writable, 0.0)
+        held = tl.load(g + in_g, (first + row < last)[:, None] & writable, 0.0)
     for start in range(first, last, BM):
         valid = (start + row < last)[:, None]
-        values = tl.load(x, valid & readable, 0.0).to(tl.float32)
-        d0 = tl.load(dy, valid & (b < B)[None, :], 0.0)
+        values = tl.load(x + in_x, valid & readable, 0.0).to(tl.float32)
+        d0 = tl.load(dy + in_dy, valid & (b < B)[None, :], 0.0)
         da = tl.dot(d0, w0, input_precision=PRECISION)
         if BLOCKS > 1:
-            d1 = tl.load(dy + BB, valid & (b + BB < B)[None, :], 0.0)
+            d1 = tl.load(dy + BB + in_dy, valid & (b + BB < B)[None, :], 0.0)
             da = tl.dot(d1, w1, da, PRECISION)
         if BLOCKS > 2:
-            d2 = tl.load(dy + 2 * BB, valid & (b + 2 * BB < B)[None, :], 0.0)
+            d2 = tl.load(dy + 2 * BB + in_dy, valid & (b + 2 * BB < B)[None, :], 0.0)
             da = tl.dot(d2, w2, da, PRECISION)
         z = values * s[None, :] + t[None, :]
         dx = tl.where(z <= 0.0, 0.0, da)
@@ -151,13 +154,13 @@ def gradients_1x1(
             old = held.to(tl.float32)
             # the next rows are under way while these are answered
             later = (start + BM + row < last)[:, None]
-            held = tl.load(g + BM * ldg, later & writable, 0.0)
+            held = tl.load(g + BM * ldg + in_g, later & writable, 0.0)
             new = (old + taken).to(g.dtype.element_ty)
             taken = new.to(tl.float32) - old
         else:
             new = taken.to(g.dtype.element_ty)
             taken = new.to(tl.float32)
-        tl.store(g, new, valid & writable)
+        tl.store(g + in_g, new, valid & writable)
         if WEIGHT:
             z = relu(z).to(x.dtype.element_ty)
             acc0 = tl.dot(tl.trans(d0), z, acc0, PRECISION)
@@ -205,7 +208,9 @@ def takes(dtype: torch.dtype, columns: int) -> bool:
 
 
 @cached
-def forward_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[Config, ...]:
+def forward_configs(
+    dtype: torch.dtype, precise: str, m: int, b: int, hopper: bool
+) -> tuple[Config, ...]:
     """Of :func:`forward_1x1`, the default first: rows, accumulator width, inner columns."""
     width, count = blocks(b, precise)
     if precise == "ieee":
@@ -216,7 +221,8 @@ def forward_configs(dtype: torch.dtype, precise: str, m: int, b: int) -> tuple[C
     if count > 1:
         return Config(64, width, 32, 8, 3), Config(64, width, 32, 8, 2)
     # W is read once per tile: tall tiles, as long as there are enough to fill a GPU
-    tall, low = Config(256, width, 64, 16, 3), Config(128, width, 32, 8 if width > 64 else 4, 3)
+    tall = Config(256, width, 64, 16, 2) if hopper else Config(256, width, 32, 16, 3)
+    low = Config(128, width, 32, 8 if width > 64 else 4, 3)
     if m >= 512 * PROGRAMS:
         return tall, low
     return (low, tall) if m >= 128 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
@@ -230,8 +236,8 @@ def gradient_configs(dtype: torch.dtype, precise: str, b: int, hopper: bool) -> 
         return (Config(16, 32, width, 8, 1),)
     if not hopper:
         return (Config(64 if count == 1 else 32, 32, width, 8, 2),)
-    narrow = Config(64, 32, width, 8, 3)
-    return (Config(64, 64, width, 8, 3), narrow) if count == 1 else (narrow,)
+    narrow = Config(64, 32, width, 8, 2)
+    return (Config(64, 64, width, 8, 2), narrow) if count == 1 else (narrow,)
 
 
 @cached
@@ -252,7 +258,8 @@ def _forward_plan(
 def forward(x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None) -> Tensor:
     """Y of X (M, C) and W (B, C), and its statistics where ``moments`` (2, B) wants them."""
     (m, c), b, precise = x.shape, len(weight), precision(x.dtype)
-    k = choose("forward_1x1", x.dtype, (m, c, b), forward_configs(x.dtype, precise, m, b))
+    candidates = forward_configs(x.dtype, precise, m, b, hopper(x.device))
+    k = choose("forward_1x1", x.dtype, (m, c, b), candidates)
     y = x.new_empty((m, b))
     partial = None if moments is None else moments_partial(x, b, cdiv(m, k.rows))
     plan = _forward_plan(
