@@ -135,7 +135,11 @@ constexpr int kTaps = 9;
 constexpr int kWarp = 32;
 // Rows of a tile's matrix that a warp multiplies.
 constexpr int kWarpPixels = 32;
-constexpr int kMaxThreads = 256;
+// Of a block of `convolve`, and of those together on a multiprocessor: as many as the registers
+// allow, which are 128 a thread, 168 or 255.
+MEMDENSE_BOTH constexpr int max_convolution_threads(int columns, bool tensor_cores) {
+  return !tensor_cores ? 256 : columns < 64 ? 512 : 384;
+}
 
 // Shared memory of `convolve`, as offsets in bytes.
 struct ConvolutionMemory {

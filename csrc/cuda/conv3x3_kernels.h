@@ -514,8 +514,8 @@ MEMDENSE_DEVICE void leave_partials(const Convolution& a, Sums sums, float* shar
     other.count = exchange(sums.count, mask);
     add(sums, other, moments);
   }
-  float *first = shared, *second = first + kMaxThreads / kWarp * kColumns;
-  float* counts = second + kMaxThreads / kWarp * kColumns;
+  const int warps = threads() / kWarp;
+  float *first = shared, *second = first + warps * kColumns, *counts = second + warps * kColumns;
   if (lane < kLanes) {
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
@@ -528,7 +528,7 @@ MEMDENSE_DEVICE void leave_partials(const Convolution& a, Sums sums, float* shar
   const int column = thread(), j = block_row() * kColumns + column;
   if (column >= kColumns || j >= a.columns) return;
   float count = counts[0], x = first[column], y = second[column];
-  for (int w = 1; w < threads() / kWarp; ++w) {
+  for (int w = 1; w < warps; ++w) {
     const float x2 = first[w * kColumns + column], y2 = second[w * kColumns + column];
     if (moments) {
       merge(count, x, y, counts[w], x2, y2);
@@ -595,14 +595,8 @@ MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column,
   }
 }
 
-// What must fit on a multiprocessor: 128 registers a thread, or 255.
-template <typename K, int kColumns>
-constexpr int blocks_of_256() {
-  return K::kTensorCores && kColumns < 64 ? 2 : 1;
-}
-
 template <typename K, int kColumns, Mode kMode>
-MEMDENSE_KERNEL(kMaxThreads, (blocks_of_256<K, kColumns>()))
+MEMDENSE_KERNEL(max_convolution_threads(kColumns, K::kTensorCores), 1)
 convolve(const Convolution a) {
   using V = Value<K>;
   const ConvolutionMemory at(a.walk.halo, a.walk.pixels, kColumns, a.channels, sizeof(V),

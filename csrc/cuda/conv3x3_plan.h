@@ -103,6 +103,10 @@ constexpr int kHaloFactor = 3;
 // Bytes of shared memory that the system takes of every block.
 constexpr int kReserved = 1024;
 
+// Costs beside `4 * pixels + halo` of a tile, in its unit, some ten cycles: what a block waits for
+// a tile, and what it needs for each channel of a column to begin.
+constexpr double kWaiting = 800, kSetup = .2;
+
 struct ConvolutionPlan {
   Walk walk;
   int columns;  // of a block
@@ -118,9 +122,13 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
   for (const bool resident : {true, false}) {
     for (const int width : {64, 32, 16}) {
       if (wide ? width == 16 : width != (columns > 16 ? 32 : 16)) continue;
+      const int across = static_cast<int>(quotient_up(columns, width));
+      const int max_threads = max_convolution_threads(width, tensor_cores);
       ConvolutionPlan best{};
-      for (const int warps : {8, 4, 2}) {
-        const int pixels = warps * kWarpPixels;
+      double least = std::numeric_limits<double>::max();
+      for (const int warps : {16, 14, 12, 10, 8, 6, 4, 2}) {
+        const int pixels = warps * kWarpPixels, threads = warps * kWarp;
+        if (threads > max_threads) continue;
         const ConvolutionMemory fixed(0, pixels, width, channels, value_bytes, resident, mode);
         const int64_t room = (device.shared_per_block - fixed.bytes) / (2 * (kRowBytes + 8));
         // without room for the halo of ordinary tiles, less of the weight had better stay
@@ -128,22 +136,24 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
         const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
         const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
         if (walk.tiles == 0) continue;
-        const int across = static_cast<int>(quotient_up(columns, width));
         const int bytes =
             ConvolutionMemory(walk.halo, pixels, width, channels, value_bytes, resident, mode)
                 .bytes;
-        const int threads = warps * kWarp;
-        // by registers: up to 128 a thread, up to 168, more
-        const int resident_threads = !tensor_cores ? 256 : width < 64 ? 512 : 384;
         const int fitting =
             std::max(1, std::min(device.shared_per_multiprocessor / (bytes + kReserved),
-                                 resident_threads / threads));
+                                 max_threads / threads));
         const int most = std::max(1, device.multiprocessors * fitting / across);
         const int rounds = static_cast<int>(quotient_up(walk.tiles, most));
         const int blocks = static_cast<int>(quotient_up(walk.tiles, rounds));
+        // the time of the busiest multiprocessor: its blocks wait at the same time, but multiply
+        // one after another
+        const int64_t together = quotient_up(int64_t{blocks} * across, device.multiprocessors);
+        const double work = 4. * pixels + walk.halo;
+        const double time = rounds * std::max(kWaiting + work, together * work) +
+                            together * kSetup * channels * width;
+        if (time >= least) continue;
+        least = time;
         best = {walk, width, resident, {blocks, across, threads, bytes}};
-        // smaller tiles only where these leave multiprocessors idle
-        if (int64_t{blocks} * across >= device.multiprocessors) break;
       }
       if (best.walk.tiles > 0) return best;
     }
