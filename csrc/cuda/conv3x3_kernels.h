@@ -120,20 +120,25 @@ MEMDENSE_DEVICE void store_piece(void* to, const V* values) {
 constexpr int kEight = 8;
 
 template <typename V>
-MEMDENSE_DEVICE void load_eight(const V* from, bool vectors, int count, float (&to)[kEight]) {
+union Eight {
+  Piece pieces[kEight * sizeof(V) / 16];
+  V values[kEight];
+};
+
+template <typename V>
+MEMDENSE_DEVICE Eight<V> load_eight(const V* from, bool vectors, int count) {
+  constexpr int kPer = 16 / sizeof(V);
+  Eight<V> to;
   if (vectors && count == kEight) {
-    constexpr int kPer = 16 / sizeof(V);
 #pragma unroll
     for (int i = 0; i < kEight / kPer; ++i) {
-      float part[kPer];
-      load_piece<V>(from + i * kPer, part);
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) to[i * kPer + e] = part[e];
+      to.pieces[i] = *reinterpret_cast<const Piece*>(from + i * kPer);
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < kEight; ++e) to[e] = e < count ? to_float(from[e]) : 0.f;
+    for (int e = 0; e < kEight; ++e) to.values[e] = e < count ? from[e] : V{};
   }
+  return to;
 }
 
 template <typename V>
@@ -546,11 +551,11 @@ MEMDENSE_DEVICE void leave_partials(const Convolution& a, Sums sums, float* shar
 
 // ---- the convolution
 
-// A row's eight columns from `column` on, as the mode finishes them.
+// A row's eight columns from `column` on, as the mode finishes them; `y` is kGradient's.
 template <typename K, Mode kMode>
 MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column, int local,
-                                float (&x)[kEight], const float* vectors, int padded_columns,
-                                Sums& sums) {
+                                float (&x)[kEight], const Eight<Value<K>>& y, const float* vectors,
+                                int padded_columns, Sums& sums) {
   using V = Value<K>;
   const int count = a.columns - column < kEight ? a.columns - column : kEight;
   V stored[kEight];
@@ -568,14 +573,13 @@ MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column,
   } else {
     const float *scale = vectors + local, *shift = scale + padded_columns,
                 *mean = shift + padded_columns;
-    float y[kEight];
-    load_eight<V>(static_cast<const V*>(a.y) + pixel * a.y_row + column, a.y_vectors, count, y);
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
-      const float z = fused_multiply_add(scale[e], y[e], shift[e]);
+      const float y_e = to_float(y.values[e]);
+      const float z = fused_multiply_add(scale[e], y_e, shift[e]);
       if (z <= 0.f) x[e] = 0.f;
       sums.first[e] += x[e];
-      sums.second[e] = fused_multiply_add(x[e], y[e] - mean[e], sums.second[e]);
+      sums.second[e] = fused_multiply_add(x[e], y_e - mean[e], sums.second[e]);
     }
   }
 #pragma unroll
@@ -644,8 +648,30 @@ convolve(const Convolution a) {
   synchronize_block();
   stage(slot, 0, buffer);
 
+  // At the end a thread handles eight columns of kRows rows of each fragment, through shared
+  // memory.
+  constexpr int kLanes = kColumns / kEight, kRows = 16 * kLanes / kWarp;
+  const int local = lane % kLanes * kEight, column = first_column + local;
+  float* const scratch = reinterpret_cast<float*>(memory + at.scratch) + warp * 16 * kPadded;
+  const auto row_of = [&](int i) { return lane / kLanes + i * (kWarp / kLanes); };
+  const auto pixel_of = [&](int m, int i) {
+    return targets[slot * pixels + warp * kWarpPixels + m * 16 + row_of(i)];
+  };
+  // kGradient's y comes from far: it is loaded a fragment ahead, where registers allow
+  constexpr bool kAhead = sizeof(V) == 2;
+  Eight<V> y[kRows];
+  const auto load_y = [&](int m, int i) {
+    if constexpr (kMode != Mode::kGradient) return;
+    if (const int64_t pixel = pixel_of(m, i); pixel >= 0 && column < a.columns) {
+      y[i] = load_eight(static_cast<const V*>(a.y) + pixel * a.y_row + column, a.y_vectors,
+                        a.columns - column < kEight ? a.columns - column : kEight);
+    }
+  };
+
   Sums sums = {};
   for (int tile = block(); tile < a.walk.tiles; tile += blocks()) {
+#pragma unroll
+    for (int i = 0; i < kRows && kAhead; ++i) load_y(0, i);
     const LanePlaces mine = lane_places<K>(places + slot * pixels);
     Accumulators<kColumns> sum = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -670,12 +696,10 @@ convolve(const Convolution a) {
       buffer ^= 1;
     }
 
-    // through shared memory, to handle eight columns of a row a thread
-    float* const scratch = reinterpret_cast<float*>(memory + at.scratch) + warp * 16 * kPadded;
-    constexpr int kLanes = kColumns / kEight;
-    const int local = lane % kLanes * kEight, column = first_column + local;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int i = 0; i < kRows && !kAhead; ++i) load_y(m, i);
       synchronize_warp();
 #pragma unroll
       for (int f = 0; f < kColumns / 8; ++f) {
@@ -686,12 +710,14 @@ convolve(const Convolution a) {
         to[8 * kPadded + 1] = sum[m][f][3];
       }
       synchronize_warp();
-      for (int row = lane / kLanes; row < 16; row += kWarp / kLanes) {
-        const int64_t pixel = targets[slot * pixels + warp * kWarpPixels + m * 16 + row];
-        if (pixel < 0 || column >= a.columns) continue;
-        float x[kEight];
-        load_eight<float>(scratch + row * kPadded + local, true, kEight, x);
-        finish_row<K, kMode>(a, pixel, column, local, x, vectors, kColumns, sums);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t pixel = pixel_of(m, i);
+        if (pixel >= 0 && column < a.columns) {
+          Eight<float> x = load_eight(scratch + row_of(i) * kPadded + local, true, kEight);
+          finish_row<K, kMode>(a, pixel, column, local, x.values, y[i], vectors, kColumns, sums);
+        }
+        if (kAhead && m == 0) load_y(1, i);
       }
     }
     slot ^= 1;
