@@ -116,6 +116,14 @@ MEMDENSE_DEVICE void store_piece(void* to, const V* values) {
   *static_cast<Piece*>(to) = piece;
 }
 
+// By one 8-byte access.
+MEMDENSE_DEVICE void store_pair(float* to, float first, float second) {
+  struct alignas(8) Pair {
+    float first, second;
+  };
+  *reinterpret_cast<Pair*>(to) = {first, second};
+}
+
 // Eight values a thread handles at the end, of which `count` exist.
 constexpr int kEight = 8;
 
@@ -189,9 +197,6 @@ MEMDENSE_DEVICE void fill_vectors(const Norm& norm, int first, int channels, int
     if (mean) mean[i] = exists ? norm.mean[first + i] : 0.f;
   }
 }
-
-// A NaN passes, as it does PyTorch's relu.
-MEMDENSE_DEVICE float relu(float x) { return x <= 0.f ? 0.f : x; }
 
 // ---- where a tile's pixels lie
 
@@ -276,29 +281,35 @@ MEMDENSE_DEVICE void stage_halo(const void* source, int64_t channel_stride, bool
                                 char* rows) {
   using V = Value<K>;
   const V* data = static_cast<const V*>(source);
+  if (vectors) {
+    const int piece = thread() % kRowPieces, c = first + piece * kPerPiece<K>;
+#pragma unroll 2
+    for (int row = thread() / kRowPieces; row < halo; row += threads() / kRowPieces) {
+      const int64_t pixel = sources[row], offset = number_of(pixel);
+      const bool exists = offset >= 0 && c < channels;
+      copy_async(rows + halo_piece_at(row, piece, turn_of(pixel)),
+                 exists ? data + offset + c : data, exists);
+    }
+    return;
+  }
+  // neighbouring threads take neighbouring values, of a pixel or of a channel
+  const bool by_pixel = channel_stride != 1;
   for (int i = thread(); i < halo * kRowPieces; i += threads()) {
-    // neighbouring threads take neighbouring values, of a pixel or of a channel
-    const bool by_pixel = channel_stride != 1;
     const int row = by_pixel ? i % halo : i / kRowPieces;
     const int piece = by_pixel ? i / halo : i % kRowPieces;
-    const int64_t source_pixel = sources[row], offset = number_of(source_pixel);
-    char* to = rows + halo_piece_at(row, piece, turn_of(source_pixel));
+    const int64_t pixel = sources[row], offset = number_of(pixel);
     const int c = first + piece * kPerPiece<K>;
-    if (vectors) {
-      const bool exists = offset >= 0 && c < channels;
-      copy_async(to, exists ? data + offset + c : data, exists);
-    } else {
-      V values[kPerPiece<K>];
+    V values[kPerPiece<K>];
 #pragma unroll
-      for (int e = 0; e < kPerPiece<K>; ++e) {
-        values[e] = offset >= 0 && c + e < channels ? data[offset + (c + e) * channel_stride] : V{};
-      }
-      store_piece<V>(to, values);
+    for (int e = 0; e < kPerPiece<K>; ++e) {
+      values[e] = offset >= 0 && c + e < channels ? data[offset + (c + e) * channel_stride] : V{};
     }
+    store_piece<V>(rows + halo_piece_at(row, piece, turn_of(pixel)), values);
   }
 }
 
 // relu(s*x + t) in place, by the threads that staged the pieces; a zero of the padding stays zero.
+// A NaN passes, as it does PyTorch's relu.
 template <typename K>
 MEMDENSE_DEVICE void normalise_halo(const float* scale, const float* shift, const int64_t* sources,
                                     int halo, char* rows) {
@@ -310,20 +321,23 @@ MEMDENSE_DEVICE void normalise_halo(const float* scale, const float* shift, cons
     s[e] = scale[piece * kPerPiece<K> + e];
     t[e] = shift[piece * kPerPiece<K> + e];
   }
-  for (int i = thread(); i < halo * kRowPieces; i += threads()) {
-    const int row = i / kRowPieces;
-    if (sources[row] < 0) continue;
-    char* at = rows + halo_piece_at(row, piece, turn_of(sources[row]));
+  for (int row = thread() / kRowPieces; row < halo; row += threads() / kRowPieces) {
+    const int64_t pixel = sources[row];
+    if (pixel < 0) continue;
+    char* at = rows + halo_piece_at(row, piece, turn_of(pixel));
     float x[kPerPiece<K>];
-    V z[kPerPiece<K>];
     load_piece<V>(at, x);
 #pragma unroll
-    for (int e = 0; e < kPerPiece<K>; ++e) {
-      z[e] = round_to(V{}, relu(fused_multiply_add(s[e], x[e], t[e])));
-    }
-    store_piece<V>(at, z);
+    for (int e = 0; e < kPerPiece<K>; ++e) x[e] = fused_multiply_add(s[e], x[e], t[e]);
+    Piece z;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) z.words[i] = relu_word(V{}, x + i * kPerPiece<K> / 4);
+    *reinterpret_cast<Piece*>(at) = z;
   }
 }
+
+// Of a power of two.
+MEMDENSE_DEVICE constexpr int exponent(int n) { return n > 1 ? 1 + exponent(n / 2) : 0; }
 
 // Rows [tap, column] of a chunk's channels.
 template <typename K, int kColumns>
@@ -343,12 +357,16 @@ MEMDENSE_DEVICE void stage_weight(const Convolution& a, int first_column, int ch
     }
     return;
   }
-  const int extent = a.columns_inner ? kColumns : kChunk<K>;
-#pragma unroll 4
+  constexpr int kColumnBits = exponent(kColumns), kChannelBits = exponent(kChunk<K>);
+  // shifts for divisions, and as many loads under way as registers allow: nothing begins before all
+  // is here
+  const int bits = a.columns_inner ? kColumnBits : kChannelBits, mask = (1 << bits) - 1;
+#pragma unroll(kColumns < 64 ? 8 : 4)
   for (int i = thread(); i < kTaps * kColumns * kChunk<K>; i += threads()) {
-    const int tap = a.taps_inner ? i % kTaps : i / extent % kTaps;
-    const int inner = a.taps_inner ? i / kTaps % extent : i % extent;
-    const int outer = i / kTaps / extent;
+    const int line = a.taps_inner ? i / kTaps : i >> bits;
+    const int tap = a.taps_inner ? i % kTaps : line % kTaps;
+    const int inner = (a.taps_inner ? line : i) & mask;
+    const int outer = a.taps_inner ? line >> bits : line / kTaps;
     const int column = a.columns_inner ? inner : outer, channel = a.columns_inner ? outer : inner;
     const int j = first_column + column, c = first + channel;
     const int64_t offset = j * a.weight_column + c * a.weight_channel + tap / 3 * a.weight_tap[0] +
@@ -704,10 +722,8 @@ convolve(const Convolution a) {
 #pragma unroll
       for (int f = 0; f < kColumns / 8; ++f) {
         float* to = scratch + lane / 4 * kPadded + f * 8 + lane % 4 * 2;
-        to[0] = sum[m][f][0];
-        to[1] = sum[m][f][1];
-        to[8 * kPadded] = sum[m][f][2];
-        to[8 * kPadded + 1] = sum[m][f][3];
+        store_pair(to, sum[m][f][0], sum[m][f][1]);
+        store_pair(to + 8 * kPadded, sum[m][f][2], sum[m][f][3]);
       }
       synchronize_warp();
 #pragma unroll
@@ -742,25 +758,27 @@ MEMDENSE_DEVICE void stage_dy(const WeightGradient& a, int first, const int64_t*
   using V = Value<K>;
   constexpr int kPieces = kColumns / kPerPiece<K>;
   const V* data = static_cast<const V*>(a.dy);
+  if (a.dy_vectors) {
+    for (int i = thread(); i < a.walk.pixels * kPieces; i += threads()) {
+      const int row = i / kPieces, piece = i % kPieces, j = first + piece * kPerPiece<K>;
+      const bool exists = targets[row] >= 0 && j < a.columns;
+      copy_async(rows + piece_at<kPieces>(row, piece), exists ? data + targets[row] + j : data,
+                 exists);
+    }
+    return;
+  }
   const bool by_pixel = a.dy_strides.c != 1;
   for (int i = thread(); i < a.walk.pixels * kPieces; i += threads()) {
     const int row = by_pixel ? i % a.walk.pixels : i / kPieces;
     const int piece = by_pixel ? i / a.walk.pixels : i % kPieces;
-    char* to = rows + piece_at<kPieces>(row, piece);
     const int64_t offset = targets[row];
     const int j = first + piece * kPerPiece<K>;
-    if (a.dy_vectors) {
-      const bool exists = offset >= 0 && j < a.columns;
-      copy_async(to, exists ? data + offset + j : data, exists);
-    } else {
-      V values[kPerPiece<K>];
+    V values[kPerPiece<K>];
 #pragma unroll
-      for (int e = 0; e < kPerPiece<K>; ++e) {
-        values[e] =
-            offset >= 0 && j + e < a.columns ? data[offset + (j + e) * a.dy_strides.c] : V{};
-      }
-      store_piece<V>(to, values);
+    for (int e = 0; e < kPerPiece<K>; ++e) {
+      values[e] = offset >= 0 && j + e < a.columns ? data[offset + (j + e) * a.dy_strides.c] : V{};
     }
+    store_piece<V>(rows + piece_at<kPieces>(row, piece), values);
   }
 }
 

@@ -153,6 +153,21 @@ MEMDENSE_DEVICE BFloat16 round_to(BFloat16, float x) {
 }
 MEMDENSE_DEVICE float round_to(float, float x) { return x; }
 
+// relu(x) of a word's values, rounded; a NaN passes.
+MEMDENSE_DEVICE uint32_t relu_word(Half, const float* x) {
+  uint32_t word;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
+  return word;
+}
+MEMDENSE_DEVICE uint32_t relu_word(BFloat16, const float* x) {
+  uint32_t word;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
+  return word;
+}
+MEMDENSE_DEVICE uint32_t relu_word(float, const float* x) {
+  return __float_as_uint(*x <= 0.f ? 0.f : *x);
+}
+
 MEMDENSE_DEVICE uint32_t round_tf32(uint32_t bits) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));

@@ -428,6 +428,19 @@ inline BFloat16 round_to(BFloat16, float x) {
 }
 inline float round_to(float, float x) { return x; }
 
+inline float relu(float x) { return x <= 0.f ? 0.f : x; }
+template <typename V>
+inline uint32_t relu_word(V, const float* x) {
+  const uint32_t first = round_to(V{}, relu(x[0])).bits, second = round_to(V{}, relu(x[1])).bits;
+  return first | second << 16;
+}
+inline uint32_t relu_word(float, const float* x) {
+  const float value = relu(*x);
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  return word;
+}
+
 // To nearest, ties away from zero.
 inline uint32_t round_tf32(uint32_t bits) {
   return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~uint32_t{0x1fff};
