@@ -141,6 +141,10 @@ MEMDENSE_BOTH constexpr int max_convolution_threads(int columns, bool tensor_cor
   return !tensor_cores ? 256 : columns < 64 ? 512 : 384;
 }
 
+// Slots of tables: of the present tile, of the next one, which is being staged, and of the one
+// after it, which is being filled in meanwhile.
+constexpr int kTables = 3;
+
 // Shared memory of `convolve`, as offsets in bytes.
 struct ConvolutionMemory {
   int weights, scratch, vectors, sources, targets, places, bytes;
@@ -158,9 +162,9 @@ struct ConvolutionMemory {
     scratch = weights + slots * kTaps * columns * kRowBytes;
     vectors = scratch + pixels / kWarpPixels * 16 * padded(columns) * 4;
     sources = vectors + vectors_count * 4;
-    targets = sources + 2 * halo * 8;
-    places = targets + 2 * pixels * 8;
-    bytes = places + 2 * pixels * 4;
+    targets = sources + kTables * halo * 8;
+    places = targets + kTables * pixels * 8;
+    bytes = places + kTables * pixels * 4;
   }
 };
 
@@ -172,9 +176,9 @@ struct WeightGradientMemory {
     dy = 2 * halo * kRowBytes;
     vectors = dy + 2 * pixels * columns * value_bytes;
     sources = vectors + 2 * kRowBytes / value_bytes * 4;
-    targets = sources + 2 * halo * 8;
-    places = targets + 2 * pixels * 8;
-    bytes = places + 2 * pixels * 4;
+    targets = sources + kTables * halo * 8;
+    places = targets + kTables * pixels * 8;
+    bytes = places + kTables * pixels * 4;
   }
 };
 

@@ -218,6 +218,9 @@ MEMDENSE_DEVICE int pixel_at(const Axis& axis, int v) {
   return v >= 0 && v < axis.in ? v : -1;
 }
 
+// The slot of tables for the next tile.
+MEMDENSE_DEVICE int after(int slot) { return slot + 1 < kTables ? slot + 1 : 0; }
+
 // sources[i]: offset of the i-th pixel of the halo, -1 for a zero, with its turn. targets[i]:
 // number of the tile's i-th output, -1 if there is none. places[i]: its first tap in the halo, with
 // turn.
@@ -361,7 +364,7 @@ MEMDENSE_DEVICE void stage_weight(const Convolution& a, int first_column, int ch
   // shifts for divisions, and as many loads under way as registers allow: nothing begins before all
   // is here
   const int bits = a.columns_inner ? kColumnBits : kChannelBits, mask = (1 << bits) - 1;
-#pragma unroll(kColumns < 64 ? 8 : 4)
+#pragma unroll(kColumns < 64 && sizeof(V) == 2 ? 8 : 4)
   for (int i = thread(); i < kTaps * kColumns * kChunk<K>; i += threads()) {
     const int line = a.taps_inner ? i / kTaps : i >> bits;
     const int tap = a.taps_inner ? i % kTaps : line % kTaps;
@@ -645,6 +648,7 @@ convolve(const Convolution a) {
     }
   };
   const auto fill = [&](int slot, int tile) {
+    if (tile >= a.walk.tiles) return;
     fill_tables(a.walk, tile, a.source_strides, a.place, sources + slot * halo,
                 targets + slot * pixels, places + slot * pixels);
   };
@@ -663,6 +667,7 @@ convolve(const Convolution a) {
   }
   int slot = 0, buffer = 0;
   fill(slot, block());
+  fill(after(slot), block() + blocks());
   synchronize_block();
   stage(slot, 0, buffer);
 
@@ -703,10 +708,9 @@ convolve(const Convolution a) {
       synchronize_block();
       if (chunk + 1 < chunks) {
         stage(slot, chunk + 1, buffer ^ 1);
-      } else if (tile + blocks() < a.walk.tiles) {
-        fill(slot ^ 1, tile + blocks());
-        synchronize_block();
-        stage(slot ^ 1, 0, buffer ^ 1);
+      } else {
+        if (tile + blocks() < a.walk.tiles) stage(after(slot), 0, buffer ^ 1);
+        fill(after(after(slot)), tile + 2 * blocks());
       }
       multiply<K, kColumns>(mine, a.walk.halo_width, a.channels - chunk * kChunk<K>, rows,
                             memory + at.weights + (a.resident ? chunk : buffer) * kWeightBytes,
@@ -736,7 +740,7 @@ convolve(const Convolution a) {
         if (kAhead && m == 0) load_y(1, i);
       }
     }
-    slot ^= 1;
+    slot = after(slot);
   }
   if (kSums && a.partials) {
     // the halo's memory is free once all have multiplied
@@ -906,41 +910,41 @@ weight_gradient(const WeightGradient a) {
   const int used = (a.walk.height * a.walk.width + 15) / 16 * 16;
 
   const auto fill = [&](int slot, int tile) {
+    if (tile >= a.walk.tiles) return;
     fill_tables(a.walk, tile, a.source_strides, a.dy_strides, sources + slot * halo,
                 targets + slot * pixels, places + slot * pixels);
   };
-  const auto stage = [&](int slot) {
+  const auto stage = [&](int slot, int buffer) {
     stage_halo<K>(a.source, a.source_strides.c, a.source_vectors, a.channels, first_channel,
-                  sources + slot * halo, halo, memory + slot * halo * kRowBytes);
+                  sources + slot * halo, halo, memory + buffer * halo * kRowBytes);
     stage_dy<K, kColumns>(a, first_column, targets + slot * pixels,
-                          memory + at.dy + slot * pixels * kColumns * sizeof(V));
+                          memory + at.dy + buffer * pixels * kColumns * sizeof(V));
   };
 
   if (a.norm.mean) {
     fill_vectors<V>(a.norm, first_channel, a.channels, kChunk<K>, scale, shift, nullptr);
   }
-  int slot = 0;
+  int slot = 0, buffer = 0;
   fill(slot, block());
+  fill(after(slot), block() + blocks());
   synchronize_block();
-  stage(slot);
+  stage(slot, buffer);
 
   WeightAccumulators<kColumns> sum = {};
   for (int tile = block(); tile < a.walk.tiles; tile += blocks()) {
-    char* const rows = memory + slot * halo * kRowBytes;
+    char* const rows = memory + buffer * halo * kRowBytes;
     wait_async();
     if (a.norm.mean) normalise_halo<K>(scale, shift, sources + slot * halo, halo, rows);
     synchronize_block();
-    if (tile + blocks() < a.walk.tiles) {
-      fill(slot ^ 1, tile + blocks());
-      synchronize_block();
-      stage(slot ^ 1);
-    }
+    if (tile + blocks() < a.walk.tiles) stage(after(slot), buffer ^ 1);
+    fill(after(after(slot)), tile + 2 * blocks());
     for (int first = 0; first < used; first += 16) {
       multiply_pixels<K, kColumns>(first, places + slot * pixels, tap_y, a.walk.halo_width, half,
-                                   rows, memory + at.dy + slot * pixels * kColumns * sizeof(V),
+                                   rows, memory + at.dy + buffer * pixels * kColumns * sizeof(V),
                                    sum);
     }
-    slot ^= 1;
+    slot = after(slot);
+    buffer ^= 1;
   }
 
   const int64_t plane = static_cast<int64_t>(a.columns) * a.channels;

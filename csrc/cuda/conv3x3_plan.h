@@ -107,6 +107,9 @@ constexpr int kReserved = 1024;
 // a tile, and what it needs for each channel of a column to begin.
 constexpr double kWaiting = 800, kSetup = .2;
 
+// Of a pixel of the halo in shared memory.
+constexpr int kHaloBytes = 2 * kRowBytes + kTables * 8;
+
 struct ConvolutionPlan {
   Walk walk;
   int columns;  // of a block
@@ -130,9 +133,9 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
         const int pixels = warps * kWarpPixels, threads = warps * kWarp;
         if (threads > max_threads) continue;
         const ConvolutionMemory fixed(0, pixels, width, channels, value_bytes, resident, mode);
-        const int64_t room = (device.shared_per_block - fixed.bytes) / (2 * (kRowBytes + 8));
+        const int64_t room = (device.shared_per_block - fixed.bytes) / kHaloBytes;
         // without room for the halo of ordinary tiles, less of the weight had better stay
-        if (room < pixels * 3 / 2 + 32) continue;
+        if (room < pixels * 4 / 3 + 32) continue;
         const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
         const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
         if (walk.tiles == 0) continue;
@@ -184,8 +187,8 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
     WeightPlan best{};
     for (const int pixels : {256, 128, 64}) {
       const WeightGradientMemory fixed(0, pixels, width, value_bytes);
-      const int64_t room = (limit - fixed.bytes) / (2 * (kRowBytes + 8));
-      if (room < pixels * 3 / 2 + 32) continue;
+      const int64_t room = (limit - fixed.bytes) / kHaloBytes;
+      if (room < pixels * 4 / 3 + 32) continue;
       const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
       const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
       if (walk.tiles == 0) continue;
