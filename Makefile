@@ -57,7 +57,7 @@ gpu:
 		torch.cuda.is_available() or sys.exit("make gpu: no CUDA device here; nothing was run")'
 	MEMDENSE_BUILD=require $(PYTHON) setup.py -q build_ext --inplace
 	workers=$$($(PYTHON) -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null); \
-	PYTHONPATH=. $(PYTHON) -m pytest $$workers -m gpu $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest $$workers -m gpu $(PYTEST_FLAGS)
 	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
 	PYTHONPATH=. $(PYTHON) benchmarks/host.py
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -21,6 +22,18 @@ pytestmark = (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's tl.dot is wrong in bfloat16
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True, params=["tf32", "ieee"] if torch.cuda.is_available() else [None])
+def float32_products(request) -> Iterator[None]:
+    """On a device, products of float32 in both of PyTorch's ways, the reference's too."""
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = request.param or setting.fp32_precision
+    yield
+    for setting, precision in zip(settings, before, strict=True):
+        setting.fp32_precision = precision
 
 
 def poisoned(values: Tensor, unit: int) -> Tensor:
