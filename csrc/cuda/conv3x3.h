@@ -168,6 +168,12 @@ struct ConvolutionMemory {
   }
 };
 
+// Blocks of `weight_gradient` together on a multiprocessor: as many as the registers allow, of six
+// warps or, for values of four bytes, three.
+MEMDENSE_BOTH constexpr int weight_blocks(int columns, int value_bytes) {
+  return columns < 64 ? (value_bytes == 2 ? 3 : 4) : value_bytes / 2;
+}
+
 // Shared memory of `weight_gradient`, likewise.
 struct WeightGradientMemory {
   int dy, vectors, sources, targets, places, bytes;

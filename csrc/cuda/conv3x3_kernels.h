@@ -892,7 +892,7 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, in
 
 // Block (split, chunk and columns): its tiles' share of 16 to 64 rows of dW by a chunk of channels.
 template <typename K, int kColumns>
-MEMDENSE_KERNEL(kWarp* kWeightWarps<K>, kColumns < 64 ? 2 : 1)
+MEMDENSE_KERNEL(kWarp* kWeightWarps<K>, weight_blocks(kColumns, sizeof(Value<K>)))
 weight_gradient(const WeightGradient a) {
   using V = Value<K>;
   const WeightGradientMemory at(a.walk.halo, a.walk.pixels, kColumns, sizeof(V));

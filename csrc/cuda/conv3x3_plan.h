@@ -166,6 +166,9 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
       "memory");
 }
 
+// The same for the weight's gradient, beside `pixels + halo`; the latter for each split.
+constexpr double kWeightWaiting = 200, kSplit = .0034;
+
 struct WeightPlan {
   Walk walk;
   int columns;
@@ -178,25 +181,31 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
   const int width = columns > 32 ? 64 : columns > 16 ? 32 : 16;
   const int chunk = kRowBytes / value_bytes;
   const int rows = static_cast<int>(quotient_up(channels, chunk) * quotient_up(columns, width));
-  // by registers: six warps with up to 96 sums a lane, or less of either
-  const int together = width == 64 && value_bytes == 2 ? 1 : 2;
+  const int together = weight_blocks(width, value_bytes);
   const int most = std::max(1, together * device.multiprocessors / rows);
   for (const int limit :
        {std::min(device.shared_per_multiprocessor / together - kReserved, device.shared_per_block),
         device.shared_per_block}) {
     WeightPlan best{};
-    for (const int pixels : {256, 128, 64}) {
+    double least = std::numeric_limits<double>::max();
+    for (const int pixels : {256, 192, 128, 64}) {
       const WeightGradientMemory fixed(0, pixels, width, value_bytes);
       const int64_t room = (limit - fixed.bytes) / kHaloBytes;
       if (room < pixels * 4 / 3 + 32) continue;
       const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
       const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
       if (walk.tiles == 0) continue;
-      // each split has to write, and somebody to read, a whole dW: two tiles at least
-      const int splits = static_cast<int>(std::min<int64_t>(most, quotient_up(walk.tiles, 2)));
+      // each split has to write, and somebody to read, a whole dW
+      const int64_t rounds = quotient_up(walk.tiles, most);
+      const int splits = static_cast<int>(quotient_up(walk.tiles, rounds));
+      const int64_t busiest = quotient_up(int64_t{splits} * rows, device.multiprocessors);
+      const double work = pixels + walk.halo;
+      const double time = rounds * std::max(kWeightWaiting + work, busiest * work) +
+                          splits * kSplit * channels * columns;
+      if (time >= least) continue;
+      least = time;
       const int bytes = WeightGradientMemory(walk.halo, pixels, width, value_bytes).bytes;
       best = {walk, width, {splits, rows, 0, bytes}};
-      if (splits == most) break;
     }
     if (best.walk.tiles > 0) return best;
   }
