@@ -415,39 +415,48 @@ MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int chan
     // lane 8i + r: row r of pair i / 2, its half i % 2
     const uint32_t weight_address =
         shared_address(weight) + piece_at<kRowPieces>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    for (int tap_y = 0; tap_y < 3; ++tap_y) {
+    const auto multiply_taps = [&]<bool kTwoSteps>() {
+      for (int tap_y = 0; tap_y < 3; ++tap_y) {
 #pragma unroll
-      for (int tap_x = 0; tap_x < 3; ++tap_x) {
-        const int tap = tap_y * 3 + tap_x;
-        uint32_t pixels[2];
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const int row = number_of(places.at[m]) + tap_y * halo_width + tap_x;
-          pixels[m] = halo_address + halo_piece_at(row, lane / 16, turn_of(places.at[m]) + tap_y);
-        }
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          if (step == steps) break;
-          uint32_t a[2][4];
+        for (int tap_x = 0; tap_x < 3; ++tap_x) {
+          const int tap = tap_y * 3 + tap_x;
+          uint32_t pixels[2];
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
-            load_matrices(a[m], pixels[m] ^ (step * kStepBytes));
-            round_fragment<K>(a[m]);
+            const int row = number_of(places.at[m]) + tap_y * halo_width + tap_x;
+            pixels[m] = halo_address + halo_piece_at(row, lane / 16, turn_of(places.at[m]) + tap_y);
           }
 #pragma unroll
-          for (int pair = 0; pair < kColumns / 16; ++pair) {
-            uint32_t b[4];
-            load_matrices(b, (weight_address ^ (step * kStepBytes)) +
-                                 (tap * kColumns + pair * 16) * kRowBytes);
-            round_fragment<K>(b);
+          for (int step = 0; step < 2; ++step) {
+            if (!kTwoSteps && step == steps) break;
+            uint32_t a[2][4];
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-              multiply_add(V{}, sum[m][2 * pair], a[m], b[0], b[1]);
-              multiply_add(V{}, sum[m][2 * pair + 1], a[m], b[2], b[3]);
+              load_matrices(a[m], pixels[m] ^ (step * kStepBytes));
+              round_fragment<K>(a[m]);
+            }
+#pragma unroll
+            for (int pair = 0; pair < kColumns / 16; ++pair) {
+              uint32_t b[4];
+              load_matrices(b, (weight_address ^ (step * kStepBytes)) +
+                                   (tap * kColumns + pair * 16) * kRowBytes);
+              round_fragment<K>(b);
+#pragma unroll
+              for (int m = 0; m < 2; ++m) {
+                multiply_add(V{}, sum[m][2 * pair], a[m], b[0], b[1]);
+                multiply_add(V{}, sum[m][2 * pair + 1], a[m], b[2], b[3]);
+              }
             }
           }
         }
       }
+    };
+    // without branches in between, a step's operands are loaded while the last one is multiplied;
+    // where there are registers for it
+    if (kColumns < 64 && sizeof(V) == 2 && steps == 2) {
+      multiply_taps.template operator()<true>();
+    } else {
+      multiply_taps.template operator()<false>();
     }
   } else {
     const int t = lane % 4, pieces = 2 * steps;
