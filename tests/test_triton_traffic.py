@@ -15,6 +15,7 @@ from torch import Tensor
 from traffic import Traffic, per_row, total
 
 from memdense.backends.triton import Triton, conv1x1, launch, pools, tuning
+from memdense.backends.triton import statistics as packing
 from memdense.buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in Triton's interpreter")
@@ -141,9 +142,13 @@ def without_product(c: int) -> dict[str, tuple[Callable[[int], object], float]]:
 @pytest.mark.parametrize("name", without_product(16))
 def test_without_product(name, monkeypatch, interpreter):
     """Every operand once; what a maxpool's windows share is read from the cache or not at all."""
-    for plans in (pools._strips, pools._maxpool_plan):
-        monkeypatch.setattr(pools, plans.__name__, plans.__wrapped__)
-    monkeypatch.setattr(pools, "BUSY", 0)  # programs walk down lines, as on large inputs
+    for module, plan in (
+        (pools, "_strips"), (pools, "_maxpool_plan"), (pools, "_answer_plan"), (packing, "_plan"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, plan, getattr(module, plan).__wrapped__)
+    # programs walk down lines and rows, as on large inputs
+    monkeypatch.setattr(pools, "BUSY", 0)
+    monkeypatch.setattr(launch, "WALKERS", 1)
     run, table = without_product(64)[name]
     found = total(per_row(run, ROWS))
     assert table <= 1.001 * found.unique and found.unique <= 1.1 * table

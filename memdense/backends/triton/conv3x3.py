@@ -157,10 +157,14 @@ def input_gradient_3x3(
     g += tile.to(tl.int64) * BM * ldg
     at = g + row[:, None] * ldg + c[None, :]
     if INTO:
-        dbeta, dgamma, stored_beta, stored_gamma = answer(
+        dz, turned, taken, taken_turned = answer(
             da, values, s[None, :], t[None, :], mu[None, :], r[None, :],
             at, valid & (c < CG)[None, :], inside, True, SEEDED,
         )  # fmt: skip
+        dbeta = tl.sum(dz, 0)
+        dgamma = tl.sum(turned, 0)
+        stored_beta = tl.sum(taken, 0)
+        stored_gamma = tl.sum(taken_turned, 0)
     else:
         wide = values.to(tl.float32)
         dz = tl.where(inside & ~(wide * s[None, :] + t[None, :] <= 0.0), da, 0.0)

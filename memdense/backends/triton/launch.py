@@ -208,6 +208,31 @@ def tiling(rows: int, channels: int) -> Tiling:
     return Tiling(height, columns, tiles, tiles * cdiv(channels, columns))
 
 
+class Walk(NamedTuple):
+    """Tiles that programs walk down, each over ``share`` rows of its own columns: what they sum
+    stays with them. ``across`` columns of ``walkers`` programs.
+    """
+
+    rows: int
+    columns: int
+    across: int
+    walkers: int
+    share: int
+
+
+WALKERS = 528  # programs of eight warps that a large GPU holds at once
+
+
+def walk(rows: int, channels: int) -> Walk:
+    """What kernels without a product use that sum over rows."""
+    columns = min(64, power(channels))
+    height = min(TILE // 4 // columns, power(rows))
+    across = cdiv(channels, columns)
+    walkers = min(cdiv(rows, height), max(1, WALKERS // across))
+    share = cdiv(cdiv(rows, walkers), height) * height
+    return Walk(height, columns, across, cdiv(rows, share), share)
+
+
 def readable_slice(matrix: Tensor) -> int:
     """:func:`readable` of a matrix that need not begin where its rows do: behind a slice there may
     be no memory.

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry, Into, Reader, Sums, matrix_like
-from .launch import Plan, cached, cdiv, power, readable, tiling
+from .launch import Plan, cached, cdiv, power, readable, tiling, walk
 from .reduce import merge_sums, sums_partial
-from .shared import answer, norm_vectors, relu, store_sums, tile_of
+from .shared import answer, norm_vectors, relu, store_sums, tile_of, walk_of
 
 # ---- tails, forward
 
@@ -96,51 +96,64 @@ def pool_quads(
 @triton.jit
 def answer_rows(
     d, x, mean, var, weight, bias, g, partial,
-    H, W, M, C, CD, CX, CG, ldd, ldx, ldg, eps, tiles, plane,
+    H, W, M, C, CD, CX, CG, ldd, ldx, ldg, eps, share, walkers, plane,
     BM: tl.constexpr, BC: tl.constexpr, FROM: tl.constexpr,
     RELU: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """dZ = dA*[s*X + t > 0], G += s*dZ, and each tile's sums at partial [4, C, tiles]; X, G [M, C].
+    """dZ = dA*[s*X + t > 0], G += s*dZ, and each walk's sums at partial [4, C, walkers]; X, G
+    [M, C].
 
     dA is d's row of the same number, or FROM "images" of H x W rows, d's row of the image over H*W;
     or FROM "quads" of 2x2, d's row of the quad over 4, a last odd line or column having none. CD,
     CX and CG columns of d, X and G may be touched.
     """
-    tile, c = tile_of(C, BC)
+    walker, first, last, c = walk_of(C, M, share, BC)
     row = tl.arange(0, BM)
-    pixel = tile * BM + row
-    valid = pixel < M
-    answered = valid
-    share = 1.0
-    if FROM == "images":
-        source = pixel // (H * W)
-        share = 1.0 / (H * W)
-    elif FROM == "quads":
-        line = pixel // W
-        i = line % H // 2
-        j = pixel % W // 2
-        answered = valid & (i < H // 2) & (j < W // 2)
-        source = (line // H * (H // 2) + i) * (W // 2) + j
-        share = 0.25
-    else:
-        source = pixel
-    answered = answered[:, None]
-    inside = answered & (c < C)[None, :]
-    d += source.to(tl.int64)[:, None] * ldd + c[None, :]
-    da = tl.load(d, answered & (c < CD)[None, :], 0.0).to(tl.float32) * share
     s, t, mu, r = norm_vectors(mean, var, weight, bias, eps, c, c < C)
-    top = tile.to(tl.int64) * BM
-    x += top * ldx + row[:, None] * ldx + c[None, :]
-    values = tl.load(x, answered & (c < CX)[None, :], 0.0)
-    touched = answered if SEEDED else valid[:, None]
-    dbeta, dgamma, stored_beta, stored_gamma = answer(
-        da, values, s[None, :], t[None, :], mu[None, :], r[None, :],
-        g + top * ldg + row[:, None] * ldg + c[None, :], touched & (c < CG)[None, :], inside,
-        RELU, SEEDED,
-    )  # fmt: skip
+    x += first.to(tl.int64) * ldx + row[:, None] * ldx + c[None, :]
+    g += first.to(tl.int64) * ldg + row[:, None] * ldg + c[None, :]
+    dbeta = tl.zeros([BM, BC], tl.float32)
+    dgamma = dbeta
+    stored_beta = dbeta
+    stored_gamma = dbeta
+    for start in range(first, last, BM):
+        pixel = start + row
+        valid = pixel < last
+        answered = valid
+        part = 1.0
+        if FROM == "images":
+            source = pixel // (H * W)
+            part = 1.0 / (H * W)
+        elif FROM == "quads":
+            line = pixel // W
+            i = line % H // 2
+            j = pixel % W // 2
+            answered = valid & (i < H // 2) & (j < W // 2)
+            source = (line // H * (H // 2) + i) * (W // 2) + j
+            part = 0.25
+        else:
+            source = pixel
+        answered = answered[:, None]
+        inside = answered & (c < C)[None, :]
+        at = d + source.to(tl.int64)[:, None] * ldd + c[None, :]
+        da = tl.load(at, answered & (c < CD)[None, :], 0.0).to(tl.float32) * part
+        values = tl.load(x, answered & (c < CX)[None, :], 0.0)
+        touched = answered if SEEDED else valid[:, None]
+        dz, turned, taken, taken_turned = answer(
+            da, values, s[None, :], t[None, :], mu[None, :], r[None, :],
+            g, touched & (c < CG)[None, :], inside, RELU, SEEDED,
+        )  # fmt: skip
+        dbeta += dz
+        dgamma += turned
+        if ROUNDS:
+            stored_beta += taken
+            stored_gamma += taken_turned
+        x += BM * ldx
+        g += BM * ldg
     store_sums(
-        partial, plane, dbeta, dgamma, stored_beta, stored_gamma, c, c < C, tile, tiles, ROUNDS
-    )
+        partial, plane, tl.sum(dbeta, 0), tl.sum(dgamma, 0), tl.sum(stored_beta, 0),
+        tl.sum(stored_gamma, 0), c, c < C, walker, walkers, ROUNDS,
+    )  # fmt: skip
 
 
 # ---- the stem
@@ -367,19 +380,19 @@ def _answer_plan(
     source: str, geometry: Geometry, m: int, c: int, strides: tuple[int, int, int], eps: float,
     relu: bool, seeded: bool, rounds: bool,
 ) -> Plan:  # fmt: skip
-    rows, columns, tiles, programs = tiling(m, c)
+    rows, columns, across, walkers, share = walk(m, c)
     ldd, ldx, ldg = strides
     touched = readable(c, ldd), readable(c, ldx), readable(c, ldg) if seeded else c
-    sizes = (geometry.h, geometry.w, m, c, *touched, *strides, eps, tiles, c * tiles)
+    sizes = (geometry.h, geometry.w, m, c, *touched, *strides, eps, share, walkers, c * walkers)
     constants = (rows, columns, source, relu, seeded, rounds)
-    return Plan(answer_rows, (programs,), sizes, constants, warps=8)
+    return Plan(answer_rows, (across * walkers,), sizes, constants, warps=8)
 
 
 def _answer(
     d: Tensor, source: str, geometry: Geometry, x: Tensor, read: Reader, relu: bool, into: Into
 ) -> Sums:
     (m, c), g = x.shape, into.g
-    partial = sums_partial(x, c, tiling(m, c).tiles, into)
+    partial = sums_partial(x, c, walk(m, c).walkers, into)
     plan = _answer_plan(
         source, geometry, m, c, (d.stride(0), x.stride(0), g.stride(0)), read.eps,
         relu, into.seeded, into.rounds,

@@ -19,9 +19,7 @@ BLOCK = 1024  # weights that a program sums
 
 
 @triton.jit
-def merge_moments(
-    partial, moments, M, tiles, plane, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def merge_moments(partial, moments, M, rows, tiles, plane, stride, BLOCK: tl.constexpr):
     """mean = sum(n_i*mean_i)/M, var = sum(M2_i + n_i*(mean_i - mean)^2)/M of channel c over tiles
     of n_i rows (Chan et al., 1979); partial [2, C, tiles], moments [2, C], plane = C*tiles.
     """
@@ -31,13 +29,13 @@ def merge_moments(
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, tiles, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        n = tl.minimum(M - i * ROWS, ROWS).to(tl.float64)
+        n = tl.minimum(M - i * rows, rows).to(tl.float64)
         total += n * tl.load(means + i, i < tiles, 0.0).to(tl.float64)
     mean = tl.sum(total, 0) / M
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, tiles, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        n = tl.minimum(M - i * ROWS, ROWS).to(tl.float64)
+        n = tl.minimum(M - i * rows, rows).to(tl.float64)
         d = tl.load(means + i, i < tiles, 0.0).to(tl.float64) - mean
         m2 = tl.load(squares + i, i < tiles, 0.0).to(tl.float64)
         total += tl.where(i < tiles, m2 + n * d * d, 0.0)
@@ -102,8 +100,8 @@ def _moments_plan(rows: int, channels: int, tiles: int, stride: int, tile_rows: 
     return Plan(
         merge_moments,
         (channels,),
-        (rows, tiles, channels * tiles, stride),
-        (tile_rows, min(WALK, power(tiles))),
+        (rows, tile_rows, tiles, channels * tiles, stride),
+        (min(WALK, power(tiles)),),
     )
 
 

@@ -47,6 +47,14 @@ def tile_of(C, BC: tl.constexpr):
 
 
 @triton.jit
+def walk_of(C, M, share, BC: tl.constexpr):
+    """This program's walk, its first row and the one behind its last, and its BC channels."""
+    walker, c = tile_of(C, BC)
+    first = walker * share
+    return walker, first, tl.minimum(first + share, M), c
+
+
+@triton.jit
 def relu(z):
     """max(z, 0), NaN kept, as PyTorch does."""
     return tl.maximum(z, 0.0, tl.PropagateNan.ALL)
@@ -56,9 +64,9 @@ def relu(z):
 def answer(da, x, s, t, mu, r, g, mask, inside, RELU: tl.constexpr, SEEDED: tl.constexpr):
     """dz = da*[s*x + t > 0] and G += s*dz, for tiles da, x [rows, columns] and pointers g.
 
-    Returns, per column, the sums of dz and dz*x_hat, and of d and d*x_hat, where d is what G took
-    in: new - old, both as stored. ``inside`` marks the values; ``mask``, what of G may be touched:
-    beyond the values it keeps what it holds.
+    Returns dz and dz*x_hat, and d and d*x_hat, where d is what G took in: new - old, both as
+    stored. ``inside`` marks the values; ``mask``, what of G may be touched: beyond the values it
+    keeps what it holds.
     """
     x = x.to(tl.float32)
     dz = da
@@ -72,12 +80,7 @@ def answer(da, x, s, t, mu, r, g, mask, inside, RELU: tl.constexpr, SEEDED: tl.c
     new = (old + s * dz).to(g.dtype.element_ty)
     tl.store(g, new, mask)
     d = tl.where(inside, new.to(tl.float32) - old, 0.0)
-    return (
-        tl.sum(dz, 0),
-        tl.sum(dz * x_hat, 0),
-        tl.sum(d, 0),
-        tl.sum(d * x_hat, 0),
-    )
+    return dz, dz * x_hat, d, d * x_hat
 
 
 @triton.jit

@@ -10,59 +10,78 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry
-from .launch import Plan, cached, readable_slice, tiling
+from .launch import Plan, cached, readable_slice, walk
 from .reduce import merge, moments_partial
-from .shared import store_moments, tile_of
+from .shared import walk_of
 
 Axes = tuple[tuple[int, int], ...]  # (size, stride) of each, outermost first
 
 
 @triton.jit
+def _rows_at(pixel, n1, n2, s0, s1, s2, AXES: tl.constexpr):
+    """Where rows ``pixel`` lie."""
+    if AXES == 1:
+        return pixel.to(tl.int64) * s2
+    at = (pixel % n2).to(tl.int64) * s2
+    pixel //= n2
+    if AXES == 2:
+        return at + pixel.to(tl.int64) * s1
+    return at + (pixel % n1).to(tl.int64) * s1 + (pixel // n1).to(tl.int64) * s0
+
+
+@triton.jit
 def pack_rows(
     x, out, partial,
-    M, C, CX, n1, n2, s0, s1, s2, sc, ldo, tiles, plane,
+    M, C, CX, n1, n2, s0, s1, s2, sc, ldo, share, walkers, plane,
     BM: tl.constexpr, BC: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
-    """out [M, C] = x, each tile's statistics at partial [2, C, tiles]; either may be missing.
+    """out [M, C] = x, each walk's statistics at partial [2, C, walkers]; either may be missing.
 
     Row (i0*n1 + i1)*n2 + i2 of x lies at i0*s0 + i1*s1 + i2*s2, of which AXES are there; channels
-    lie sc apart. CX columns of x may be read.
+    lie sc apart. CX columns of x may be read. With d = x - shift, where shift is the mean of the
+    first rows, mean = shift + sum(d)/n and M2 = sum(d^2) - sum(d)^2/n.
     """
-    tile, c = tile_of(C, BC)
+    walker, first, last, c = walk_of(C, M, share, BC)
     row = tl.arange(0, BM)
-    pixel = tile * BM + row
-    valid = (pixel < M)[:, None]
-    if AXES == 1:
-        at = pixel.to(tl.int64) * s2
-    else:
-        at = (pixel % n2).to(tl.int64) * s2
-        pixel //= n2
-        if AXES == 2:
-            at += pixel.to(tl.int64) * s1
-        else:
-            at += (pixel % n1).to(tl.int64) * s1 + (pixel // n1).to(tl.int64) * s0
-    source = x + at[:, None] + c.to(tl.int64)[None, :] * sc
-    values = tl.load(source, valid & (c < CX)[None, :], 0.0)
-    if out is not None:
-        out += tile.to(tl.int64) * BM * ldo
-        tl.store(out + row[:, None] * ldo + c[None, :], values, valid & (c < C)[None, :])
+    x += c.to(tl.int64)[None, :] * sc
+    readable = (c < CX)[None, :]
+    total = tl.zeros([BM, BC], tl.float32)
+    square = total
+    shift = tl.zeros([BC], tl.float32)
     if partial is not None:
-        count = tl.minimum(M - tile * BM, BM)
-        wide = values.to(tl.float32)
-        store_moments(partial, plane, wide, valid, count, c, c < C, tile, tiles)
+        valid = (first + row < last)[:, None]
+        at = x + _rows_at(first + row, n1, n2, s0, s1, s2, AXES)[:, None]
+        head = tl.load(at, valid & readable, 0.0).to(tl.float32)
+        shift = tl.sum(tl.where(valid, head, 0.0), 0) / tl.minimum(last - first, BM)
+    if out is not None:
+        out += first.to(tl.int64) * ldo + row[:, None] * ldo + c[None, :]
+    for start in range(first, last, BM):
+        valid = (start + row < last)[:, None]
+        at = x + _rows_at(start + row, n1, n2, s0, s1, s2, AXES)[:, None]
+        values = tl.load(at, valid & readable, 0.0)
+        if out is not None:
+            tl.store(out, values, valid & (c < C)[None, :])
+            out += BM * ldo
+        if partial is not None:
+            d = tl.where(valid, values.to(tl.float32) - shift[None, :], 0.0)
+            total += d
+            square += d * d
+    if partial is not None:
+        sums = tl.sum(total, 0)
+        mean = sums / (last - first)
+        # a NaN stays one
+        m2 = tl.maximum(tl.sum(square, 0) - sums * mean, 0.0, tl.PropagateNan.ALL)
+        at = partial + c.to(tl.int64) * walkers + walker
+        tl.store(at, shift + mean, c < C)
+        tl.store(at + plane, m2, c < C)
 
 
 @cached
 def _plan(axes: Axes, m: int, c: int, readable: int, channel_stride: int, ldo: int) -> Plan:
-    rows, columns, tiles, programs = tiling(m, c)
+    rows, columns, across, walkers, share = walk(m, c)
     (_, s0), (n1, s1), (n2, s2) = ((1, 0),) * (3 - len(axes)) + axes
-    return Plan(
-        pack_rows,
-        (programs,),
-        (m, c, readable, n1, n2, s0, s1, s2, channel_stride, ldo, tiles, c * tiles),
-        (rows, columns, len(axes)),
-        warps=8,
-    )
+    sizes = (m, c, readable, n1, n2, s0, s1, s2, channel_stride, ldo, share, walkers, c * walkers)
+    return Plan(pack_rows, (across * walkers,), sizes, (rows, columns, len(axes)), warps=8)
 
 
 def _axes(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Axes:
@@ -82,12 +101,12 @@ def _run(
     x: Tensor, out: Tensor | None, axes: Axes, m: int, c: int, readable: int, stride: int,
     moments: Tensor | None,
 ) -> None:  # fmt: skip
-    tile = tiling(m, c)
-    partial = None if moments is None else moments_partial(x, c, tile.tiles)
+    walks = walk(m, c)
+    partial = None if moments is None else moments_partial(x, c, walks.walkers)
     plan = _plan(axes, m, c, readable, stride, 0 if out is None else out.stride(0))
     plan(x, out, partial)
     if moments is not None:
-        merge(partial, moments, m, tile.rows)
+        merge(partial, moments, m, walks.share)
 
 
 def statistics(x: Tensor, moments: Tensor) -> None:
