@@ -480,3 +480,32 @@ def test_the_hosts_part_is_measured_without_a_gpu_too() -> None:
     rows = [line.split("│") for line in done.stdout.splitlines() if "742" in line]
     times = {row[1].strip(): float(row[3]) for row in rows}
     assert times.keys() == {"replayed", "launch by launch"} and min(times.values()) > 1
+
+
+def test_a_timelines_kernels_meet_their_layers() -> None:
+    """Kernels that take twice their layer's floor, in the order of a step, are at half of it."""
+    import timeline
+    from variants import ARCHS, Setting
+
+    device = torch.device("cuda")
+    setting = Setting(ARCHS["densenet121"], "densenet121", 8, 224, torch.bfloat16, device)
+    bandwidth, layers = 3e12, timeline.layers(setting)
+    assert [(y.block, y.m, y.c) for y in (layers[0], layers[6], layers[-1])] == [
+        (1, 8 * 56 * 56, 64), (2, 8 * 28 * 28, 128), (4, 8 * 7 * 7, 992),
+    ]  # fmt: skip
+    kernels = []
+    spelled = {
+        "1x1 forward": "forward_1x1", "1x1 recompute": "forward_1x1",
+        "norm behind it": "normalise_rows", "1x1 gradients": "gradients_1x1",
+        "3x3 forward": "void convolve<BFloat16Kind, 32, (memdense::conv3x3::Mode)1>(Convolution)",
+        "3x3 input gradient": "input_gradient_3x3",
+        "3x3 weight gradient": "void memdense::conv3x3::weight_gradient<BFloat16Kind, 32>(W)",
+    }  # fmt: skip
+    for family in timeline.families(len(layers)):
+        for layer in reversed(layers) if family.backwards else layers:
+            size, flop = family.cost(layer)
+            time = 2e6 * max(size / bandwidth, flop / family.rate)
+            kernels.append(timeline.Kernel(spelled[family.what], 0.0, time, None))
+    kernels.append(timeline.Kernel("normalise_rows", 0.0, 1e6, None))  # the stem's
+    rows = list(timeline.shares(kernels, setting, bandwidth))
+    assert len(rows) == 4 * len(spelled) and {row[-1] for row in rows} == {"50%"}
