@@ -223,9 +223,11 @@ def forward_configs(
     # W is read once per tile: tall tiles, as long as there are enough to fill a GPU
     tall = Config(256, width, 64, 16, 2) if hopper else Config(256, width, 32, 16, 3)
     low = Config(128, width, 32, 8 if width > 64 else 4, 3)
+    # with few warps a thread has more rows of a channel, whose vectors it makes for itself
+    few = (Config(128, width, 64, 4, 2),) if hopper else ()
     if m >= 512 * PROGRAMS:
-        return tall, low
-    return (low, tall) if m >= 128 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
+        return tall, low, *few
+    return (low, tall, *few) if m >= 128 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
 
 
 @cached
@@ -234,9 +236,10 @@ def gradient_configs(dtype: torch.dtype, precise: str, b: int, hopper: bool) -> 
     width, count = blocks(b, precise)
     if precise == "ieee":
         return (Config(16, 32, width, 8, 1),)
+    columns = 32 if width * count <= 256 else 16  # registers hold so much of dW
     if not hopper:
-        return (Config(64 if count == 1 else 32, 32, width, 8, 2),)
-    narrow = Config(64, 32, width, 8, 2)
+        return (Config(64 if count == 1 else 32, columns, width, 8, 2),)
+    narrow = Config(64, columns, width, 8, 2)
     return (Config(64, 64, width, 8, 2), narrow) if count == 1 else (narrow,)
 
 

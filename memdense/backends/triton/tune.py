@@ -57,13 +57,10 @@ def problems(
         def backward(dz=dz, y=y, behind=behind, weight=weight, x=x, read=read, into=into) -> object:
             return conv1x1.backward(dz, y, behind, weight, x, read, into, True)
 
+        new = hopper(device)
         kernels = (
-            ("forward_1x1", conv1x1.forward_configs(dtype, precise, m, b), forward),
-            (
-                "gradients_1x1",
-                conv1x1.gradient_configs(dtype, precise, b, hopper(device)),
-                backward,
-            ),
+            ("forward_1x1", conv1x1.forward_configs(dtype, precise, m, b, new), forward),
+            ("gradients_1x1", conv1x1.gradient_configs(dtype, precise, b, new), backward),
         )
         for kernel, candidates, run in kernels:
             if len(candidates) >= least:
