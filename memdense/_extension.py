@@ -77,9 +77,13 @@ CUDA_OPERATIONS = (
 )
 
 
+def _library(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.abi3.so")
+
+
 def _load_library(name: str, operations: Sequence[str], has: Callable[[str], bool]) -> str:
     """Load memdense/NAME.abi3.so; returns why that could not be done, or nothing."""
-    path = Path(__file__).with_name(f"{name}.abi3.so")
+    path = _library(name)
     if not path.exists():
         return f"not built: {path.name} is missing; {_HOW}"
     try:
@@ -126,6 +130,11 @@ def cuda_available() -> bool:
 def cuda_reason() -> str:
     """Why there are no CUDA kernels, in a sentence; empty when there are."""
     return _cuda_reason
+
+
+def cuda_library() -> Path:
+    """The file that the CUDA kernels are in."""
+    return _library("_CUDA")
 
 
 @cache

@@ -1,6 +1,8 @@
 """Shared by all tests: uninitialised memory is NaN, and Hypothesis repeats itself."""
 
+import fcntl
 import os
+import shutil
 
 import pytest
 import torch
@@ -45,6 +47,31 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The emulation, built once for all tests."""
+    import emulated
+
+    if not shutil.which(emulated.COMPILER):
+        pytest.skip(f"no C++ compiler: {emulated.COMPILER}")
+    directory = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        directory = directory.parent  # once for all workers
+    directory = directory / "emulation"
+    directory.mkdir(exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = emulated.build(directory)
+    return emulated.Emulation(library)
+
+
+@pytest.fixture
+def emulation(built):
+    built.configure()
+    yield built
+    built.configure()
 
 
 @pytest.fixture

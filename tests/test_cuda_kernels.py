@@ -6,109 +6,20 @@ not that a GPU runs them, and nothing about time.
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import os
 import re
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain
+from emulated import SHARED
 from inputs import REFUSALS, second_half
 from test_conv3x3 import CASES
 from torch.library import opcheck
-from torch.utils import cpp_extension
 
 from memdense import _extension
-
-ROOT = Path(__file__).resolve().parent.parent
-COMPILER = os.environ.get("CXX", "c++")
-SHARED = 100 * 1024  # bytes a block may have
-FLAGS = [
-    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w"),
-    "-Dmemdense=memdense_emulated",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    *("-I", str(ROOT / "tests" / "emulation"), "-I", str(ROOT / "csrc" / "cuda")),
-]
-
-
-def build(directory: Path) -> Path:
-    """The operations of csrc/cuda, of another name and on the CPU, with the emulation inside."""
-    library = directory / "emulated.so"
-    if library.exists():
-        return library
-    sources = [
-        ROOT / "csrc" / "ops.cpp",
-        ROOT / "tests" / "emulation" / "emulation.cpp",
-        *(ROOT / "csrc" / "cuda").glob("*.cu"),
-    ]
-    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-
-    def run(*command: object) -> None:
-        done = subprocess.run([COMPILER, *map(str, command)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    def compiled(source: Path) -> Path:
-        target = directory / f"{source.name}.o"
-        run(*FLAGS, *includes, "-x", "c++", "-c", source, "-o", target)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
-    part = library.with_suffix(".part")
-    run("-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", part)
-    part.rename(library)
-    return library
-
-
-class Emulation:
-    """torch.ops.memdense_emulated, and the machine it runs on."""
-
-    def __init__(self, library: Path):
-        torch.ops.load_library(str(library))
-        self.machine = ctypes.CDLL(str(library))
-        self.op = torch.ops.memdense_emulated
-        self.configure()
-
-    def configure(self, multiprocessors: int = 3, shared: int = SHARED, order: int = 0) -> None:
-        """``order`` of a block's threads: 0 ascending, 1 descending, others a shuffle."""
-        self.machine.configure(multiprocessors, shared, order)
-
-    def counters(self) -> tuple[int, int, int]:
-        """Launches, 8x8 matrices read from shared memory and the cycles that takes, till here."""
-        counts = (ctypes.c_int64 * 3)()
-        self.machine.counters(counts)
-        return tuple(counts)
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Emulation:
-    if not shutil.which(COMPILER):
-        pytest.skip(f"no C++ compiler: {COMPILER}")
-    directory = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        directory = directory.parent  # once for all workers
-    directory = directory / "emulation"
-    directory.mkdir(exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        library = build(directory)
-    emulation = Emulation(library)
-    for name in ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"):
-        torch.library.register_fake(f"memdense_emulated::{name}", _extension._written_fake)
-    return emulation
-
-
-@pytest.fixture
-def emulation(built) -> Emulation:
-    built.configure()
-    yield built
-    built.configure()
 
 
 def assert_same_bits(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:

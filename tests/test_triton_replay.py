@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memdense
 from memdense import ops
-from memdense.backends.triton import Triton, launch, replay
+from memdense.backends import triton
+from memdense.backends.triton import Triton, cuda, launch, replay
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="runs in Triton's interpreter")
 
@@ -71,7 +72,7 @@ def step(model: nn.Module, seed: int, wanted: bool) -> dict[str, Tensor]:
     """Output, gradients and buffers of a training step."""
     torch.manual_seed(seed)
     model.zero_grad()
-    x = images(seed).requires_grad_()
+    x = images(seed).to(next(model.parameters()).dtype).requires_grad_()
     with replay.replaying(wanted):
         out = model(x)
         loss(out).backward()
@@ -220,6 +221,74 @@ def test_launches_from_addresses(replays: list[replay.Tape]) -> None:
     launches = sum(get is not None for tape in replays for _, get in tape.steps)
     # some of the first step's too, where shapes repeat
     assert count >= 2 * launches > 60
+
+
+@pytest.fixture
+def emulated(emulation: Any) -> Iterator[Any]:
+    """The 3x3 in CUDA C++, emulated, in place of Triton's."""
+    with (
+        mock.patch.object(triton, "_cuda", lambda x: emulation.op),
+        mock.patch.object(launch, "current_stream", lambda _: 17),
+        mock.patch.dict(cuda.libraries),
+    ):
+        cuda.add(emulation.op, emulation.library)
+        yield emulation
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"drop_rate": 0.4}, torch.bfloat16),
+        ({"keep_bottlenecks": True}, torch.float16),
+        ({"bn_size": None}, torch.float32),
+    ],
+    ids=["plain", "dropout", "kept", "basic"],
+)
+def test_cuda_launches_from_addresses(
+    options: dict[str, Any], dtype: torch.dtype, replays: list[replay.Tape], emulated: Any
+) -> None:
+    model = network(**options).to(dtype)
+    twin = copy.deepcopy(model)
+    for seed in range(4):
+        assert_same(step(model, seed, True), step(twin, seed, False))
+    assert len(replays) == 8
+    # three layers forward and backward; where the interpreter is, nothing else goes by addresses
+    launched = [function for tape in replays for function, get in tape.steps if get is not None]
+    count = 3 if options.get("bn_size", 2) is None else 6
+    assert len(launched) == 2 * count
+    assert all(isinstance(function, cuda.Launches) for function in launched)
+
+
+def second_half(backend: Triton, moving: Any, fixed: Any, op: Any) -> list[Tensor | None]:
+    """A layer's, in a function of its own."""
+    out = moving[0].new_empty(30, 4)
+    op.bn_relu_conv3x3(
+        *moving, *fixed[:4], 1e-3, fixed[4], (1, 1), 1, 5, 6, None, 1.0, out, None, False
+    )
+    return [out]
+
+
+def test_addresses_of_two_pieces(replays: list[replay.Tape], emulated: Any) -> None:
+    """Where tensors of one buffer overlap an operation is called, as it is without its library."""
+    many = torch.rand(20) + 0.5
+    apart = [many[i : i + 5] for i in range(0, 20, 5)]
+    overlapping = [*apart[:3], many[11:16]]
+    weight = torch.randn(4, 5, 3, 3)
+    for parameters, known, by_address in (
+        (apart, cuda.libraries, 1),
+        (overlapping, cuda.libraries, 0),
+        ([t.clone() for t in apart], {}, 0),
+    ):
+        fixed = [*parameters, weight]
+        with replay.replaying(True), mock.patch.object(cuda, "libraries", known):
+            for _ in range(4):
+                y = [torch.randn(30, 5)]
+                [found] = replay.call(Triton(), second_half, y, fixed, emulated.op)
+                assert torch.equal(found, second_half(Triton(), y, fixed, emulated.op)[0])
+        assert len(replays) == 2
+        assert sum(get is not None for _, get in replays[0].steps) == by_address
+        replays.clear()
 
 
 ELSEWHERE = torch.ones(4)

@@ -1,7 +1,9 @@
 // The dilated 3x3 convolution on CUDA: what the operations accept, and the launches they are.
 //
 // Everything runs on the current stream of the tensors' device, without synchronisation; scratch
-// comes from PyTorch's allocator. So the operations can be captured in CUDA graphs.
+// comes from PyTorch's allocator. So the operations can be captured in CUDA graphs. Those of a
+// dense layer do nothing but launch, so that a replay of their launches (launches.h) is as good as
+// a call.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -193,8 +195,11 @@ Norm norm_of(const Tensor& x, const Tensor& mean, const Tensor& var, const Maybe
 }
 
 Tensor scratch(int64_t values, const Tensor& like) {
-  return torch::stable::empty({std::max<int64_t>(values, 1)}, ScalarType::Float, std::nullopt,
-                              like.device());
+  values = std::max<int64_t>(values, 1);
+  const Tensor tensor =
+      torch::stable::empty({values}, ScalarType::Float, std::nullopt, like.device());
+  device::record_scratch(tensor.const_data_ptr(), values * sizeof(float));
+  return tensor;
 }
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }

@@ -6,11 +6,15 @@
 // Rows of tiles run on through phases and images, so small images fill them too.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 
-#include "device.h"
+#include "launches.h"
 
 namespace memdense::conv3x3 {
+
+using device::Grid;
 
 // of [N, H, W, C], in elements
 struct Strides {
@@ -56,6 +60,8 @@ struct Norm {
   float eps;
 };
 
+// Structs that kernels take say with pointers() where all of theirs are: see launches.h.
+
 enum class Mode {
   kPlain,     // out = conv(x) + bias
   kForward,   // out = conv(relu(s*y + t)) with dropout, and its statistics
@@ -95,6 +101,15 @@ struct Convolution {
   // kForward: [mean, m2][column][block] and [block] counts; kGradient: [dbeta,
   // dgamma][column][block]
   float* partials;
+
+  static constexpr auto pointers() {
+    return std::array{offsetof(Convolution, source),     offsetof(Convolution, weight),
+                      offsetof(Convolution, target),     offsetof(Convolution, bias),
+                      offsetof(Convolution, norm.mean),  offsetof(Convolution, norm.var),
+                      offsetof(Convolution, norm.gamma), offsetof(Convolution, norm.beta),
+                      offsetof(Convolution, keep),       offsetof(Convolution, y),
+                      offsetof(Convolution, partials)};
+  }
 };
 
 // partials[split][tap, j, c] = sum over the split's tiles of dy[pixel, j] * z[pixel + tap, c], with
@@ -113,6 +128,13 @@ struct WeightGradient {
 
   Norm norm;  // mean is null without one
   float* partials;
+
+  static constexpr auto pointers() {
+    return std::array{offsetof(WeightGradient, source),     offsetof(WeightGradient, dy),
+                      offsetof(WeightGradient, norm.mean),  offsetof(WeightGradient, norm.var),
+                      offsetof(WeightGradient, norm.gamma), offsetof(WeightGradient, norm.beta),
+                      offsetof(WeightGradient, partials)};
+  }
 };
 
 // The second step: sums of partials in their order.
@@ -126,6 +148,16 @@ struct Reduction {
   const float* var;
   float eps;
   float *dbeta, *dgamma;
+  int weight_blocks;  // of the grid, the first ones; set by reduce_partials
+
+  static constexpr auto pointers() {
+    return std::array{offsetof(Reduction, weight_partials),
+                      offsetof(Reduction, dweight),
+                      offsetof(Reduction, sums),
+                      offsetof(Reduction, var),
+                      offsetof(Reduction, dbeta),
+                      offsetof(Reduction, dgamma)};
+  }
 };
 
 // Bytes of a pixel's channels that are staged at a time.
@@ -193,13 +225,14 @@ struct Merge {
   const float* partials;
   int columns, blocks;
   float *mean, *var;
+
+  static constexpr auto pointers() {
+    return std::array{offsetof(Merge, partials), offsetof(Merge, mean), offsetof(Merge, var)};
+  }
 };
 
 // Launchers, one translation unit a type of value. `columns` are those of a block: 16, 32 or 64,
 // the latter not for plain float arithmetic.
-struct Grid {
-  int x, y, threads, shared;
-};
 void convolve_half(const Convolution&, Mode, int columns, Grid, device::Stream);
 void convolve_bfloat16(const Convolution&, Mode, int columns, Grid, device::Stream);
 void convolve_tf32(const Convolution&, Mode, int columns, Grid, device::Stream);
@@ -209,6 +242,6 @@ void weight_gradient_bfloat16(const WeightGradient&, int columns, Grid, device::
 void weight_gradient_tf32(const WeightGradient&, int columns, Grid, device::Stream);
 void weight_gradient_float(const WeightGradient&, int columns, Grid, device::Stream);
 void merge_moments(const Merge&, device::Stream);
-void reduce_partials(const Reduction&, device::Stream);
+void reduce_partials(Reduction, device::Stream);
 
 }  // namespace memdense::conv3x3

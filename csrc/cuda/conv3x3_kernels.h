@@ -986,7 +986,7 @@ void launch_convolution(const Convolution& a, Mode mode, int columns, Grid grid,
     const auto kernel = mode == Mode::kPlain     ? convolve<K, kColumns, Mode::kPlain>
                         : mode == Mode::kForward ? convolve<K, kColumns, Mode::kForward>
                                                  : convolve<K, kColumns, Mode::kGradient>;
-    device::launch<Convolution>(kernel, grid.x, grid.y, grid.threads, grid.shared, stream, a);
+    device::launch(kernel, grid, stream, a);
   };
   if (columns == 16) return of_columns.template operator()<16>();
   if (columns == 32) return of_columns.template operator()<32>();
@@ -998,8 +998,8 @@ void launch_weight_gradient(const WeightGradient& a, int columns, Grid grid, Str
   const auto kernel = columns == 16   ? weight_gradient<K, 16>
                       : columns == 32 ? weight_gradient<K, 32>
                                       : weight_gradient<K, 64>;
-  device::launch<WeightGradient>(kernel, grid.x, grid.y, kWarp * kWeightWarps<K>, grid.shared,
-                                 stream, a);
+  grid.threads = kWarp * kWeightWarps<K>;
+  device::launch(kernel, grid, stream, a);
 }
 
 }  // namespace memdense::conv3x3

@@ -35,8 +35,8 @@ MEMDENSE_KERNEL(kWarps* kWarp, 1) merge_columns(const Merge a) {
 }
 
 // dweight by the first blocks, a thread each value; dbeta and dgamma by the others, a warp each.
-MEMDENSE_KERNEL(kWarps* kWarp, 1) reduce(const Reduction a, int weight_blocks) {
-  if (block() < weight_blocks) {
+MEMDENSE_KERNEL(kWarps* kWarp, 1) reduce(const Reduction a) {
+  if (block() < a.weight_blocks) {
     const int64_t plane = static_cast<int64_t>(a.columns) * a.channels, count = kTaps * plane;
     const int64_t i = static_cast<int64_t>(block()) * threads() + thread();
     if (i >= count) return;
@@ -46,7 +46,7 @@ MEMDENSE_KERNEL(kWarps* kWarp, 1) reduce(const Reduction a, int weight_blocks) {
     a.dweight[i % plane * kTaps + i / plane] = sum;
     return;
   }
-  const int row = (block() - weight_blocks) * kWarps + thread() / kWarp, lane = thread() % kWarp;
+  const int row = (block() - a.weight_blocks) * kWarps + thread() / kWarp, lane = thread() % kWarp;
   if (row >= 2 * a.channels) return;
   const float* values = a.sums + static_cast<int64_t>(row) * a.blocks;
   double sum = 0;
@@ -66,16 +66,14 @@ int quotient_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b)
 }  // namespace
 
 void merge_moments(const Merge& a, Stream stream) {
-  device::launch<Merge>(merge_columns, quotient_up(a.columns, kWarps), 1, kWarps * kWarp, 0, stream,
-                        a);
+  device::launch(merge_columns, {quotient_up(a.columns, kWarps), 1, kWarps * kWarp, 0}, stream, a);
 }
 
-void reduce_partials(const Reduction& a, Stream stream) {
+void reduce_partials(Reduction a, Stream stream) {
   const int64_t values = int64_t{kTaps} * a.columns * a.channels;
-  const int weight_blocks = a.dweight ? quotient_up(values, kWarps * kWarp) : 0;
+  a.weight_blocks = a.dweight ? quotient_up(values, kWarps * kWarp) : 0;
   const int sum_blocks = a.sums ? quotient_up(2 * a.channels, kWarps) : 0;
-  device::launch<Reduction, int>(reduce, weight_blocks + sum_blocks, 1, kWarps * kWarp, 0, stream,
-                                 a, weight_blocks);
+  device::launch(reduce, {a.weight_blocks + sum_blocks, 1, kWarps * kWarp, 0}, stream, a);
 }
 
 }  // namespace memdense::conv3x3

@@ -26,6 +26,11 @@ struct Properties {
   int multiprocessors, shared_per_block, shared_per_multiprocessor;  // the latter two in bytes
 };
 
+// x by y blocks of so many threads, with so many bytes of shared memory.
+struct Grid {
+  int x, y, threads, shared;
+};
+
 }  // namespace memdense::device
 
 #ifndef __CUDACC__
@@ -203,19 +208,32 @@ inline Properties properties(int device) {
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }
 
-// A grid of x by y blocks on the current device.
-template <typename... Arguments>
-void launch(void (*kernel)(Arguments...), int x, int y, int threads, int shared, Stream stream,
-            Arguments... arguments) {
+// A kernel that takes one struct, whichever that is.
+using Kernel = const void*;
+
+template <typename Argument>
+Kernel erased(void (*kernel)(Argument)) {
+  return reinterpret_cast<Kernel>(kernel);
+}
+
+// Before a kernel's first start with so many bytes of shared memory on the current device.
+inline void prepare(Kernel kernel, int shared) {
   // what a block may have without asking
   constexpr int kUsual = 48 * 1024;
-  if (shared > kUsual) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-          "cudaFuncSetAttribute");
-  }
-  void* values[] = {&arguments...};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(x, y), dim3(threads), values,
-                         shared, stream),
+  if (shared <= kUsual) return;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  // all there is: a launch of less, meanwhile, must not take away what this one asked for
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+        "cudaFuncSetAttribute");
+}
+
+// On the current device; the argument may change as soon as this returns.
+inline void start(Kernel kernel, const Grid& grid, const void* argument, Stream stream) {
+  void* arguments[] = {const_cast<void*>(argument)};
+  check(cudaLaunchKernel(kernel, dim3(grid.x, grid.y), dim3(grid.threads), arguments, grid.shared,
+                         stream),
         "launching a kernel");
 }
 

@@ -62,17 +62,19 @@ class Machine {
   int64_t launches = 0, matrix_reads = 0, bank_cycles = 0;
 
   // ---- a launch
-  void run(const std::function<void()>& kernel, int x, int y, int threads, int shared) {
-    if (threads % kLanes || threads > 1024) throw std::runtime_error("emulation: odd block");
-    if (shared > properties.shared_per_block) {
+  void run(const std::function<void()>& kernel, const Grid& grid) {
+    if (grid.threads % kLanes || grid.threads > 1024) {
+      throw std::runtime_error("emulation: odd block");
+    }
+    if (grid.shared > properties.shared_per_block) {
       throw std::runtime_error("emulation: more shared memory than a block may have");
     }
     ++launches;
     kernel_ = &kernel;
-    threads_ = threads;
-    grid_x_ = x;
-    for (block_y_ = 0; block_y_ < y; ++block_y_) {
-      for (block_x_ = 0; block_x_ < x; ++block_x_) run_block(shared);
+    threads_ = grid.threads;
+    grid_x_ = grid.x;
+    for (block_y_ = 0; block_y_ < grid.y; ++block_y_) {
+      for (block_x_ = 0; block_x_ < grid.x; ++block_x_) run_block(grid.shared);
     }
   }
 
@@ -457,14 +459,21 @@ inline float quotient(float a, float b) { return a / b; }
 
 // ---- the host's side
 
-struct Stream {};
+using Stream = void*;
 
 inline Properties properties(int) { return machine().properties; }
 
-template <typename... Arguments>
-void launch(void (*kernel)(Arguments...), int x, int y, int threads, int shared, Stream,
-            Arguments... arguments) {
-  machine().run([&] { kernel(arguments...); }, x, y, threads, shared);
+using Kernel = std::function<void(const void*)>;
+
+template <typename Argument>
+Kernel erased(void (*kernel)(Argument)) {
+  return [=](const void* argument) { kernel(*static_cast<const Argument*>(argument)); };
+}
+
+inline void prepare(const Kernel&, int) {}
+
+inline void start(const Kernel& kernel, const Grid& grid, const void* argument, Stream) {
+  machine().run([&] { kernel(argument); }, grid);
 }
 
 }  // namespace memdense::device

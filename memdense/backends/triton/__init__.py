@@ -32,6 +32,11 @@ def _answers(g: Tensor) -> bool:
     return g.dtype in DTYPES and g.stride(1) == 1
 
 
+def _cuda(x: Tensor) -> Any:
+    """The operations in CUDA C++, or None where they do not run."""
+    return torch.ops.memdense if x.is_cuda and _extension.cuda_runs_on(x.device) else None
+
+
 class Triton(Reference):
     """Each method has its twin's contract; what its kernel does not take goes to the twin."""
 
@@ -101,8 +106,8 @@ class Triton(Reference):
     ) -> None:
         fits = _fits(x, out) and weight.dtype == x.dtype
         fits = fits and (keep is None or keep[0].stride(-1) == 1)
-        if fits and x.is_cuda and _extension.cuda_runs_on(x.device):
-            return torch.ops.memdense.bn_relu_conv3x3(
+        if fits and (cuda := _cuda(x)):
+            return cuda.bn_relu_conv3x3(
                 x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation,
                 *geometry, *(keep or (None, 1.0)), out, moments, _extension.tf32(),
             )  # fmt: skip
@@ -160,11 +165,11 @@ class Triton(Reference):
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
         fits = _fits(x, dy) and weight.dtype == x.dtype
         fits = fits and (into is None or _answers(into.g))
-        if fits and into is None and x.is_cuda and _extension.cuda_runs_on(x.device):
+        if fits and into is None and (cuda := _cuda(x)):
             dz = x.new_empty(x.shape)
             sums = Sums(torch.empty_like(read.mean), torch.empty_like(read.mean))
             dweight = weight.new_empty(weight.shape, dtype=torch.float32) if need_weight else None
-            torch.ops.memdense.bn_relu_conv3x3_backward(
+            cuda.bn_relu_conv3x3_backward(
                 dy, weight, dilation, x, read.mean, read.var, read.weight, read.bias, read.eps,
                 *geometry, dz, *sums, dweight, False, _extension.tf32(),
             )  # fmt: skip

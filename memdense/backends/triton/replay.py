@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import _extension
-from . import launch, tuning
+from . import cuda, launch, tuning
 from .launch import ALIGNMENT, Plan, keep_if_captured
 
 aten = torch.ops.aten
@@ -38,6 +38,7 @@ ALLOCATIONS = {
     aten.new_empty_strided.default,
 }
 ZEROS = {aten.zeros.default, aten.new_zeros.default}
+STREAM = object()  # among what a launch is given: the current one
 BLOCK = 512  # bytes that a piece of scratch is rounded up to, as PyTorch's allocator does
 
 
@@ -75,14 +76,21 @@ def _bytes(t: Tensor) -> int:
     return (1 + last) * t.itemsize
 
 
-class Step(NamedTuple):
-    """A launch, or one of PyTorch's operations, on places."""
+class Around(NamedTuple):
+    """What a launch is given before its addresses, and behind them."""
 
-    function: Any
+    before: tuple
+    behind: tuple = ()
+
+
+class Step(NamedTuple):
+    """One of PyTorch's operations on places, or a launch by their addresses."""
+
+    function: Callable[..., Any]
     args: tuple
     kwargs: dict[str, Any]
     results: tuple[int, ...] = ()  # the pieces that its results are
-    compiled: launch.Compiled | None = None
+    around: Around | None = None  # of a launch
 
 
 class Recorder(TorchDispatchMode):
@@ -118,10 +126,35 @@ class Recorder(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = function(*args, **kwargs)
-        if not self._paused:
+        if self._paused:
+            return function(*args, **kwargs)
+        out, launches = cuda.call(function, args, kwargs)
+        if launches is None or not self._launches(launches, [*args, *kwargs.values()]):
             self._operation(function, args, kwargs, out)
         return out
+
+    def _launches(self, launches: cuda.Launches, values: Sequence[Any]) -> bool:
+        """Write down an operation's launches, if its arguments tell where each address lies."""
+        tensors = [t for t in values if isinstance(t, Tensor)]
+        ranges = [(t.data_ptr(), _bytes(t), self.place(t)) for t in tensors]
+        for address, size in launches.scratch:
+            stand_in = torch.empty(size, dtype=torch.uint8, device="meta")
+            place = Place(self._add("scratch", stand_in), 0, torch.uint8, stand_in.shape, (1,))
+            ranges.append((address, size, place))
+        places = []
+        for address in launches.addresses:
+            # slices of one buffer overlap, and agree
+            found = {
+                (place.piece, place.offset + address - begin): place
+                for begin, size, place in ranges
+                if begin <= address < begin + size
+            }
+            if len(found) != 1:
+                return False
+            [((_, offset), place)] = found.items()
+            places.append(place._replace(offset=offset))
+        self._step(Step(launches, tuple(places), {}, around=Around((STREAM,))))
+        return True
 
     def _operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         results = out if isinstance(out, (tuple, list)) else () if out is None else (out,)
@@ -145,7 +178,12 @@ class Recorder(TorchDispatchMode):
     def launch(self, plan: Plan, tensors: Tensors) -> None:
         with self._pause():
             compiled = plan.launch(tensors)
-        self._step(Step(plan, self._places(tuple(tensors)), {}, (), compiled))
+        places = self._places(tuple(tensors))
+        if compiled is None:
+            self._step(Step(plan, places, {}))
+            return
+        before = *plan.grid, STREAM, compiled.function, compiled.metadata, None, None, None
+        self._step(Step(compiled.run, places, {}, around=Around(before, plan.arguments)))
 
     def constant(self, make: Callable[[], Tensor]) -> Tensor:
         with self._pause():
@@ -245,12 +283,11 @@ class _Values:
         self.addresses: dict[tuple[int, int], int] = {}  # (piece, offset) to its index
         self.rest: list[Any] = []
         self._known: dict[int, int] = {}  # id of one of the rest to its index
-        self.stream = object()
-        places = [p for step in steps if step.compiled for p in step.args if p is not None]
+        places = [p for step in steps if step.around for p in step.args if p is not None]
         for place in places:
             if place.piece is not None and pieces[place.piece].kind not in ("fixed", "constant"):
                 self.addresses.setdefault((place.piece, place.offset), len(self.addresses))
-        self.stream_index = self.index(self.stream)
+        self.stream_index = self.index(STREAM)
 
     def index(self, value: Any) -> int:
         at = self._known.get(id(value))
@@ -270,10 +307,8 @@ class _Values:
 
     def launch(self, step: Step) -> tuple[Callable[..., None], itemgetter]:
         """A launch, as a function and what gets its arguments out of the list."""
-        plan, compiled = step.function, step.compiled
-        head = *plan.grid, self.stream, compiled.function, compiled.metadata, None, None, None
-        indices = [*map(self.index, head), *map(self.index_of, step.args)]
-        return compiled.run, itemgetter(*indices, *map(self.index, plan.arguments))
+        before, behind = (map(self.index, values) for values in step.around)
+        return step.function, itemgetter(*before, *map(self.index_of, step.args), *behind)
 
 
 class Tape:
@@ -294,7 +329,7 @@ class Tape:
         self.steps: list[tuple[Callable[..., Any], itemgetter | None]] = []
         dropped = self._dropped(recorder.steps, {place.piece for place in returned})
         for step, over in zip(recorder.steps, dropped, strict=True):
-            self.steps.append(values.launch(step) if step.compiled else (_Call(step, over), None))
+            self.steps.append(values.launch(step) if step.around else (_Call(step, over), None))
         self.rest, self.stream_index = values.rest, values.stream_index
         self.launches = any(get is not None for _, get in self.steps)
         # where each address begins: a piece, or behind them all the scratch
@@ -326,7 +361,7 @@ class Tape:
         for i, piece in enumerate(self.pieces):
             if piece.kind == "result" and i not in returned:
                 later = range(piece.last, len(steps))
-                at = next((j for j in later if not steps[j].compiled), None)
+                at = next((j for j in later if not steps[j].around), None)
                 if at is not None:
                     dropped[at].append(i)
         return dropped

@@ -1,0 +1,77 @@
+"""The CUDA kernels on the CPU: csrc/cuda, built with tests/emulation. conftest.py hands it out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from memdense import _extension
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+SHARED = 100 * 1024  # bytes a block may have
+FLAGS = [
+    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w"),
+    "-Dmemdense=memdense_emulated",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    *("-I", str(ROOT / "tests" / "emulation"), "-I", str(ROOT / "csrc" / "cuda")),
+]
+
+
+def build(directory: Path) -> Path:
+    """The operations of csrc/cuda, of another name and on the CPU, with the emulation inside."""
+    library = directory / "emulated.so"
+    if library.exists():
+        return library
+    sources = [
+        ROOT / "csrc" / "ops.cpp",
+        ROOT / "tests" / "emulation" / "emulation.cpp",
+        *(ROOT / "csrc" / "cuda").glob("*.cu"),
+    ]
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+
+    def run(*command: object) -> None:
+        done = subprocess.run([COMPILER, *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def compiled(source: Path) -> Path:
+        target = directory / f"{source.name}.o"
+        run(*FLAGS, *includes, "-x", "c++", "-c", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources))
+    part = library.with_suffix(".part")
+    run("-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", part)
+    part.rename(library)
+    return library
+
+
+class Emulation:
+    """torch.ops.memdense_emulated, and the machine it runs on."""
+
+    def __init__(self, library: Path):
+        self.library = library
+        torch.ops.load_library(str(library))
+        self.machine = ctypes.CDLL(str(library))
+        self.op = torch.ops.memdense_emulated
+        for name in ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"):
+            torch.library.register_fake(f"memdense_emulated::{name}", _extension._written_fake)
+        self.configure()
+
+    def configure(self, multiprocessors: int = 3, shared: int = SHARED, order: int = 0) -> None:
+        """``order`` of a block's threads: 0 ascending, 1 descending, others a shuffle."""
+        self.machine.configure(multiprocessors, shared, order)
+
+    def counters(self) -> tuple[int, int, int]:
+        """Launches, 8x8 matrices read from shared memory and the cycles that takes, till here."""
+        counts = (ctypes.c_int64 * 3)()
+        self.machine.counters(counts)
+        return tuple(counts)
