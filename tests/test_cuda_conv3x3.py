@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain
+from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain, elsewhere, replay
 from test_conv3x3 import CASES, everything, rms_error
 from torch import nn
 from torch.nn import functional as F
@@ -135,6 +135,41 @@ def test_a_graph_can_be_captured():
     found = [t.clone() for t in (out, *moments, dz, dbeta, dgamma, dweight)]
     for a, b in zip(found, layer_results(layer), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", [LAYERS[4], (3, 28, 28, 128, 32, (1, 1))], ids=str)
+def test_launched_again(shape, kind):
+    """By address, on other memory: at once on a side stream, and in a captured graph."""
+    cuda = pytest.importorskip("memdense.backends.triton.cuda")
+    layers = [Layer(shape, kind, "cuda", True) for _ in range(2)]
+    recorded, args = (layer.arguments(True, torch.channels_last)[:2] for layer in layers)
+    names = cuda.OPERATIONS
+    expected, eager, captured = ([elsewhere(each) for each in args] for _ in range(3))
+    for name, given in zip(names, expected, strict=True):
+        getattr(OP, name)(*given)
+    launches = [
+        cuda.call(getattr(OP, name).default, given, {})[1]
+        for name, given in zip(names, recorded, strict=True)
+    ]
+
+    def both(on: list[tuple]) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        for each in zip(launches, recorded, on, strict=True):
+            replay(each[0], stream, *each[1:])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both(eager)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both(captured)
+    graph.replay()
+    for found in (eager, captured):
+        for a, b in zip(sum(found, ()), sum(expected, ()), strict=True):
+            assert not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(7), b.nan_to_num(7))
 
 
 def test_beyond_32_bits():

@@ -14,7 +14,7 @@ from torchvision.models import DenseNet as Torchvision
 import memdense
 from memdense import memory
 from memdense.backends import backend_for
-from memdense.backends.triton import replay
+from memdense.backends.triton import cuda, replay
 
 pytestmark = pytest.mark.gpu
 ARGS = (8, (3, 4, 2), 12, 4, 0, 5)
@@ -161,6 +161,8 @@ def test_replays_are_the_same_bits_in_the_same_memory() -> None:
             assert torch.equal(a.grad, b.grad), (seed, name)
         for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
             assert torch.equal(a, b), (seed, name)
+    functions = [run for tape in replay._tapes.values() if tape for run, _ in tape.steps]
+    assert any(isinstance(run, cuda.Launches) for run in functions) == bool(cuda.libraries)
     # a replay allocates all gradients of a stage before its first launch
     assert peaks[True][-1] <= 1.15 * peaks[False][-1]
 

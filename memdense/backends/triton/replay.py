@@ -134,7 +134,11 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _launches(self, launches: cuda.Launches, values: Sequence[Any]) -> bool:
-        """Write down an operation's launches, if its arguments tell where each address lies."""
+        """Write down an operation's launches, if its arguments tell where each address lies.
+
+        Whether an address was a multiple of 16 bytes may have decided which they are: a tape's key
+        says so of inputs, all other memory begins at such a multiple.
+        """
         tensors = [t for t in values if isinstance(t, Tensor)]
         ranges = [(t.data_ptr(), _bytes(t), self.place(t)) for t in tensors]
         for address, size in launches.scratch:
