@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import engine, plain
-from .backends import backend_for
+from .backends import backend_for, chosen, unless_chosen
 from .buffers import StatisticsTable, accumulator, row_stride
 from .direct import learns, watched
 from .spec import Norm, Stage, StageSpec, StemSpec, unflatten
@@ -171,6 +171,7 @@ def _(dout, dfeatures, features, statistics, bottlenecks, tensors, mask, spec, n
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, tensors, running, mask, ctx.spec, double_backward = inputs
     _, features, statistics, bottlenecks = output
+    ctx.backend = chosen()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, *bottlenecks)
     ctx.kept = len(bottlenecks)
@@ -208,20 +209,21 @@ def _gradients(
         return found[0], found[1:]
     seen = watched(dout, dfeatures, features, statistics, mask, *rest)
     run = stage_backward if seen else _stage_backward
-    found = iter(
-        run(
-            dout,
-            dfeatures,
-            features,
-            statistics,
-            bottlenecks,
-            tensors,
-            mask,
-            ctx.spec,
-            need_x,
-            need,
+    with unless_chosen(ctx.backend):
+        found = iter(
+            run(
+                dout,
+                dfeatures,
+                features,
+                statistics,
+                bottlenecks,
+                tensors,
+                mask,
+                ctx.spec,
+                need_x,
+                need,
+            )
         )
-    )
     dx = next(found) if need_x else None
     return dx, [next(found) if n else None for n in need]
 
@@ -366,6 +368,7 @@ def _(dout, x, weight, gamma, beta, convolved, winner, statistics, spec, need):
 def _setup_stem(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, gamma, beta, _, _, ctx.spec = inputs
     _, convolved, winner, statistics = output
+    ctx.backend = chosen()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(convolved, winner, statistics)
     ctx.save_for_backward(x, weight, gamma, beta, convolved, winner, statistics)
@@ -385,7 +388,9 @@ def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
             return (*plain.gradients([out], [dout], [x, weight, gamma, beta], need), *rest)
     seen = watched(dout, x, weight, gamma, beta, convolved, winner, statistics)
     run = stem_backward if seen else _stem_backward
-    found = iter(run(dout, x, weight, gamma, beta, convolved, winner, statistics, ctx.spec, need))
+    tensors = x, weight, gamma, beta, convolved, winner, statistics
+    with unless_chosen(ctx.backend):
+        found = iter(run(dout, *tensors, ctx.spec, need))
     return (*(next(found) if n else None for n in need), *rest)
 
 

@@ -244,6 +244,10 @@ def test_running_statistics_that_go_to_the_reference():
             assert not launches
             found.append((mean, var, count))
         assert all(map(torch.equal, *found)) and found[0][2] == 1 + twice
+        mean = torch.zeros(3).to(dtype)
+        for start in (0, 3)[:each]:
+            mean = 0.5 * mean + 0.5 * table[0, start : start + 3]
+        assert torch.equal(found[0][0], mean)
 
 
 # ---- weights

@@ -54,6 +54,23 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def chosen() -> str | None:
+    """What :func:`use_backend` chose."""
+    return _chosen.get()
+
+
+@contextmanager
+def unless_chosen(name: str | None) -> Iterator[None]:
+    """``name`` inside, where :func:`use_backend` chose nothing: autograd has threads of its own for
+    a GPU's backward passes.
+    """
+    token = _chosen.set(_chosen.get() or name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 def _check(name: str) -> None:
     if name not in _CHOICES:
         raise ValueError(f"expected one of the backends {', '.join(_CHOICES)}, got {name!r}")

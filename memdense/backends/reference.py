@@ -142,6 +142,16 @@ class Reference:
         """One training step of BatchNorm's buffers; see
         :func:`memdense.ops.update_running_statistics`.
         """
+        if len({m.data_ptr() for m in means}) < len(means):
+            # a norm that runs twice moves twice, one after the other
+            steps = [[c] for c in counts] or [[]] * len(means)
+            for mean, var, step, start, momentum in zip(
+                means, variances, steps, starts, momenta, strict=True
+            ):
+                Reference.update_running(
+                    self, [mean], [var], step, statistics, [start], [momentum], rows
+                )
+            return
         mean, var = statistics.unbind()
         parts = [slice(s, s + len(m)) for s, m in zip(starts, means, strict=True)]
         unbiased = torch._foreach_mul([var[part] for part in parts], rows / (rows - 1))

@@ -59,6 +59,8 @@ def move_running(table, statistics, columns, rows, BLOCK: tl.constexpr):
     if count != 0:
         at = count.to(tl.pointer_type(tl.int64))
         steps = tl.load(at) + 1
+        # every thread loads, one stores: not before the last warp has loaded
+        tl.debug_barrier()
         tl.store(at, steps)
         m = tl.where(m < 0, 1 / steps.to(tl.float64), m)
     unbiased = rows.to(tl.float64) / (rows.to(tl.float64) - 1)

@@ -13,13 +13,15 @@ from . import conv1x1
 from .launch import hopper, precision
 from .tuning import Config, bucket, device_name, forced, save
 
-# M, C, B: the blocks of an ImageNet network at batches 16 and 256, and those of a narrow one
+# M, C, B: the blocks of an ImageNet network at batches 16, 64 and 256, and those of narrower and
+# wider ones
 SIZES = [
-    (16 * 56 * 56, 128, 128), (16 * 28 * 28, 256, 128), (16 * 14 * 14, 512, 128),
-    (16 * 7 * 7, 1024, 128), (256 * 56 * 56, 128, 128), (256 * 28 * 28, 256, 128),
-    (256 * 14 * 14, 512, 128), (256 * 14 * 14, 1024, 128), (256 * 7 * 7, 1024, 128),
-    (64 * 32 * 32, 128, 48), (256 * 14 * 14, 512, 192),
-]  # fmt: skip
+    (batch * side * side, c, 128)
+    for batch in (16, 64, 256)
+    for side, channels in ((56, (64, 128, 256)), (28, (128, 256, 512)), (14, (256, 512, 1024)),
+                           (7, (512, 1024)))
+    for c in channels
+] + [(64 * 32 * 32, 128, 48), (256 * 14 * 14, 512, 192)]  # fmt: skip
 
 
 class Problem(NamedTuple):
