@@ -93,8 +93,7 @@ def gradients_1x1(
     dy, w, x, mean, var, weight, bias, g, partial, weights,
     M, C, CX, CW, CG, B, ldy, ldw, ldx, ldg, eps, across, share, plane, size,
     BM: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, BLOCKS: tl.constexpr,
-    WEIGHT: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WEIGHT: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA = dY @ W, dX = dA*[s*X + t > 0], G += s*dX and with WEIGHT dW = dY^T @ relu(s*X + t);
     dY [M, B], W [B, C], X, G [M, C].
@@ -102,8 +101,7 @@ def gradients_1x1(
     A program owns BC columns and walks down one split's ``share`` rows. W's columns, the norm's
     vectors and all sums stay with it; the latter, of dX and dX*x_hat and of what G took in, go to
     partial [2 or 4, C, splits], its share of dW to weights [splits, B, C] (plane = C*splits,
-    size = B*C). CX, CW and CG columns of X, W and G may be touched, W's beyond C being 0. With
-    AHEAD the next rows of G are under way while these are answered.
+    size = B*C). CX, CW and CG columns of X, W and G may be touched, W's beyond C being 0.
     """
     split = tl.program_id(0) // across
     c = tl.program_id(0) % across * BC + tl.arange(0, BC)
@@ -136,19 +134,19 @@ def gradients_1x1(
     dgamma = dbeta
     stored_beta = dbeta
     stored_gamma = dbeta
-    if SEEDED and AHEAD:
+    if SEEDED:
         held = tl.load(g + in_g, (first + row < last)[:, None] & writable, 0.0)
     for start in range(first, last, BM):
         valid = (start + row < last)[:, None]
         d0 = tl.load(dy + in_dy, valid & (b < B)[None, :], 0.0)
         values = tl.load(x + in_x, valid & readable, 0.0).to(tl.float32)
+        # one expression, so that what G took in is summed where the product left it: as a value of
+        # its own, s*dX would be laid out for the store, and the sums with it
         if SEEDED:
-            if AHEAD:
-                old = held.to(tl.float32)
-                later = (start + BM + row < last)[:, None]
-                held = tl.load(g + BM * ldg + in_g, later & writable, 0.0)
-            else:
-                old = tl.load(g + in_g, valid & writable, 0.0).to(tl.float32)
+            old = held.to(tl.float32)
+            # the next rows are under way while these are answered
+            later = (start + BM + row < last)[:, None]
+            held = tl.load(g + BM * ldg + in_g, later & writable, 0.0)
         da = tl.dot(d0, w0, input_precision=PRECISION)
         if BLOCKS > 1:
             d1 = tl.load(dy + BB + in_dy, valid & (b + BB < B)[None, :], 0.0)
@@ -224,16 +222,17 @@ def forward_configs(
         return (Config(128, width, 32, 8, 2), low) if count == 1 else (low,)
     if count > 1:
         return Config(64, width, 32, 8, 3), Config(64, width, 32, 8, 2)
+    if hopper:
+        # With few warps a thread has more rows of a channel, whose vectors it makes for itself, and
+        # two programs share a multiprocessor. Measured on an H200 at B = 128.
+        tall, low = Config(128, width, 64, 4, 2), Config(64, width, 64, 4, 3)
+        return (tall, low) if m >= 512 * PROGRAMS else (low, tall)
     # W is read once per tile: tall tiles, as long as there are enough to fill a GPU
-    tall = Config(256, width, 64, 16, 2) if hopper else Config(256, width, 32, 16, 3)
+    tall = Config(256, width, 32, 16, 3)
     low = Config(128, width, 32, 8 if width > 64 else 4, 3)
-    # with few warps a thread has more rows of a channel, whose vectors it makes for itself
-    few = (Config(128, width, 64, 4, 2), Config(64, width, 64, 4, 3)) if hopper else ()
     if m >= 512 * PROGRAMS:
-        return tall, low, *few
-    if m >= 128 * PROGRAMS:
-        return low, tall, *few
-    return Config(64, width, 32, 8, 3), low, *few
+        return tall, low
+    return (low, tall) if m >= 128 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
 
 
 @cached
@@ -244,10 +243,9 @@ def gradient_configs(dtype: torch.dtype, precise: str, b: int, hopper: bool) -> 
         return (Config(16, 32, width, 8, 1),)
     columns = 32 if width * count <= 256 else 16  # registers hold so much of dW
     if not hopper:
-        return (Config(64 if count == 1 else 32, columns, width, 8, 2),)
-    if count > 1:
-        return (Config(64, columns, width, 8, 2),)
-    return Config(64, 64, width, 8, 2), Config(64, 32, width, 4, 2)
+        rows = 64 if count == 1 else 32 if columns == 32 else 16
+        return (Config(rows, columns, width, 8, 2),)
+    return (Config(64, 64 if count == 1 else columns, width, 8, 2),)
 
 
 @cached
@@ -296,8 +294,7 @@ def _gradients_plan(
             m, c, readable(c, ldx), readable(c, ldw), writable, b, *strides, eps,
             across, cdiv(cdiv(m, splits), k.rows) * k.rows, c * splits, b * c,
         ),
-        # with few warps other programs run meanwhile, and registers are scarce
-        (k.rows, k.columns, k.inner, count, need_weight, seeded, rounds, k.warps > 4, precise),
+        (k.rows, k.columns, k.inner, count, need_weight, seeded, rounds, precise),
         k.warps,
         k.stages,
     )  # fmt: skip
@@ -307,8 +304,7 @@ def gradient_splits(k: Config, m: int, c: int) -> int:
     """How many programs share the rows: enough to fill a GPU, few enough to keep partial results
     small beside what they read.
     """
-    programs = PROGRAMS * 8 // k.warps
-    splits = max(1, min(programs // cdiv(c, k.columns), m // SPLIT_ROWS))
+    splits = max(1, min(PROGRAMS // cdiv(c, k.columns), m // SPLIT_ROWS))
     share = cdiv(cdiv(m, splits), k.rows) * k.rows
     return cdiv(m, share)
 
