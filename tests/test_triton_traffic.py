@@ -56,11 +56,14 @@ def backward(c: int, need_weight: bool) -> Traffic:
 
 @pytest.mark.parametrize("c", [64, 256])
 def test_forward(c):
+    """A tile of 128 rows reads W through the L2 cache, as many values as X has. One of 256 would be
+    within 1.6 times the table at any C, and took 1.3 to 1.6 times as long on an H200.
+    """
     table = 2 * c + 2 * B
     for statistics in (False, True):
         found = forward(c, statistics)
         assert table <= found.unique <= 1.1 * table
-        assert found.issued <= 1.6 * table
+        assert found.issued <= (1.6 if c < B else 1.75) * table
 
 
 @pytest.mark.parametrize("c", [64, 256])

@@ -64,9 +64,9 @@ def test_forced_goes_before_all():
 def test_every_candidate_is_timed_in_its_own_configuration():
     """A timer that counts launches of the kernel by its grid finds the candidates apart."""
     size = (300, 16, 16)
-    found = list(tune.problems(torch.float16, [size], torch.device("cpu")))
-    assert {p.kernel for p in found} == {"forward_1x1", "gradients_1x1"}
-    problem = next(p for p in found if p.kernel == "forward_1x1")
+    # the gradients have one candidate: nothing to choose
+    (problem,) = tune.problems(torch.float16, [size], torch.device("cpu"))
+    assert problem.kernel == "forward_1x1"
 
     def programs(run) -> float:
         with launch.recorded(dry=True) as log:
