@@ -15,7 +15,7 @@ import report
 import torch
 from measure import Refused, default_device, describe
 from rich.console import Console
-from variants import ARCHS, Setting, left_out, measure, names
+from variants import ARCHS, VARIANTS, Setting, left_out, measure, names
 
 
 def main() -> int:
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each model")
     parser.add_argument("--inference", action="store_true", help="eval and no_grad, no backward")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all of them")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: takes minutes")
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -37,9 +38,13 @@ def main() -> int:
     size = args.size or arch.size
     setting = Setting(arch, args.arch, args.batch, size, dtype, args.device, args.inference)
     compiled = [args.arch] if args.compile else []
-    reasons = {name: left_out(name, setting, compiled) for name in names(setting)}
+    wanted = [name for name in names(setting) if name in (args.variant or VARIANTS)]
+    reasons = {name: left_out(name, setting, compiled) for name in wanted}
     chosen = [name for name, why in reasons.items() if not why]
-    records = measure(setting, chosen, 0.0, least=args.rounds)
+    progress = Console(stderr=True)
+    with progress.status(str(setting)) as status:
+        tell = status.update if progress.is_terminal else progress.log
+        records = measure(setting, chosen, 0.0, args.rounds, tell)
 
     kind = "inference" if args.inference else "training"
     about = {"kind": kind, "arch": args.arch, "batch": args.batch, "size": size}

@@ -233,14 +233,20 @@ def complaint(found: dict[str, float], plain: dict[str, float]) -> str:
 
 
 def measure(
-    setting: Setting, variants: Sequence[str], seconds: float, least: int = 3
+    setting: Setting,
+    variants: Sequence[str],
+    seconds: float,
+    least: int = 3,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, dict[str, Any] | Refused]:
     """By variant: its times, its ratio to the first and its memory; or why it was refused.
 
     All have the same weights and see the same images. First a small float32 step of each, outputs
     and gradients, is compared with the plain modules' in float64 (of a compiled one, which would
-    compile once more, only the output of what is timed). Memory is a pass of its own.
+    compile once more, only the output of what is timed). Memory is a pass of its own. ``tell``
+    hears what is under way.
     """
+    tell("plain modules in float64")
     torch.manual_seed(0)
     plain = VARIANTS[BASE].make(setting.arch)
     weights = {key: value.clone() for key, value in plain.state_dict().items()}
@@ -262,6 +268,7 @@ def measure(
     x, target = inputs(setting)
     models, images, found = {}, {}, {}
     for name in variants:
+        tell(f"checking {name}")
         variant = VARIANTS[name]
         with torch.device("meta"):  # initialising millions of weights takes longer than a step
             model = variant.make(setting.arch)
@@ -291,11 +298,13 @@ def measure(
         limit = 0.05 if setting.dtype.itemsize == 2 else 1e-3
         return "" if error <= limit else f"output: differs by {error:.1e} from the first"
 
+    tell("timing")
     runs = {name: partial(run, name) for name in models}
     found |= interleaved(runs, check, Clock(setting.device), seconds, (least, 50))
     records = with_ratios({name: found[name] for name in variants})
     for name, record in records.items():
         if not isinstance(record, Refused):
+            tell(f"weighing {name}")
             part = partial(forward, models[name], images[name], target, setting)
             peak, kept = weigh(runs[name], part, backend(name), setting)
             record |= {"peak bytes": peak, "kept bytes": kept}
