@@ -41,7 +41,7 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     """Run a stage on x (N, C_0, H, W); ``mask`` is dropout's, (M, L*k), True for what is kept."""
     n, channels, h, w = x.shape
     geometry = Geometry(n, h, w)
-    stage = _in_dtype(stage, x.dtype, backend)
+    stage = _in_dtype(stage, x.dtype, backend, backward=False)
     last = channels + sum(layer.growth for layer in stage.layers)
     X = FeatureBuffer(matrix_like(x.new_empty(geometry.rows, 0), last), geometry)
     table = StatisticsTable(stage, channels, like=x)
@@ -79,15 +79,14 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     return Forward(out, geometry.images(X.matrix), table.table, kept)
 
 
-def _in_dtype(stage: Stage, dtype: torch.dtype, backend: Backend) -> Stage:
+def _in_dtype(stage: Stage, dtype: torch.dtype, backend: Backend, backward: bool) -> Stage:
     """A stage with its convolutions' weights in ``dtype``, those of 1x1 as (B, C) matrices."""
     tail = stage.tail
     weights = [w for s in stage.layers for w in (s.conv1, s.conv2) if w is not None]
     if tail is not None and tail.conv is not None:
         weights.append(tail.conv)
-    cast = iter(
-        backend.cast([w.flatten(1) if w.shape[2:] == (1, 1) else w for w in weights], dtype)
-    )
+    matrices = [w.flatten(1) if w.shape[2:] == (1, 1) else w for w in weights]
+    cast = iter(backend.cast(matrices, dtype, backward))
 
     def layer(s: Layer) -> Layer:
         return s._replace(conv1=next(cast), conv2=None if s.conv2 is None else next(cast))
@@ -154,7 +153,7 @@ def backward(
     names = parameter_names(stage)
     needed = dict(zip(names, need, strict=True))
     found: dict[tuple[int, str], Tensor | None] = {}
-    stage = _in_dtype(stage, features.dtype, backend)
+    stage = _in_dtype(stage, features.dtype, backend, backward=True)
 
     X = FeatureBuffer(as_rows(features), geometry)
     channels = last - sum(layer.growth for layer in stage.layers)

@@ -144,9 +144,14 @@ class Layer:
     def arguments(
         self, dropout: bool, weight_format: torch.memory_format
     ) -> tuple[tuple, tuple, list[Tensor]]:
-        """What the two operations are given, and everything that they write."""
+        """What the two operations are given, and everything that they write. Channels last, the
+        backward pass gets its weight with k innermost, as the engine casts it.
+        """
         channels, growth = self.y.shape[1], self.weight.shape[0]
         weight = self.weight.to(self.device).contiguous(memory_format=weight_format)
+        turned = weight
+        if weight_format == torch.channels_last:
+            turned = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
         vectors = [v.to(self.device) for v in (self.mean, self.var, self.gamma, self.beta)]
         size = self.n, self.h, self.w
         out, dz = self.empty(growth), self.empty(channels)
@@ -159,7 +164,7 @@ class Layer:
             self.kind.tf32,
         )  # fmt: skip
         backward = (
-            self.dy, weight, self.dilation, self.y, *vectors, self.eps, *size, dz, dbeta, dgamma,
+            self.dy, turned, self.dilation, self.y, *vectors, self.eps, *size, dz, dbeta, dgamma,
             dweight, False, self.kind.tf32,
         )  # fmt: skip
         return forward, backward, [out, *moments, dz, dbeta, dgamma, dweight]

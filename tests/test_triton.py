@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from memdense.backends import Reference
 from memdense.backends.triton import Triton, pools, running
-from memdense.backends.triton.cast import _table
+from memdense.backends.triton.cast import _table, cast
 from memdense.backends.triton.launch import INTERPRETED, recorded
 from memdense.buffers import Geometry, NormGradient, Reader, Share, Sums
 
@@ -271,25 +271,28 @@ def weights_of_a_stage() -> list[Tensor]:
     ]
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_casts_weights_in_one_launch(dtype):
+def test_casts_weights_in_one_launch(dtype, turned):
     weights = weights_of_a_stage()
     with recorded() as launches:
-        found = Triton().cast(weights, dtype)
+        found = cast(weights, dtype, turned)
     assert len(launches) == 1
     for w, mine in zip(weights, found, strict=True):
         assert torch.equal(mine, w.to(dtype)) and mine.dtype == dtype
         if w.dtype == dtype and w.dim() == 4:
             assert mine is w
         elif w.dim() == 4:
-            assert mine.is_contiguous(memory_format=torch.channels_last)
+            # k innermost or C
+            inner = mine.permute(1, 2, 3, 0) if turned else mine.permute(0, 2, 3, 1)
+            assert inner.is_contiguous()
         else:
             assert mine.stride() == (-(-w.shape[1] // 16) * 16, 1)
             rows = mine.as_strided((len(mine), mine.stride(0)), mine.stride())
             assert (rows[:, w.shape[1] :] == 0).all()
         assert mine is w or not mine.storage_offset() % 16
     with recorded() as launches:
-        again = Triton().cast([found[1], found[2]], dtype)
+        again = cast([found[1], found[2]], dtype, turned)
     assert not launches and again[0] is found[1] and again[1] is found[2]
 
 

@@ -248,8 +248,10 @@ class Reference:
     # ---- producing channels; ``moments``, where given, is a (2, channels) that takes the mean and
     # biased variance of each, of the values as stored
 
-    def cast(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Convolutions' weights in ``dtype``."""
+    def cast(
+        self, weights: list[Tensor], dtype: torch.dtype, backward: bool = False
+    ) -> list[Tensor]:
+        """Convolutions' weights in ``dtype``, for a forward or a backward pass."""
         return [w.to(dtype) for w in weights]
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:

@@ -71,10 +71,14 @@ class Triton(Reference):
 
     # ---- producing channels
 
-    def cast(self, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def cast(
+        self, weights: list[Tensor], dtype: torch.dtype, backward: bool = False
+    ) -> list[Tensor]:
         if dtype not in DTYPES or not all(w.dtype in DTYPES and w.numel() for w in weights):
-            return super().cast(weights, dtype)
-        return cast.cast(weights, dtype)
+            return super().cast(weights, dtype, backward)
+        # where C++ reads them, k innermost is what it can copy in pieces of 16 bytes
+        turned = backward and any(w.dim() == 4 and _cuda(w) is not None for w in weights)
+        return cast.cast(weights, dtype, turned)
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
         if not _fits(out) or x.dtype != out.dtype:

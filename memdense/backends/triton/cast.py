@@ -22,7 +22,8 @@ FIELDS = tl.constexpr(12)  # of a line in the table
 
 @triton.jit
 def cast_weights(table, out, BLOCK: tl.constexpr):
-    """out[first + r*P + c] = w[r // T, c, r % T // K, r % K] for c < C, and 0 for C <= c < P.
+    """out[first + r*P + c] = w[r // T, c, r % T // K, r % K] for c < C, and 0 for C <= c < P; a
+    turned weight has its first two axes exchanged.
 
     A line of the table is one weight: its pointer, dtype, first, size, C, P, T and K (taps in all
     and in a line) and four strides. Programs (i, j) write block i of weight j.
@@ -74,10 +75,10 @@ Source = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 
 @cached
-def _layout(shapes: tuple[tuple[int, ...], ...]) -> tuple[list[tuple], int, int]:
+def _layout(shapes: tuple[tuple[int, ...], ...], turned: bool) -> tuple[list[tuple], int, int]:
     """((shape, strides, start) of each weight in the packed memory, its size, the largest of them).
 
-    2-D (B, C) in padded rows; 4-D (k, C, h, w) channels last.
+    2-D (B, C) in padded rows; 4-D (k, C, h, w) channels last, or ``turned`` with k innermost.
     """
     places, start, largest = [], 0, 0
     for shape in shapes:
@@ -86,7 +87,8 @@ def _layout(shapes: tuple[tuple[int, ...], ...]) -> tuple[list[tuple], int, int]
             strides, size = (row, 1), shape[0] * row
         else:
             k, c, h, w = shape
-            strides, size = (h * w * c, 1, w * c, c), k * c * h * w
+            size = k * c * h * w
+            strides = (1, h * w * k, w * k, k) if turned else (h * w * c, 1, w * c, c)
         places.append((shape, strides, start))
         start += _padded(size)
         largest = max(largest, size)
@@ -97,16 +99,17 @@ def _layout(shapes: tuple[tuple[int, ...], ...]) -> tuple[list[tuple], int, int]
 # shapes and strides of weights that are alive, so it says what is true of them, whoever owned that
 # memory when it was made.
 @lru_cache(maxsize=256)
-def _table(sources: tuple[Source, ...], device: torch.device) -> Tensor:
+def _table(sources: tuple[Source, ...], turned: bool, device: torch.device) -> Tensor:
     lines = []
-    places, _, _ = _layout(tuple(shape for _, _, shape, _ in sources))
+    places, _, _ = _layout(tuple(shape for _, _, shape, _ in sources), turned)
     for (pointer, dtype, shape, strides), (_, _, start) in zip(sources, places, strict=True):
         if len(shape) == 2:
             rows, c, taps, across = *shape, 1, 1
             padded, strides = _padded(c), (*strides, 0, 0)
         else:
-            rows, c, taps, across = shape[0], shape[1], shape[2] * shape[3], shape[3]
-            padded = c
+            outer, inner = (1, 0) if turned else (0, 1)
+            rows, c, taps, across = shape[outer], shape[inner], shape[2] * shape[3], shape[3]
+            padded, strides = c, (strides[outer], strides[inner], *strides[2:])
         size = rows * taps * padded
         lines.append(
             (pointer, SOURCES.index(dtype), start, size, c, padded, taps, across, *strides)
@@ -119,9 +122,10 @@ def _plan(weights: int, largest: int) -> Plan:
     return Plan(cast_weights, (cdiv(largest, BLOCK), weights), (), (BLOCK,), warps=8)
 
 
-def cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast(weights: list[Tensor], dtype: torch.dtype, turned: bool = False) -> list[Tensor]:
     """Weights in ``dtype``: (B, C) in rows padded with 0 to multiples of 16 values, (k, C, h, w)
-    channels last. Those that are so already come back as they are.
+    channels last, or ``turned`` with k innermost, as a gradient of the input reads them. Those that
+    need no cast come back as they are.
     """
     wanted = [i for i, w in enumerate(weights) if not _ready(w, dtype)]
     if not wanted:
@@ -130,9 +134,9 @@ def cast(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         (w.data_ptr(), w.dtype, tuple(w.shape), w.stride()) for w in (weights[i] for i in wanted)
     )
     device = weights[wanted[0]].device
-    table = constant(lambda: _table(sources, device))
+    table = constant(lambda: _table(sources, turned, device))
     keep_if_captured(table)
-    places, total, largest = _layout(tuple(source[2] for source in sources))
+    places, total, largest = _layout(tuple(source[2] for source in sources), turned)
     packed = torch.empty(total, dtype=dtype, device=device)
     _plan(len(wanted), largest)(table, packed)
     cast = list(weights)
