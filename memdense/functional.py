@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops, plain
-from .backends import backend_for
+from .backends import backend_for, chosen, unless_chosen
 from .buffers import FeatureBuffer, Geometry, GradientBuffer, Reader, accumulator, reader
 from .convolution import dilated_conv3x3
 from .engine import as_rows
@@ -201,7 +201,7 @@ def _(dout, x, statistics, weight, bias, conv, eps, batch, need_conv):
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, mean, _, weight, bias, conv, ctx.eps = inputs
-    ctx.batch = mean is None
+    ctx.batch, ctx.backend = mean is None, chosen()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], weight, bias, conv)
@@ -220,9 +220,10 @@ def _backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
             z = F.batch_norm(x, *running, weight, bias, ctx.batch, 0.0, ctx.eps)
             found = plain.gradients([F.conv2d(F.relu(z), conv)], [dout], inputs, need)
     else:
-        found = torch.ops.memdense.bn_relu_conv1x1_alone_backward(
-            dout, x, statistics, weight, bias, conv, ctx.eps, ctx.batch, need[3]
-        )
+        with unless_chosen(ctx.backend):
+            found = torch.ops.memdense.bn_relu_conv1x1_alone_backward(
+                dout, x, statistics, weight, bias, conv, ctx.eps, ctx.batch, need[3]
+            )
         found = [g.to(t.dtype) if n else None for g, t, n in zip(found, inputs, need, strict=True)]
     return found[0], None, None, *found[1:], None
 

@@ -225,3 +225,35 @@ def test_choice_holds_in_backward(monkeypatch):
         with memdense.use_backend(name):
             model(torch.randn(2, 3, 32, 32)).sum().backward()
         assert len(calls) == expected
+
+
+def test_backward_runs_where_forward_was_chosen_to(monkeypatch):
+    """In another thread too, as autograd's own are for a GPU: stem, stages and the function."""
+
+    def wrong(*_, **__):
+        raise AssertionError("backward ran on another backend")
+
+    for name in (
+        "bn_relu_conv1x1_backward",
+        "bn_relu_conv3x3_backward",
+        "bn_relu_maxpool_backward",
+    ):
+        monkeypatch.setattr(Native, name, wrong)
+    model = memdense.DenseNet(4, (2, 2), 8, 2, 0, 3)
+    x, conv = torch.randn(2, 3, 32, 32, requires_grad=True), torch.randn(5, 3, 1, 1)
+    with memdense.use_backend("reference"):
+        alone = memdense.functional.bn_relu_conv1x1(x, None, None, None, None, conv, training=True)
+        outs = [model(x), alone]
+    for out in outs:
+        errors = []
+
+        def run(out=out, errors=errors) -> None:
+            try:
+                out.sum().backward()
+            except AssertionError as error:
+                errors.append(error)
+
+        other = threading.Thread(target=run)
+        other.start()
+        other.join()
+        assert not errors
