@@ -140,8 +140,6 @@ def gradients_1x1(
         valid = (start + row < last)[:, None]
         d0 = tl.load(dy + in_dy, valid & (b < B)[None, :], 0.0)
         values = tl.load(x + in_x, valid & readable, 0.0).to(tl.float32)
-        # one expression, so that what G took in is summed where the product left it: as a value of
-        # its own, s*dX would be laid out for the store, and the sums with it
         if SEEDED:
             old = held.to(tl.float32)
             # the next rows are under way while these are answered
@@ -156,6 +154,8 @@ def gradients_1x1(
             da = tl.dot(d2, w2, da, PRECISION)
         z = values * s[None, :] + t[None, :]
         dx = tl.where(z <= 0.0, 0.0, da)
+        # one expression, so that what G took in is summed where the product left it: as a value of
+        # its own, s*dX would be laid out for the store, and the sums with it
         if SEEDED:
             new = (old + s[None, :] * dx).to(g.dtype.element_ty)
             taken = new.to(tl.float32) - old

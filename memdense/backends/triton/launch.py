@@ -186,13 +186,12 @@ def readable(channels: int, stride: int) -> int:
 
 
 class Tiling(NamedTuple):
-    """Tiles over a (M, C) matrix: one's rows and columns, how many lie below each other, and how
-    many programs that makes, one a tile.
+    """Tiles over a (M, C) matrix: one's rows and columns, and how many programs that makes, one a
+    tile.
     """
 
     rows: int
     columns: int
-    tiles: int
     programs: int
 
 
@@ -204,8 +203,7 @@ def tiling(rows: int, channels: int) -> Tiling:
     columns = min(64, power(channels))
     # up to 16 channels often come 2 bytes at a time, which takes registers
     height = min(TILE // max(columns, 32), power(rows))
-    tiles = cdiv(rows, height)
-    return Tiling(height, columns, tiles, tiles * cdiv(channels, columns))
+    return Tiling(height, columns, cdiv(rows, height) * cdiv(channels, columns))
 
 
 class Walk(NamedTuple):

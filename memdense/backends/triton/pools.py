@@ -324,7 +324,7 @@ def _vectors(read: Reader) -> tuple[Tensor | None, ...]:
 
 @cached
 def _norm_plan(m: int, c: int, ldx: int, eps: float, relu: bool) -> Plan:
-    rows, columns, _, programs = tiling(m, c)
+    rows, columns, programs = tiling(m, c)
     sizes = (m, c, readable(c, ldx), ldx, eps)
     return Plan(norm_rows, (programs,), sizes, (rows, columns, relu), warps=8)
 

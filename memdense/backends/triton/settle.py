@@ -71,7 +71,7 @@ def normalise_rows(
 def _settle_plan(
     m: int, c: int, readable: tuple[int, int], strides: tuple[int, ...], count: int, factor: float
 ) -> Plan:
-    rows, columns, _, programs = tiling(m, c)
+    rows, columns, programs = tiling(m, c)
     sizes = (m, c, *readable, *strides, count, factor)
     return Plan(settle_rows, (programs,), sizes, (rows, columns), warps=8)
 
@@ -97,7 +97,7 @@ def settle(g: Tensor, x: Tensor, share: Share | None, keep: tuple[Tensor, float]
 def _normalise_plan(
     m: int, c: int, readable: int, ldz: int, ldx: int, count: int, eps: float, batch: bool
 ) -> Plan:
-    rows, columns, _, programs = tiling(m, c)
+    rows, columns, programs = tiling(m, c)
     sizes = (m, c, readable, ldz, ldx, count, eps)
     return Plan(normalise_rows, (programs,), sizes, (rows, columns, batch), warps=8)
 
