@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 import memdense
+from memdense import _extension
 
 Run = Callable[[], Any]
 HEAD_START = 2_000_000  # cycles of a GPU, about a millisecond
@@ -167,7 +168,8 @@ def describe(device: torch.device) -> dict[str, str | int]:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         where = {"device": name, "driver": driver}
     else:
-        where = {"device": _cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        instructions = _extension.instructions() or torch.backends.cpu.get_cpu_capability()
+        where = {"device": _cpu_name(), "instructions": instructions}
     return where | {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -47,6 +47,7 @@ CAPABILITY = (8, 0)
 
 # what csrc/ops.cpp defines
 OPERATIONS = (
+    "register_bytes",
     "channel_statistics",
     "pack",
     "bn_relu_conv1x1",
@@ -120,6 +121,15 @@ def available() -> bool:
 def reason() -> str:
     """Why the extension is not available, in a sentence; empty when it is."""
     return _reason
+
+
+def instructions() -> str:
+    """What the CPU's kernels are compiled for on this machine; empty without them.
+
+    ATEN_CPU_CAPABILITY lowers it as it does PyTorch's: default, avx2, avx512 (no AMX).
+    """
+    names = {16: "baseline", 32: "AVX2", 64: "AVX-512", 1024: "AVX-512 and AMX"}
+    return names[torch.ops.memdense.register_bytes()] if available() else ""
 
 
 def cuda_available() -> bool:

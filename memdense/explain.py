@@ -103,7 +103,8 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
         notes += [f"{name}: {note}" for note in _stack_notes(stack)]
         if input is not None and any(row.efficient for row in found):
             notes += [f"{name}: {note}" for note in _input_notes(stack, input)]
-    extension = "available" if _extension.available() else _extension.reason()
+    instructions = _extension.instructions()
+    extension = f"available, {instructions}" if instructions else _extension.reason()
     triton = _triton(model)
     return Explanation(
         tuple(rows), (*notes, f"compiled extension: {extension}", f"Triton: {triton}")

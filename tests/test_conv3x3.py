@@ -79,15 +79,19 @@ def sample_large(seed: int) -> dict:
             h > dilation[0]
             and w > dilation[1]
             and 1.3e6 < products < 6e6
-            and winograd(case, torch.float64)
+            and kernels(case, torch.float64) == "winograd"
         ):
             return case
     raise RuntimeError("no convolution is taken by the Winograd kernels")
 
 
-def winograd(case: dict, dtype: torch.dtype) -> bool | None:
-    """Do the Winograd kernels run? Seen from the rounding of their transformed weights: the weights
-    below a center of 1 are too large to be averaged with it. None where no pixel tells.
+AMX = _extension.instructions().endswith("AMX")
+
+
+def kernels(case: dict, dtype: torch.dtype) -> str | None:
+    """Which run. AMX takes a number below the smallest normal one for 0. The Winograd kernels are
+    seen from the rounding of their transformed weights: those below a center of 1 are too large to
+    be averaged with it. None where no pixel tells.
     """
     size = case["x"][2:]
     pixel = []
@@ -99,11 +103,17 @@ def winograd(case: dict, dtype: torch.dtype) -> bool | None:
         pixel.append((y, y - p + d))
     (y, row), (x, column) = pixel
     image, weight = torch.zeros(case["x"], dtype=dtype), torch.zeros(case["weight"], dtype=dtype)
-    image[:, 0, row, column] = 1
+
+    def outputs(value: float) -> torch.Tensor:
+        image[:, 0, row, column] = value
+        steps = case["stride"], case["padding"], case["dilation"]
+        return dilated_conv3x3(image, weight, None, *steps)[:, :, y, x]
+
     weight[:, :, 1, 1] = 1
+    if (outputs(torch.finfo(dtype).tiny / 4) == 0).all():
+        return "amx"
     weight[:, :, 0, 1] = 2 / torch.finfo(dtype).eps
-    out = dilated_conv3x3(image, weight, None, case["stride"], case["padding"], case["dilation"])
-    return bool((out[:, :, y, x] != 1).all())
+    return "winograd" if (outputs(1) != 1).all() else "direct"
 
 
 CASES = [pytest.param(sample(seed), id=str(seed)) for seed in range(84)]
@@ -179,39 +189,45 @@ def test_error_of_narrow_types(case, dtype):
         )
         for kind in ("contiguous", "channels last")
     ]
-    ours = everything(lambda *a: dilated_conv3x3(*a, *geometry), x, weight, bias, dy)
-    for i, name in enumerate(("out", "dx", "dweight", "dbias")):
-        # PyTorch may be lucky where sums are few and short: one rounding of the values
-        floor = torch.finfo(dtype).eps * exact[i].square().mean().sqrt().item()
-        allowed = 1.5 * max(floor, *(rms_error(t[i], exact[i]) for t in theirs))
-        assert rms_error(ours[i], exact[i]) <= allowed, name
+    for kind in ("contiguous", "channels last", "slice"):
+        images = layout(x, kind), weight, bias, layout(dy, kind)
+        ours = everything(lambda *a: dilated_conv3x3(*a, *geometry), *images)
+        for i, name in enumerate(("out", "dx", "dweight", "dbias")):
+            # PyTorch may be lucky where sums are few and short: one rounding of the values
+            floor = torch.finfo(dtype).eps * exact[i].square().mean().sqrt().item()
+            allowed = 1.5 * max(floor, *(rms_error(t[i], exact[i]) for t in theirs))
+            assert rms_error(ours[i], exact[i]) <= allowed, (kind, name)
 
 
 @built
 @pytest.mark.parametrize(
-    ("case", "expected"),
+    ("case", "vectors", "tiles"),
     [
-        (((1, 16, 31, 33), (24, 16, 3, 3), 1, 1, 1), False),  # little work
-        (((4, 128, 2, 60), (32, 128, 3, 3), 1, 1, 1), True),
-        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 1, 1), True),
-        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 3, 3), False),  # few taps inside
-        (((4, 128, 28, 28), (32, 128, 3, 3), 1, 4, 4), True),
-        (((4, 128, 28, 28), (32, 128, 3, 3), 2, 1, 1), False),
-        (((4, 15, 60, 60), (32, 15, 3, 3), 1, 1, 1), False),  # few channels
-        (((9, 128, 40, 40), (7, 128, 3, 3), 1, 1, 1), False),
+        # little work
+        (((1, 16, 31, 33), (24, 16, 3, 3), 1, 1, 1), "direct", "direct"),
+        (((4, 128, 2, 60), (32, 128, 3, 3), 1, 1, 1), "winograd", "amx"),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 1, 1), "winograd", "amx"),
+        # few taps inside
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 3, 3), "direct", "amx"),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 4, 4), "direct", "direct"),
+        (((4, 128, 28, 28), (32, 128, 3, 3), 1, 4, 4), "winograd", "amx"),
+        (((4, 128, 28, 28), (32, 128, 3, 3), 2, 1, 1), "direct", "direct"),
+        # few channels
+        (((4, 15, 60, 60), (32, 15, 3, 3), 1, 1, 1), "direct", "direct"),
+        (((9, 128, 40, 40), (7, 128, 3, 3), 1, 1, 1), "direct", "direct"),
     ],
 )
-def test_which_kernels_run(case, expected):
+def test_which_kernels_run(case, vectors, tiles):
     sizes = {"x": case[0], "weight": case[1]}
     steps = {
         name: (v, v) for name, v in zip(("stride", "padding", "dilation"), case[2:], strict=True)
     }
-    for dtype in (torch.float32, torch.float64):
-        assert winograd(sizes | steps, dtype) is expected
+    assert kernels(sizes | steps, torch.float64) == vectors
+    assert kernels(sizes | steps, torch.float32) == (tiles if AMX else vectors)
 
 
 @built
-@pytest.mark.parametrize("size", [(9, 11), (35, 41)], ids=["direct", "winograd"])
+@pytest.mark.parametrize("size", [(9, 11), (35, 41)], ids=["small", "large"])
 @pytest.mark.parametrize("kind", ["contiguous", "channels last", "slice"])
 def test_writes_everything_and_nothing_else(kind, size):
     """Poisoned outputs: each value is written, none beside the slice."""
@@ -220,7 +236,8 @@ def test_writes_everything_and_nothing_else(kind, size):
     geometry = (1, 1), (2, 2), (2, 2)
     case = {"x": x.shape, "weight": weight.shape, "stride": (1, 1)}
     steps = {"padding": (2, 2), "dilation": (2, 2)}
-    assert winograd(case | steps, torch.float32) is (size == (35, 41))
+    vectors = "winograd" if size == (35, 41) else "direct"
+    assert kernels(case | steps, torch.float32) == ("amx" if AMX else vectors)
     expected = F.conv2d(x, weight, None, *geometry)
     out = layout(torch.full_like(expected, torch.nan), kind)
     torch.ops.memdense.conv3x3(x, weight, None, *geometry, out)
@@ -234,10 +251,11 @@ def test_writes_everything_and_nothing_else(kind, size):
 
 
 @built
-@pytest.mark.parametrize("size", [8, 29], ids=["direct", "winograd"])
-def test_bitwise_repeatable(size):
+@pytest.mark.parametrize("growth", [12, 32])
+@pytest.mark.parametrize("size", [8, 29], ids=["small", "large"])
+def test_bitwise_repeatable(size, growth):
     torch.manual_seed(0)
-    layer = random_layer(4, size, size, 48, 12, torch.float32)
+    layer = random_layer(4, size, size, 48, growth, torch.float32)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -297,13 +315,15 @@ def test_registration_of_the_kernels():
 
 @built
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("size", [9, 40], ids=["direct", "winograd"])
+@pytest.mark.parametrize("size", [9, 40], ids=["small", "large"])
 def test_bfloat16_backward(size, accumulate):
     torch.manual_seed(0)
     n, c, k, d = 2, 48, 16, (2, 1)
     rows = n * size * size
     case = {"x": (n, c, size, size), "weight": (k, c, 3, 3), "stride": (1, 1)}
-    assert winograd(case | {"padding": d, "dilation": d}, torch.float32) is (size == 40)
+    vectors = "winograd" if size == 40 else "direct"
+    found = kernels(case | {"padding": d, "dilation": d}, torch.float32)
+    assert found == ("amx" if AMX else vectors)
     y, dy = torch.randn(rows, c).bfloat16(), torch.randn(rows, k).bfloat16()
     weight = torch.randn(k, c, 3, 3).bfloat16()
     mean, var, gamma, beta = torch.rand(4, c) + 0.5
@@ -519,12 +539,15 @@ def test_empty_batch():
 
 
 @built
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", *["avx512"] * AMX])
 def test_other_instruction_sets(capability):
     """A few cases by what older machines run; the variable is read once, so in a process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    wanted = "layer_in_float64 or repeatable"
+    if capability == "avx512":  # what float32 takes here otherwise
+        wanted = "float32 or repeatable or which_kernels"
     done = subprocess.run(
-        [*command, "-k", "layer_in_float64 or repeatable"],
+        [*command, "-k", wanted],
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
@@ -716,10 +739,11 @@ def test_layer_in_float32(shape):
 
 
 @built
-@pytest.mark.parametrize("size", [6, 41], ids=["direct", "winograd"])
-def test_nan_passes_like_relu(size):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [6, 41], ids=["small", "large"])
+def test_nan_passes_like_relu(size, dtype):
     torch.manual_seed(0)
-    layer = random_layer(1, size, size, 40, 16, torch.float64)
+    layer = random_layer(1, size, size, 40, 16, dtype)
     for pixel in (0, 14, size * size - 1):
         layer.x[pixel, 3] = torch.nan
     found, expected = (run_layer(b, layer, (1, 1), None) for b in (Native(), Reference()))

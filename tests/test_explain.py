@@ -160,7 +160,8 @@ def test_several_stacks_are_told_apart():
 
 def test_notes_on_the_machine(monkeypatch):
     model = converted()
-    extension = "available" if _extension.available() else _extension.reason()
+    instructions = _extension.instructions()
+    extension = f"available, {instructions}" if instructions else _extension.reason()
     assert f"compiled extension: {extension}" in memdense.explain(model).notes
     monkeypatch.setattr(_extension, "_reason", "not built: no compiler")
     assert "compiled extension: not built: no compiler" in memdense.explain(model).notes

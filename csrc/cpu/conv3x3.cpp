@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "../conv3x3_arguments.h"
+#include "amx3x3.h"
 #include "winograd3x3.h"
 
 namespace memdense {
@@ -143,6 +144,10 @@ auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
   const auto axis = backward ? Axis::backward : Axis::forward;
   const auto paired = backward ? winograd::PairedAxis::backward : winograd::PairedAxis::forward;
   const int64_t channels = backward ? g.k : g.c, columns = backward ? g.c : g.k;
+  if constexpr (std::is_same_v<T, float>) {
+    if (amx_pays(g, channels, columns))
+      return f(AmxWalk(axis(g, 0), axis(g, 1), channels, columns, g.n, tasks));
+  }
   if (winograd::pays(g)) {
     const bool padded = winograd::padded(g);
     return f(winograd::Walk<T>(paired(g, 0, padded), paired(g, 1, padded), channels, columns, g.n,
@@ -160,9 +165,12 @@ void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Re
                            weight.stride(backward ? 0 : 1),
                            weight.stride(backward ? 1 : 0),
                            {weight.stride(2), weight.stride(3)}};
+  constexpr int64_t kGroup = 32;  // channels that a walk may pack together
+  const int64_t channels = weight.size(backward ? 0 : 1);
   torch::stable::parallel_for(
-      0, weight.size(backward ? 0 : 1), 16,
-      [&](int64_t begin, int64_t end) { walk.pack(weights, begin, end, packed.data); });
+      0, (channels + kGroup - 1) / kGroup, 1, [&](int64_t begin, int64_t end) {
+        walk.pack(weights, begin * kGroup, std::min(end * kGroup, channels), packed.data);
+      });
 
   const int64_t tasks = static_cast<int64_t>(emits.size()), share = aligned(walk.scratch_values());
   const Scratch<T> scratch(tasks * share);
@@ -401,28 +409,43 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
   });
 }
 
+// The walks that `make` makes of a geometry: one, or where its sums are `wide` one for each of
+// equal parts of the channels, in whole blocks of `width` of them.
+template <typename S, typename Make>
+void run_weight_parts(const Make& make, bool wide, int64_t blocks, int64_t width, int64_t tasks,
+                      const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
+                      const Reading<Compute<S>>& read, Compute<S>* dweight) {
+  const int64_t parts = wide ? std::gcd(tasks, blocks) : 1, step = blocks / parts * width;
+  std::vector<decltype(make(g))> walks;
+  for (int64_t i = 0; i < parts; ++i) {
+    Geometry part = g;
+    part.c = i + 1 < parts ? step : g.c - i * step;
+    walks.push_back(make(part));
+  }
+  run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
+}
+
 template <typename S>
 void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
                      Reading<Compute<S>> read, Compute<S>* dweight) {
   using T = Compute<S>;
   const int64_t tasks = task_count(g.n * g.out[0]);
-  if (!winograd::pays(g)) {
-    return run_weight_walks<S>(std::vector{WeightWalk<T>(g, tasks)}, 0, tasks, g, dy, x, read,
-                               dweight);
+  if constexpr (std::is_same_v<T, float>) {
+    if (amx_pays(g, g.c, g.k)) {
+      const auto make = [&](const Geometry& part) { return AmxWeightWalk(part, tasks); };
+      const AmxWeightWalk whole = make(g);
+      return run_weight_parts<S>(make, whole.wide(), whole.tiles, amx::kRows, tasks, g, dy, x, read,
+                                 dweight);
+    }
   }
-  using Walk = winograd::WeightWalk<T>;
-  const bool padded = winograd::padded(g);
-  const Walk whole(g, padded);
-  const Blocks<T>& blocks = whole.blocks;
-  const int64_t parts = whole.wide() ? std::gcd(tasks, blocks.count) : 1;
-  const int64_t step = blocks.start(blocks.count / parts);
-  std::vector<Walk> walks;
-  for (int64_t i = 0; i < parts; ++i) {
-    Geometry part = g;
-    part.c = i + 1 < parts ? step : g.c - i * step;
-    walks.emplace_back(part, padded);
+  if (winograd::pays(g)) {
+    const bool padded = winograd::padded(g);
+    const auto make = [&](const Geometry& part) { return winograd::WeightWalk<T>(part, padded); };
+    const winograd::WeightWalk<T> whole = make(g);
+    return run_weight_parts<S>(make, whole.wide(), whole.blocks.count, whole.blocks.width(0), tasks,
+                               g, dy, x, read, dweight);
   }
-  run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
+  run_weight_walks<S>(std::vector{WeightWalk<T>(g, tasks)}, 0, tasks, g, dy, x, read, dweight);
 }
 
 Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& stride,
