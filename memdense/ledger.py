@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from . import _extension
 from .backends.reference import Reference
 from .buffers import Geometry, GradientBuffer, reader_columns, row_stride
 from .densenet import DenseNet
@@ -479,9 +480,11 @@ class NativeScratch(FusedScratch):
         self.conv1x1_backward(geometry.rows, channels, out)
 
     def conv3x3(self, geometry: Geometry, channels: int, growth: int) -> None:
-        tiles = WinogradTiles(geometry, self.threads)
-        if tiles.pay(channels, growth):
-            size = tiles.convolution(channels, growth)
+        amx, winograd = AmxTiles(geometry, self.threads), WinogradTiles(geometry, self.threads)
+        if amx.pay(channels, growth):
+            size = amx.convolution(channels, growth)
+        elif winograd.pay(channels, growth):
+            size = winograd.convolution(channels, growth)
         else:
             size = self.bands(geometry, channels) + 9 * channels * growth * WIDE
         self.ledger.spike("scratch", size)
@@ -490,18 +493,105 @@ class NativeScratch(FusedScratch):
         self, geometry: Geometry, channels: int, growth: int, into_g: bool
     ) -> None:
         # the larger of the two gradients
-        tiles = WinogradTiles(geometry, self.threads)
-        if tiles.pay(channels, growth):
-            size = max(tiles.convolution(growth, channels), tiles.weight_gradient(channels, growth))
+        amx, winograd = AmxTiles(geometry, self.threads), WinogradTiles(geometry, self.threads)
+        bands = self.bands(geometry, channels + growth)
+        bands += self.threads * 9 * channels * growth * WIDE
+        by_winograd = winograd.pay(channels, growth)
+        if amx.pay(growth, channels):
+            of_input = amx.convolution(growth, channels)
         else:
-            bands = self.bands(geometry, channels + growth)
-            size = bands + self.threads * 9 * channels * growth * WIDE
-        self.ledger.spike("scratch", size)
+            of_input = winograd.convolution(growth, channels) if by_winograd else bands
+        if amx.pay(channels, growth):
+            of_weight = amx.weight_gradient(channels, growth)
+        else:
+            of_weight = winograd.weight_gradient(channels, growth) if by_winograd else bands
+        self.ledger.spike("scratch", max(of_input, of_weight))
 
     def bands(self, geometry: Geometry, channels: int) -> int:
         """Bytes of one band a thread: an image's lines, or fewer where threads share it."""
         image = geometry.h * geometry.w * channels * WIDE
         return min(geometry.n * image, self.threads * min(image, self.BAND_BYTES))
+
+
+def tiles_of(values: int, of: int) -> int:
+    return -(-values // of)
+
+
+class AmxTiles:
+    """csrc/cpu/amx3x3.h, without dilation: the bytes that its threads hold.
+
+    A thread stages a band of lines in parts, three bfloat16 a value.
+    """
+
+    # kBandBytes, kSharedBytes, kParts, kPartialPixels, ... there
+    BAND_BYTES, SHARED_BYTES, PART, PARTIAL_PIXELS = 768 << 10, 512 << 10, 2 * 3, 4096
+    ROWS = COLUMNS = 16  # of a tile of results
+    DEPTH, GROUP = 32, 64
+
+    def __init__(self, geometry: Geometry, threads: int) -> None:
+        self.n, self.h, self.w = geometry
+        self.threads = min(threads, self.n * self.h)
+
+    def pay(self, channels: int, outputs: int) -> bool:
+        padded = tiles_of(channels, self.DEPTH) * tiles_of(outputs, self.COLUMNS)
+        inside = (3 * self.h - 2) * (3 * self.w - 2)
+        return (
+            _extension.instructions().endswith("AMX")
+            and 2 * channels * outputs >= padded * self.DEPTH * self.COLUMNS
+            and 2 * inside > 9 * self.h * self.w
+        )
+
+    @staticmethod
+    def stride(channels: int) -> int:
+        """Values from a pixel to the next of a line in float32."""
+        vectors = tiles_of(channels, 16)
+        return (vectors + (vectors % 16 == 0)) * 16
+
+    def band(self, line: int) -> tuple[int, int]:
+        """Lines of a band, and with those around it; ``line``: bytes of one."""
+        for pieces in range(1, self.h + 1):
+            lines = tiles_of(self.h, pieces)
+            around = min(lines + 2, self.h)
+            count = self.n * tiles_of(self.h, lines)
+            shared = count % self.threads == 0 or count >= 4 * self.threads
+            if around * line <= self.BAND_BYTES and shared:
+                break
+        return lines, around
+
+    def convolution(self, channels: int, outputs: int) -> int:
+        depth, columns = tiles_of(channels, self.DEPTH), tiles_of(outputs, self.COLUMNS)
+        pitch = self.w + 1
+        _, lines = self.band(depth * pitch * self.DEPTH * self.PART)
+        results = 2 * self.w * min(columns, 2) * self.COLUMNS
+        staged = depth * (1 + lines * pitch) * self.DEPTH * self.PART
+        weights = 9 * depth * self.DEPTH * columns * self.COLUMNS * self.PART
+        values = results + self.w * self.stride(channels)
+        return self.threads * (values * WIDE + staged) + weights
+
+    def weight_gradient(self, channels: int, outputs: int) -> int:
+        tiles, columns = tiles_of(channels, self.ROWS), tiles_of(outputs, self.COLUMNS)
+        sums = 9 * tiles * self.ROWS * columns * self.COLUMNS * WIDE
+        parts = math.gcd(self.threads, tiles) if sums > self.SHARED_BYTES else 1
+        step = tiles // parts * self.ROWS
+        last = channels - (parts - 1) * step
+        return self.threads * max(self.weight_task(c, outputs, parts) for c in {step if parts > 1 else last, last})
+
+    def weight_task(self, channels: int, outputs: int, parts: int) -> int:
+        """Bytes of one task, on a part of the channels."""
+        tiles, columns = tiles_of(channels, self.ROWS), tiles_of(outputs, self.COLUMNS)
+        pitch = self.w + 2 + self.w % 2
+        across = (tiles * self.ROWS, 2 * columns * self.COLUMNS)  # dy: even and odd first pixels
+        lines, around = self.band(pitch * sum(across) * self.PART)
+        z_pixels = ((tiles_of(lines * pitch, self.DEPTH) + 1) | 1) * self.DEPTH
+        dy_pixels = 2 * (self.DEPTH + 2) + around * pitch
+        staged = (across[0] * z_pixels + across[1] * dy_pixels) * self.PART
+        group = min(max(1, self.GROUP // pitch), lines)
+        line = max(group * pitch * self.stride(channels), self.w * self.stride(outputs)) * WIDE
+        sums = 9 * tiles * self.ROWS * columns * self.COLUMNS * WIDE
+        # sums of some pixels are added to the rest apart
+        bands = self.n * tiles_of(self.h, lines) * parts / self.threads
+        apart = bands > max(1, self.PARTIAL_PIXELS // (lines * self.w))
+        return line + staged + sums * (1 + apart)
 
 
 class WinogradTiles:
