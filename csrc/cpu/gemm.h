@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -90,24 +91,67 @@ MEMDENSE_INLINE void panel_product(const T* a, int64_t a_row, int64_t a_depth, c
 #undef MEMDENSE_PANEL
 }
 
+// A square of vectors, transposed by interleaving one half with the other, again and again.
+template <typename T, int kBytes>
+MEMDENSE_INLINE void transpose(typename Simd<T, kBytes>::Vec (&rows)[Simd<T, kBytes>::kLanes]) {
+  using Vec = typename Simd<T, kBytes>::Vec;
+  constexpr int kLanes = Simd<T, kBytes>::kLanes;
+#if defined(__clang__)
+  Vec columns[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) columns[j][i] = rows[i][j];
+  }
+  std::copy_n(columns, kLanes, rows);
+#else
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typename Simd<Index, kBytes>::Vec low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Vec mixed[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+  }
+#endif
+}
+
 // One panel of b from w: out[k][j] = w[k * k_step + j * j_step], zero beyond the columns.
 template <typename T, int kBytes>
 MEMDENSE_INLINE void pack_panel(const T* w, int64_t k_step, int64_t j_step, int64_t depth,
                                 int64_t columns, T* out) {
   constexpr int64_t panel = Simd<T, kBytes>::kPanel;
   if (columns < panel) std::fill_n(out, depth * panel, T{0});
-  // a few k at a time: of the two sides one is read or written across cache lines
-  constexpr int64_t block = 64 / sizeof(T);
-  for (int64_t first = 0; first < depth; first += block) {
-    const int64_t last = std::min(depth, first + block);
-    if (j_step == 1) {
-      for (int64_t k = first; k < last; ++k) {
-        std::copy_n(w + k * k_step, columns, out + k * panel);
-      }
-      continue;
+  if (j_step == 1) {
+    for (int64_t k = 0; k < depth; ++k) std::copy_n(w + k * k_step, columns, out + k * panel);
+    return;
+  }
+  // squares of it, and what they leave
+  using Vec = typename Simd<T, kBytes>::Vec;
+  constexpr int64_t lanes = Simd<T, kBytes>::kLanes;
+  const int64_t square_depth = k_step == 1 ? depth / lanes * lanes : 0;
+  const int64_t square_columns = columns / lanes * lanes;
+  for (int64_t k = 0; k < square_depth; k += lanes) {
+    for (int64_t j = 0; j < square_columns; j += lanes) {
+      Vec rows[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) rows[i] = load<Vec>(w + k + (j + i) * j_step);
+      transpose<T, kBytes>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) store(out + (k + i) * panel + j, rows[i]);
     }
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t k = first; k < last; ++k) out[k * panel + j] = w[k * k_step + j * j_step];
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t k = j < square_columns ? square_depth : 0; k < depth; ++k) {
+      out[k * panel + j] = w[k * k_step + j * j_step];
     }
   }
 }
