@@ -32,7 +32,7 @@ class Native(NativeConv3x3, Reference):
     def bn_relu_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
     ) -> Tensor:
-        if not fits(x, read.scale, weight):
+        if not fits(x, weight):
             return super().bn_relu_conv1x1(x, read, weight, moments)
         y, mean, var = _ops.bn_relu_conv1x1(x, read.scale, read.shift, weight, moments is not None)
         store(moments, mean, var)
@@ -48,7 +48,7 @@ class Native(NativeConv3x3, Reference):
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
         p, q = (None, None) if share is None else share.vectors
-        if not fits(x, g, p, q):
+        if not fits(x, g):
             return super().settle(g, x, share, keep)
         dy = torch.empty_like(x, memory_format=torch.contiguous_format)
         _ops.combine(g, None, x, p, q, *(keep or (None, 1.0)), dy)
@@ -66,7 +66,7 @@ class Native(NativeConv3x3, Reference):
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
         a, b, c = (None, None, None) if behind is None else behind.vectors
-        if not fits(x, dz, y, a, b, c, weight, *read.vectors, into.g):
+        if not fits(x, dz, y, weight, into.g):
             return super().bn_relu_conv1x1_backward(
                 dz, y, behind, weight, x, read, into, need_weight
             )
@@ -80,7 +80,7 @@ class Native(NativeConv3x3, Reference):
     def bn_relu_pool_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry
     ) -> Tensor:
-        if not fits(x, read.scale, weight):
+        if not fits(x, weight):
             return super().bn_relu_pool_conv1x1(x, read, weight, geometry)
         return _ops.bn_relu_pool_conv1x1(x, read.scale, read.shift, weight, *geometry)
 
@@ -94,7 +94,7 @@ class Native(NativeConv3x3, Reference):
         into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        if not fits(x, dout, weight, *read.vectors, into.g):
+        if not fits(x, dout, weight, into.g):
             return super().bn_relu_pool_conv1x1_backward(
                 dout, weight, x, read, geometry, into, need_weight
             )
@@ -106,27 +106,27 @@ class Native(NativeConv3x3, Reference):
     def bn_relu(self, x: Tensor, read: Reader, relu: bool) -> Tensor:
         return (
             _ops.bn_relu(x, read.scale, read.shift, relu)
-            if fits(x, read.scale)
+            if fits(x)
             else super().bn_relu(x, read, relu)
         )
 
     def bn_relu_backward(
         self, dout: Tensor, x: Tensor, read: Reader, relu: bool, into: Into
     ) -> Sums:
-        if not fits(x, dout, *read.vectors, into.g):
+        if not fits(x, dout, into.g):
             return super().bn_relu_backward(dout, x, read, relu, into)
         sums = _ops.bn_relu_backward(dout, x, *read.vectors, relu, into.start())
         return into.credit(read, Sums(*sums))
 
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
-        if not fits(x, read.scale):
+        if not fits(x):
             return super().bn_relu_mean(x, read, geometry)
         return _ops.bn_relu_mean(x, read.scale, read.shift, geometry.n)
 
     def bn_relu_mean_backward(
         self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
     ) -> Sums:
-        if not fits(x, dout, *read.vectors, into.g):
+        if not fits(x, dout, into.g):
             return super().bn_relu_mean_backward(dout, x, read, geometry, into)
         sums = _ops.bn_relu_mean_backward(dout, x, *read.vectors, into.start())
         return into.credit(read, Sums(*sums))
@@ -134,21 +134,21 @@ class Native(NativeConv3x3, Reference):
     # ---- the stem
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        if not fits(x, read.scale):
+        if not fits(x):
             return super().bn_relu_maxpool(x, read, geometry)
         return _ops.bn_relu_maxpool(x, read.scale, read.shift, *geometry)
 
     def bn_relu_maxpool_backward(
         self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
     ) -> tuple[Tensor, Sums]:
-        if not fits(x, dout, *read.vectors):
+        if not fits(x, dout):
             return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
         dz, *sums = _ops.bn_relu_maxpool_backward(dout, winner, x, *read.vectors, *geometry)
         return dz, Sums(*sums)
 
     def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
         a, b, c = behind.vectors
-        if not fits(x, dz, a, b, c):
+        if not fits(x, dz):
             return super().normalised_(dz, x, behind)
         _ops.combine(dz, a, x, b, c, None, 1.0, dz)
         return dz

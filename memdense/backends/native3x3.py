@@ -11,13 +11,18 @@ MIN_PRODUCTS = 64
 
 
 def fits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take these: one dtype, one device, unit column stride."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel():
+    """Whether the kernels take these: one dtype, on the CPU, unit column stride. Vectors that are
+    made of statistics always do.
+    """
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.float64) or not x.numel():
         return False
-    tensors = [x, *(t for t in others if t is not None)]
-    return all(t.dtype == x.dtype and t.device == x.device for t in tensors) and all(
-        t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors
-    )
+    for t in (x, *others):
+        if t is not None and not (
+            t.dtype == dtype and t.is_cpu and (t.stride(-1) == 1 or t.shape[-1] == 1)
+        ):
+            return False
+    return True
 
 
 class NativeConv3x3:
