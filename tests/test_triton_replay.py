@@ -325,6 +325,7 @@ def ask(moving: list[Tensor], fixed: list[Tensor], *rest: Any) -> None:
 def test_other_looks_are_other_tapes(replays: list[replay.Tape]) -> None:
     """Of an input that moves: shape, stride, dtype, alignment; of a fixed one where it is, too."""
     w = torch.randn(3, 4)
+    there = torch.randn(20)
     base = torch.randn(64)
     looks = {
         "as it is": ([torch.randn(5, 3)], [w]),
@@ -333,7 +334,11 @@ def test_other_looks_are_other_tapes(replays: list[replay.Tape]) -> None:
         "slice": ([base[4:19].view(5, 3)], [w]),
         "alignment": ([base[1:16].view(5, 3)], [w]),
         "dtype": ([torch.randn(5, 3).double()], [w.double()]),
-        "memory": ([torch.randn(5, 3)], [w.clone()]),
+        "memory": ([torch.randn(5, 3)], [there[:12].view(3, 4)]),
+        "fixed stride": ([torch.randn(5, 3)], [there[:12].view(4, 3).t()]),
+        "one more": ([torch.randn(5, 3)], [w, there.view(5, 4)]),
+        "fixed shape": ([torch.randn(5, 3)], [w, there.view(5, 4)[:1]]),
+        "fixed dtype": ([torch.randn(5, 3)], [w, there.view(5, 4).view(torch.int32)]),
         "rest": ([torch.randn(5, 3)], [w], 1),
         "twice": ([torch.randn(5, 3)], [w, w[:1], w[:1]]),
     }

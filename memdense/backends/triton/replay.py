@@ -38,6 +38,11 @@ ALLOCATIONS = {
     aten.new_empty_strided.default,
 }
 ZEROS = {aten.zeros.default, aten.new_zeros.default}
+# torch.empty_strided on the current device, in half its time
+EMPTY = {
+    "cpu": torch._C._dynamo.guards._empty_strided_cpu,
+    "cuda": torch._C._dynamo.guards._empty_strided_cuda,
+}
 STREAM = object()  # among what a launch is given: the current one
 BLOCK = 512  # bytes that a piece of scratch is rounded up to, as PyTorch's allocator does
 
@@ -319,7 +324,6 @@ class Tape:
     """A recording, ready to be replayed on other inputs of the same kind."""
 
     def __init__(self, recorder: Recorder, outputs: Sequence[Place | None]) -> None:
-        self.outputs = outputs
         self.pieces = recorder.pieces
         returned = [place for place in outputs if place is not None and place.piece is not None]
         self._claim(returned)
@@ -327,7 +331,14 @@ class Tape:
         self.scratch_bytes = pack(scratch)
         self.tensors = [p.constant for p in self.pieces]
         self.constants = [t for t in self.tensors if t is not None]
-        self.made = [(i, p) for i, p in enumerate(self.pieces) if p.kind == "output"]
+        self.made = [
+            (i, tuple(p.size), p.stride, p.dtype)
+            for i, p in enumerate(self.pieces)
+            if p.kind == "output"
+        ]
+        # most are an output as it was made
+        whole = {Place(i, 0, dtype, size, stride): i for i, size, stride, dtype in self.made}
+        self.outputs = [whole.get(place, place) for place in outputs]
 
         values = _Values(self.pieces, recorder.steps)
         self.steps: list[tuple[Callable[..., Any], itemgetter | None]] = []
@@ -336,11 +347,15 @@ class Tape:
             self.steps.append(values.launch(step) if step.around else (_Call(step, over), None))
         self.rest, self.stream_index = values.rest, values.stream_index
         self.launches = any(get is not None for _, get in self.steps)
-        # where each address begins: a piece, or behind them all the scratch
+        # what has memory when a replay begins, beside its scratch, which comes behind it; where the
+        # addresses of a result begin is told once there is one
+        kinds = ("moving", "output")
+        self.begun = [i for i, p in enumerate(self.pieces) if p.kind in kinds and p.bytes]
+        places = {piece: at for at, piece in enumerate(self.begun)}
         self.addresses = [
-            (len(self.pieces), self.pieces[i].offset + offset)
+            (len(places), self.pieces[i].offset + offset)
             if self.pieces[i].kind == "scratch"
-            else (i, offset)
+            else (places.get(i, len(places)), offset)
             for i, offset in values.addresses
         ]
         self.of_results: dict[int, list[tuple[int, int]]] = {}  # (index, offset) of addresses
@@ -375,13 +390,16 @@ class Tape:
         for table in self.constants:
             keep_if_captured(table)
         run = _Replay(self, (*moving, *fixed), device)
-        values = run.values
+        values, tensors = run.values, run.tensors
         for step, get in self.steps:
             if get is None:
                 step(run)
             else:
                 step(*get(values))
-        return [None if place is None else run.tensor(place) for place in self.outputs]
+        return [
+            tensors[out] if type(out) is int else None if out is None else run.tensor(out)
+            for out in self.outputs
+        ]
 
 
 class _Replay:
@@ -391,12 +409,12 @@ class _Replay:
         self.tape = tape
         self.device = device
         self.typed: dict[torch.dtype, Tensor] = {}
-        self.scratch = torch.empty(tape.scratch_bytes, dtype=torch.uint8, device=device)
-        self.tensors = [*inputs, *tape.tensors[len(inputs) :]]
-        for i, p in tape.made:
-            self.tensors[i] = torch.empty_strided(p.size, p.stride, dtype=p.dtype, device=device)
-        # a result has no memory yet
-        begins = [0 if t is None else t.data_ptr() for t in self.tensors]
+        empty = EMPTY[device.type]
+        self.scratch = empty((tape.scratch_bytes,), (1,), torch.uint8)
+        self.tensors = tensors = [*inputs, *tape.tensors[len(inputs) :]]
+        for i, size, stride, dtype in tape.made:
+            tensors[i] = empty(size, stride, dtype)
+        begins = [tensors[i].data_ptr() for i in tape.begun]
         begins.append(self.scratch.data_ptr())
         self.values: list[Any] = [begins[i] + offset for i, offset in tape.addresses]
         self.values += tape.rest
@@ -494,17 +512,20 @@ def call(
     device = fixed[0].device
     key = (
         function, device, _extension.tf32(), rest, tuple(map(_signature, moving)),
-        tuple([None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in fixed]),
+        *map(Tensor.data_ptr, fixed), *[t.dtype for t in fixed], *[t.shape for t in fixed],
+        *map(Tensor.stride, fixed),
     )  # fmt: skip
     with _lock:
         tape = _tapes.get(key)
         if tape is not None:
             _tapes.move_to_end(key)
-        record = key not in _tapes and hash(key) in _seen
-        if tape is None and not record:
-            if len(_seen) > 16 * TAPES:
-                _seen.clear()
-            _seen.add(hash(key))
+            record = False
+        else:
+            record = key not in _tapes and hash(key) in _seen
+            if not record:
+                if len(_seen) > 16 * TAPES:
+                    _seen.clear()
+                _seen.add(hash(key))
     if tape is not None:
         return tape(moving, fixed, device)
     if not record:
