@@ -228,10 +228,22 @@ def test_running_statistics_elsewhere():
     """Counts that stayed on the CPU, and one count for two norms, are PyTorch's business."""
     a, b, table = torch.rand(2, 3).float(), torch.rand(2, 3).float(), torch.rand(2, 6).float()
     counts = [torch.tensor(0), torch.tensor(0)]
-    assert running.takes([*a], [*b], counts, table)
-    assert not running.takes([*a], [*b], [counts[0], counts[1].to("meta")], table)
-    assert not running.takes([a[0], a[1].to("meta")], [*b], counts, table)
-    assert not running.takes([*a], [*b], [counts[0]] * 2, table)
+    cases = {
+        "here": (True, [*a], [*b], counts),
+        "a count on meta": (False, [*a], [*b], [counts[0], counts[1].to("meta")]),
+        "a mean on meta": (False, [a[0], a[1].to("meta")], [*b], counts),
+        "one count for two": (False, [*a], [*b], [counts[0]] * 2),
+        "32-bit counts": (False, [*a], [*b], [counts[0], counts[1].int()]),
+        "two dtypes": (False, [*a], [b[0], b[1].half()], counts),
+        "every other value": (False, [*a], [b[0], torch.ones(6).float()[::2]], counts),
+    }
+    for name, (taken, *buffers) in cases.items():
+        assert running.update(*buffers, table, [0, 3], [0.1, 0.1], 5) == taken, name
+    assert not running.update([*a], [*b], counts, table.double(), [0, 3], [0.1, 0.1], 5)
+    # in the memory of the first ones, which were taken
+    again = [a[0], a[1].as_strided((3,), (0,))]
+    assert not running.update(again, [*b], counts, table, [0, 3], [0.1, 0.1], 5)
+    assert counts == [1, 1]
 
 
 def test_running_statistics_that_go_to_the_reference():

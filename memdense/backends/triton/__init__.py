@@ -63,11 +63,9 @@ class Triton(Reference):
         momenta: Sequence[float],
         rows: int,
     ) -> None:
-        if not running.takes(means, variances, counts, statistics):
-            return super().update_running(
-                means, variances, counts, statistics, starts, momenta, rows
-            )
-        return running.update(means, variances, counts, statistics, starts, momenta, rows)
+        arguments = means, variances, counts, statistics, starts, momenta, rows
+        if not running.update(*arguments):
+            super().update_running(*arguments)
 
     # ---- producing channels
 

@@ -72,46 +72,43 @@ def move_running(table, statistics, columns, rows, BLOCK: tl.constexpr):
         _move_as(dtype, var, c, inside, m, wide * unbiased)
 
 
-# (mean, var and count's addresses, dtype, C, first column, momentum)
-Line = tuple[int, int, int, torch.dtype, int, int, float]
-
-
 # Like cast's, it only says where tensors are that are alive when it is looked up.
 @lru_cache(maxsize=256)
-def _table(lines: tuple[Line, ...], device: torch.device) -> Tensor:
-    def encoded(line: Line) -> tuple[int, ...]:
-        *addresses, dtype, channels, start, momentum = line
-        (bits,) = struct.unpack("q", struct.pack("d", momentum))
-        return *addresses, SOURCES.index(dtype), channels, start, bits
-
-    return torch.tensor([encoded(line) for line in lines], dtype=torch.int64).to(device)
+def _table(
+    pointers: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[torch.device, ...],
+    shapes: tuple[torch.Size, ...],
+    strides: tuple[tuple[int, ...], ...],
+    starts: tuple[int, ...],
+    momenta: tuple[float, ...],
+    device: torch.device,
+) -> Tensor | None:
+    """Of means, variances and counts (shapes of means, strides of buffers), where the kernel takes
+    them: packed, on one device, in one dtype of a norm's, each norm's its own.
+    """
+    n = len(starts)
+    means, variances, counts = dtypes[:n], dtypes[n : 2 * n], dtypes[2 * n :]
+    if not (
+        {*devices} == {device}
+        and means == variances
+        and {*means} <= {*SOURCES}
+        and {*counts} <= {torch.int64}
+        and {*strides} == {(1,)}
+        and len({*pointers}) == len(pointers)
+    ):
+        return None
+    lines = zip(
+        pointers[:n], pointers[n : 2 * n], pointers[2 * n :] or [0] * n,
+        map(SOURCES.index, means), [shape[0] for shape in shapes], starts,
+        [struct.unpack("q", struct.pack("d", m))[0] for m in momenta], strict=True,
+    )  # fmt: skip
+    return torch.tensor([*lines], dtype=torch.int64).to(device)
 
 
 @cached
 def _plan(norms: int, columns: int, rows: int) -> Plan:
     return Plan(move_running, (norms,), (columns, rows), (BLOCK,))
-
-
-def takes(
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    counts: Sequence[Tensor],
-    statistics: Tensor,
-) -> bool:
-    """Whether the kernel does: packed buffers on one device, in one dtype of a norm's, each norm's
-    its own.
-    """
-    if statistics.dtype != torch.float32 or not statistics.is_contiguous():
-        return False
-    buffers = [*means, *variances]
-    tensors = [*buffers, *counts]
-    return (
-        all(t.device == statistics.device for t in tensors)
-        and all(t.dtype == torch.int64 for t in counts)
-        and all(t.dtype in SOURCES and t.stride(0) == 1 for t in buffers)
-        and all(m.dtype == v.dtype for m, v in zip(means, variances, strict=True))
-        and len({t.data_ptr() for t in tensors}) == len(tensors)
-    )
 
 
 def update(
@@ -122,20 +119,25 @@ def update(
     starts: Sequence[int],
     momenta: Sequence[float],
     rows: int,
-) -> None:
-    """In place."""
-    steps = [t.data_ptr() for t in counts] or [0] * len(means)
-    lines = tuple(
-        [
-            (m.data_ptr(), v.data_ptr(), step, m.dtype, m.shape[0], start, momentum)
-            for m, v, step, start, momentum in zip(
-                means, variances, steps, starts, momenta, strict=True
-            )
-        ]
+) -> bool:
+    """In place; False where the kernel does not take them and nothing was done."""
+    if statistics.dtype != torch.float32 or not statistics.is_contiguous():
+        return False
+    tensors = *means, *variances, *counts
+    table = _table(
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple([t.dtype for t in tensors]),
+        tuple([t.device for t in tensors]),
+        tuple([t.shape for t in means]),
+        tuple(map(Tensor.stride, tensors[: 2 * len(means)])),
+        tuple(starts),
+        tuple(momenta),
+        statistics.device,
     )
-    table = _table(lines, statistics.device)
+    if table is None:
+        return False
     keep_if_captured(table)
-    _plan(len(lines), statistics.shape[1], rows)(table, statistics)
+    _plan(len(means), statistics.shape[1], rows)(table, statistics)
     # whoever saved them for a backward must hear of it
-    moved = [t for t in (*means, *variances, *counts) if not t.is_inference()]
-    torch.autograd.graph.increment_version(moved)
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    return True
