@@ -5,6 +5,7 @@ modules allow it.
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,16 @@ from torch.nn import functional as F
 from . import ops
 from .backends import MemdenseWarning
 from .buffers import reader_columns
-from .spec import Stage, StemSpec, flatten, spec_of
+from .spec import Stage, StemSpec
 from .structure import (
     OWN_TYPES,
-    NormModule,
+    Moving,
+    Snapshot,
     StageModules,
     StemModules,
     Unsupported,
     convolution_dtype_fits,
+    global_hooks,
     misfit,
     read_stage,
     read_stem,
@@ -35,6 +38,10 @@ class Step(NamedTuple):
     kind: str
     names: tuple[str, ...]
     tail: str | None = None
+
+
+# what was read of each one's steps, while it lives: a module itself may be copied and saved
+_read: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Snapshot, Any]]] = WeakKeyDictionary()
 
 
 class Features(nn.Sequential):
@@ -143,6 +150,21 @@ class Features(nn.Sequential):
         """The modules of a step, as operations take them. Raises ``Unsupported`` where they must
         run as modules.
         """
+        keep = self.keep_bottlenecks and torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            return self._read(step, keep)  # guards look for changes
+        modules = [self._modules[name] for name in step.names]
+        known, key = _read.setdefault(self, {}), (step, self._types, keep)
+        snapshot, found = known.get(key, (None, None))
+        if snapshot is not None and (global_hooks() or not snapshot.holds(modules)):
+            known.clear()  # what was replaced is held by nobody
+            snapshot = None
+        if snapshot is None:
+            snapshot, found = Snapshot(modules), self._read(step, keep)
+            known[key] = snapshot, found
+        return found
+
+    def _read(self, step: Step, keep_bottlenecks: bool) -> StageModules | StemModules:
         if step.kind == "stem":
             return read_stem({name: self._modules[name] for name in step.names})
         name, *tail = step.names
@@ -154,7 +176,7 @@ class Features(nn.Sequential):
             tail_name,
             step.tail or "",
             self._types,
-            self.keep_bottlenecks and torch.is_grad_enabled(),
+            keep_bottlenecks,
         )
 
     def _warn(self, what: str, reason: str) -> None:
@@ -249,11 +271,14 @@ def run_stage(
     ``layout`` is that of the modules' activations, in which dropout is drawn.
     """
     stage = found.stage
-    tensors, running = flatten(stage)
+    mask = _draw_mask(x, stage, layout)
     out, features, statistics = ops.run_stage(
-        x, tensors, running, _draw_mask(x, stage, layout), spec_of(stage).encode(), double_backward
+        x, found.tensors, found.running, mask, found.spec, double_backward
     )
-    _update_running(found, statistics, x)
+    if found.moving.which:
+        columns = list(reader_columns(stage, x.shape[1])[0].values())
+        starts = [columns[i].start for i in found.moving.which]
+        _update(found.moving, statistics, starts, x.shape[0] * x.shape[2] * x.shape[3])
     return (features if stage.tail is None else out), features
 
 
@@ -275,27 +300,11 @@ def _draw_mask(x: Tensor, stage: Stage, layout: torch.memory_format) -> Tensor |
     return torch.cat(masks, 1)
 
 
-def _update_running(found: StageModules, statistics: Tensor, x: Tensor) -> None:
-    if all(n.running is None for n in found.norms):
-        return
-    columns, _ = reader_columns(found.stage, x.shape[1])
-    starts = [c.start for c in columns.values()]
-    _update(found.norms, statistics, starts, x.shape[0] * x.shape[2] * x.shape[3])
-
-
-def _update(norms: list[NormModule], statistics: Tensor, starts: list[int], rows: int) -> None:
+def _update(moving: Moving, statistics: Tensor, starts: list[int], rows: int) -> None:
     """Move the running statistics of norms whose batch statistics begin at columns ``starts``."""
-    pairs = [(n.running, s) for n, s in zip(norms, starts, strict=True) if n.running is not None]
+    means, variances, counts, momenta, _ = moving
     with torch.no_grad():
-        ops.move_running_statistics(
-            [r.mean for r, _ in pairs],
-            [r.var for r, _ in pairs],
-            [r.count for r, _ in pairs],
-            statistics,
-            [start for _, start in pairs],
-            [-1.0 if r.momentum is None else r.momentum for r, _ in pairs],
-            rows,
-        )
+        ops.move_running_statistics(means, variances, counts, statistics, starts, momenta, rows)
 
 
 def _stem_or_modules(
@@ -309,7 +318,7 @@ def _stem_or_modules(
             and convolution_dtype_fits(x, [weight])
         )
         size = [_convolved(x, found.conv, i) for i in (0, 1)]
-        one_value = x.shape[0] * size[0] * size[1] == 1 and found.norm.norm.spec.batch
+        one_value = x.shape[0] * size[0] * size[1] == 1 and found.norm.spec.batch
         if fits and min(size) > 0 and not one_value:
             return run_stem(x, found, recompute, x.shape[0] * size[0] * size[1])
     for module in modules.values():
@@ -324,9 +333,9 @@ def _convolved(x: Tensor, conv: nn.Conv2d, axis: int) -> int:
 
 def run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tensor:
     """Run the stem's operation and move its running statistics once."""
-    conv, norm = found.conv, found.norm.norm
+    conv, norm = found.conv, found.norm
     spec = StemSpec(norm.spec, conv.stride, conv.padding, conv.dilation, recompute)
     out, _, _, statistics = ops.run_stem(x, conv.weight, *norm[1:], spec=spec.encode())
-    if found.norm.running is not None:
-        _update([found.norm], statistics, [0], rows)
+    if found.moving.which:
+        _update(found.moving, statistics, [0], rows)
     return out

@@ -407,6 +407,7 @@ def test_what_the_fast_path_does_not_know_runs_as_modules(change) -> None:
 
 def test_global_hooks_are_seen() -> None:
     found, _ = pair()
+    found(images())
     calls = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, o: calls.append(type(m)))
     try:

@@ -1,0 +1,177 @@
+"""What was read of the modules holds only while nothing of it changes."""
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memdense
+from memdense import stage
+
+
+def network_of_two() -> nn.Module:
+    torch.manual_seed(0)
+    model = memdense.DenseNet(4, (2, 2), 8, 2, num_classes=3, drop_rate=0.2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.3, 0.5)
+    return model
+
+
+def run(net: nn.Module) -> list[Tensor]:
+    """Output, gradients and buffers of a training step."""
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(1)
+    net.zero_grad()
+    out = net.features.pooled(x)
+    out.square().sum().backward()
+    gradients = [p.grad for p in net.features.parameters() if p.grad is not None]
+    return [out.detach(), *gradients, *(b.clone() for b in net.features.buffers())]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    pairs = zip(found, expected, strict=False)
+    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in pairs)
+
+
+def check(model: nn.Module, change: Callable[[nn.Module], Any]) -> None:
+    """Run, change and run again, as a copy does, which reads its modules for the first time."""
+    state = copy.deepcopy(model.state_dict())
+    run(model)
+    model.load_state_dict(state)
+    unchanged = run(copy.deepcopy(model))
+    assert same(run(model), unchanged)
+    model.load_state_dict(state)
+    change(model.features)
+    expected = run(copy.deepcopy(model))
+    assert same(run(model), expected) and not same(expected, unchanged)
+
+
+def set_to(name: str, value: Any) -> Callable[[nn.Module], None]:
+    """An attribute, by its whole name."""
+
+    def change(features: nn.Module) -> None:
+        path, _, attribute = name.rpartition(".")
+        setattr(features.get_submodule(path), attribute, value)
+
+    return change
+
+
+def swap_norms(features: nn.Module) -> None:
+    layer = features.denseblock2.denselayer1
+    layer.norm1.weight, layer.norm1.bias = layer.norm1.bias, layer.norm1.weight
+
+
+def swap_layers(features: nn.Module) -> None:
+    children = features.denseblock1._modules
+    children["denselayer2"].relu1, children["denselayer1"].relu1 = nn.ELU(), nn.ReLU()
+
+
+def turn_data(features: nn.Module) -> None:
+    """The same memory and shape."""
+    weight = features.denseblock1.denselayer1.conv1.weight
+    weight.data = weight.data.transpose(0, 1)
+
+
+def without_pool(features: nn.Module) -> None:
+    del features.transition1.pool
+
+
+def remove_affine(features: nn.Module) -> None:
+    norm = features.denseblock2.denselayer2.norm2
+    norm.weight = norm.bias = None
+
+
+LAYER = "denseblock1.denselayer2."
+VECTOR = torch.tensor([0.5, -1.0, 2.0, 0.3, 1.5, -0.7, 0.9, 1.1])
+CHANGES = {
+    "norm's mode": lambda f: f.denseblock1.denselayer2.norm2.eval(),
+    "stem's mode": lambda f: f.norm0.eval(),
+    "tail's mode": lambda f: f.norm5.eval(),
+    "whole mode": lambda f: f.eval(),
+    "eps": set_to(LAYER + "norm2.eps", 0.5),
+    "momentum": set_to(LAYER + "norm2.momentum", 0.7),
+    "no momentum": set_to("norm0.momentum", None),
+    "tracking": set_to("transition1.norm.track_running_stats", False),
+    "norm's weight": set_to(LAYER + "norm2.weight", nn.Parameter(VECTOR)),
+    "swapped parameters": swap_norms,
+    "no weight": remove_affine,
+    "running mean": set_to(LAYER + "norm2.running_mean", VECTOR.clone()),
+    "stem's running mean": set_to("norm0.running_mean", VECTOR.clone()),
+    "count": set_to(LAYER + "norm2.num_batches_tracked", torch.tensor(7)),
+    "1x1": set_to(LAYER + "conv1.weight", nn.Parameter(torch.ones(8, 12, 1, 1))),
+    "a square 1x1 turned": turn_data,
+    "stem's weight": set_to("conv0.weight", nn.Parameter(torch.rand(8, 3, 7, 7))),
+    "stem's stride": set_to("conv0.stride", (1, 1)),
+    "dilation": lambda f: (
+        set_to(LAYER + "conv2.dilation", (2, 2))(f),
+        set_to(LAYER + "conv2.padding", (2, 2))(f),
+    ),
+    "bias": set_to(LAYER + "conv2.bias", nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))),
+    "dropout": lambda f: [set_to(f"denseblock1.denselayer{i}.drop_rate", 0.7)(f) for i in (1, 2)],
+    "one layer's dropout": set_to(LAYER + "drop_rate", 0.7),
+    "hook": lambda f: f.denseblock1.denselayer2.relu2.register_forward_hook(lambda m, a, o: 2 * o),
+    "pre-hook": lambda f: f.transition1.register_forward_pre_hook(lambda m, a: (2 * a[0],)),
+    "forward": set_to(LAYER + "relu1.forward", lambda x: x.sigmoid()),
+    "class": set_to(LAYER + "relu1.__class__", type("Mine", (nn.ReLU,), {"forward": torch.tanh})),
+    "another module": set_to(LAYER + "relu2", nn.ELU()),
+    "another tail": set_to("norm5", nn.BatchNorm2d(16, eps=0.5)),
+    "another order": swap_layers,
+    "no pool": without_pool,
+}
+
+
+@pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_calls_is_seen(change: Callable[[nn.Module], Any]) -> None:
+    check(network_of_two(), change)
+
+
+def test_what_could_change_unseen_is_read_at_every_call() -> None:
+    """A list, and what a class says of its instances."""
+    model = network_of_two()
+    size = model.features.transition1.pool.kernel_size = [2, 2]
+    with pytest.warns(memdense.MemdenseWarning, match="not a 2x2 average"):
+        check(model, lambda _: size.__setitem__(0, 1))
+    model = network_of_two()
+    for layer in model.features.denseblock1.values():
+        del layer.drop_rate
+    with mock.patch.object(memdense.modules.DenseLayer, "drop_rate", 0.2, create=True):
+        check(model, lambda _: setattr(memdense.modules.DenseLayer, "drop_rate", 0.7))
+
+
+def test_names_and_missing_attributes() -> None:
+    """The modules say what is wrong."""
+    for attribute in ("conv2", "drop_rate"):
+        model = network_of_two()
+        run(model)
+        layer = model.features.denseblock1.denselayer2
+        layer.another = getattr(layer, attribute)
+        delattr(layer, attribute)
+        with pytest.raises(AttributeError, match=attribute), warnings.catch_warnings():
+            warnings.simplefilter("ignore", memdense.MemdenseWarning)
+            run(model)
+
+
+def test_what_was_read_goes_with_its_modules() -> None:
+    model = network_of_two()
+    model(torch.randn(2, 3, 32, 32))
+    model.extract_features(torch.randn(2, 3, 32, 32))
+    known = len(stage._read)
+    assert pickle.dumps(model.features) and model.features in stage._read
+    conv = model.features.denseblock2.denselayer1.conv1
+    weights = [weakref.ref(conv.weight)]
+    conv.weight = nn.Parameter(torch.rand(8, 8, 1, 1))
+    weights.append(weakref.ref(conv.weight))
+    model(torch.randn(2, 3, 32, 32))
+    assert weights[0]() is None and weights[1]() is conv.weight
+    del model, conv
+    gc.collect()
+    assert weights[1]() is None and len(stage._read) < known
