@@ -26,7 +26,8 @@ _DOUBLE_BACKWARD = (
 @contextmanager
 def quiet(x: Tensor) -> Iterator[None]:
     """Autocast off, and x's device the current one."""
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    # torch.autocast(enabled=False) takes ten times as long
+    with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         yield
 
 
