@@ -83,19 +83,21 @@ class Features(nn.Sequential):
         """(N, C_in, H, W) to the last norm's output, (N, C, H', W'), in x's memory format."""
         if not self._runs_efficiently(x):
             return super().forward(x)
-        out = self._run(x, "norm")[0]
+        out = self._run(x, self._steps("norm"))[0]
         return out.contiguous() if x.is_contiguous() else out
 
     def pooled(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
-        if self._runs_efficiently(x) and self._steps("pool")[-1].tail == "pool":
-            return self._run(x, "pool")[0]
+        if self._runs_efficiently(x):
+            steps = self._steps("pool")
+            if steps[-1].tail == "pool":
+                return self._run(x, steps)[0]
         return _mean(F.relu(self(x), inplace=True))
 
     def block_outputs(self, x: Tensor) -> list[Tensor]:
         """(N, C_in, H, W) to the output of each dense block."""
         if self._runs_efficiently(x):
-            return self._run(x, None)[1]
+            return self._run(x, self._steps(None))[1]
         outputs = []
         for step in self._steps(None):
             for name in step.names:
@@ -121,10 +123,10 @@ class Features(nn.Sequential):
         """
         return list(_steps(self._modules, last_tail))
 
-    def _run(self, x: Tensor, last_tail: str | None) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, x: Tensor, steps: list[Step]) -> tuple[Tensor, list[Tensor]]:
         outputs = []
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        for step in self._steps(last_tail):
+        for step in steps:
             modules = {name: self._modules[name] for name in step.names}
             if step.kind == "module":
                 x = modules[step.names[0]](x)
