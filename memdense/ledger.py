@@ -574,7 +574,8 @@ class AmxTiles:
         parts = math.gcd(self.threads, tiles) if sums > self.SHARED_BYTES else 1
         step = tiles // parts * self.ROWS
         last = channels - (parts - 1) * step
-        return self.threads * max(self.weight_task(c, outputs, parts) for c in {step if parts > 1 else last, last})
+        widths = {step if parts > 1 else last, last}
+        return self.threads * max(self.weight_task(c, outputs, parts) for c in widths)
 
     def weight_task(self, channels: int, outputs: int, parts: int) -> int:
         """Bytes of one task, on a part of the channels."""
