@@ -162,8 +162,9 @@ class Features(nn.Sequential):
             known.clear()  # what was replaced is held by nobody
             snapshot = None
         if snapshot is None:
-            snapshot, found = Snapshot(modules), self._read(step, keep)
-            known[key] = snapshot, found
+            found = self._read(step, keep)
+            if snapshot := Snapshot.of(modules):
+                known[key] = snapshot, found
         return found
 
     def _read(self, step: Step, keep_bottlenecks: bool) -> StageModules | StemModules:
