@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 
 # what was read of each one's steps, while it lives: a module itself may be copied and saved
-_read: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Snapshot, Any]]] = WeakKeyDictionary()
+_readings: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Snapshot, Any]]] = WeakKeyDictionary()
 
 
 class Features(nn.Sequential):
@@ -156,7 +156,7 @@ class Features(nn.Sequential):
         if torch.compiler.is_compiling():
             return self._read(step, keep)  # guards look for changes
         modules = [self._modules[name] for name in step.names]
-        known, key = _read.setdefault(self, {}), (step, self._types, keep)
+        known, key = _readings.setdefault(self, {}), (step, self._types, keep)
         snapshot, found = known.get(key, (None, None))
         if snapshot is not None and (global_hooks() or not snapshot.holds(modules)):
             known.clear()  # what was replaced is held by nobody
