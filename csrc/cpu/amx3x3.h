@@ -3,8 +3,8 @@
 //
 // Lines are staged one behind the other, zeros between them, so that a tap of any run of pixels
 // begins a fixed distance from it. Outputs, and inputs' gradients, are products of [pixel, channel]
-// by [channel, column], tap after tap. For the gradient of the weight, [column, pixel] by [pixel,
-// channel], the outputs' gradients lie transposed: a tap moves them along the pixels.
+// by [channel, column], tap after tap. For the gradient of the weight, [channel, pixel] by [pixel,
+// column], the inputs lie transposed, and a tap moves the outputs' gradients along the pixels.
 #pragma once
 
 #include <algorithm>
@@ -40,17 +40,6 @@ inline bool amx_pays(const Geometry& g, int64_t channels, int64_t columns) {
 
 // Scratch is counted in floats.
 inline int64_t floats(int64_t halves) { return (halves + 1) / 2; }
-
-// The most lines of the source that a band needs.
-inline int64_t most_lines(const Axis& vertical, const Bands& bands) {
-  int64_t lines = 0;
-  for (int64_t begin = 0; begin < bands.height; begin += bands.lines) {
-    const auto [low, high] =
-        vertical.reach_inside(begin, std::min(begin + bands.lines, bands.height));
-    lines = std::max(lines, high - low);
-  }
-  return lines;
-}
 
 // Line y as it lies in memory, or staged in `line`.
 template <typename S>

@@ -375,6 +375,17 @@ inline Bands make_bands(int64_t images, const Axis& vertical, int64_t line_bytes
   return {images, vertical.destination, lines};
 }
 
+// The most lines of the source that a band needs.
+inline int64_t most_lines(const Axis& vertical, const Bands& bands) {
+  int64_t lines = 0;
+  for (int64_t begin = 0; begin < bands.height; begin += bands.lines) {
+    const auto [low, high] =
+        vertical.reach_inside(begin, std::min(begin + bands.lines, bands.height));
+    lines = std::max(lines, high - low);
+  }
+  return lines;
+}
+
 // Walks bands of destinations over `channels` source channels and `columns` of packed weights.
 template <typename T>
 struct Walk {
@@ -406,13 +417,7 @@ struct Walk {
   int64_t result_values() const { return horizontal.phases[0].count * blocks.max_width(); }
 
   int64_t scratch_values() const {
-    int64_t lines = 0;
-    for (int64_t begin = 0; begin < bands.height; begin += bands.lines) {
-      const auto [low, high] =
-          vertical.reach_inside(begin, std::min(begin + bands.lines, bands.height));
-      lines = std::max(lines, high - low);
-    }
-    return lines * line_values() + result_values();
+    return most_lines(vertical, bands) * line_values() + result_values();
   }
 
   // ---- weights: [block of columns][tap][channel][column], columns padded with zeros
@@ -552,13 +557,7 @@ struct WeightWalk {
   int64_t dy_line() const { return g.out[1] * dy_stride; }
 
   int64_t scratch_values() const {
-    int64_t lines = 0;
-    for (int64_t begin = 0; begin < bands.height; begin += bands.lines) {
-      const auto [low, high] =
-          vertical.reach_inside(begin, std::min(begin + bands.lines, bands.height));
-      lines = std::max(lines, high - low);
-    }
-    return lines * z_line() + bands.lines * dy_line();
+    return most_lines(vertical, bands) * z_line() + bands.lines * dy_line();
   }
 
   // Bands [begin, end)
