@@ -501,7 +501,7 @@ class NativeScratch(FusedScratch):
             of_input = amx.convolution(growth, channels)
         else:
             of_input = winograd.convolution(growth, channels) if by_winograd else bands
-        if amx.pay(channels, growth):
+        if amx.pay(channels, growth) and not amx.wide(channels, growth):
             of_weight = amx.weight_gradient(channels, growth)
         else:
             of_weight = winograd.weight_gradient(channels, growth) if by_winograd else bands
@@ -568,17 +568,15 @@ class AmxTiles:
         values = results + self.w * self.stride(channels)
         return self.threads * (values * WIDE + staged) + weights
 
-    def weight_gradient(self, channels: int, outputs: int) -> int:
+    def sums(self, channels: int, outputs: int) -> int:
+        """Bytes of a weight's gradient in whole tiles."""
         tiles, columns = tiles_of(channels, self.ROWS), tiles_of(outputs, self.COLUMNS)
-        sums = 9 * tiles * self.ROWS * columns * self.COLUMNS * WIDE
-        parts = math.gcd(self.threads, tiles) if sums > self.SHARED_BYTES else 1
-        step = tiles // parts * self.ROWS
-        last = channels - (parts - 1) * step
-        widths = {step if parts > 1 else last, last}
-        return self.threads * max(self.weight_task(c, outputs, parts) for c in widths)
+        return 9 * tiles * self.ROWS * columns * self.COLUMNS * WIDE
 
-    def weight_task(self, channels: int, outputs: int, parts: int) -> int:
-        """Bytes of one task, on a part of the channels."""
+    def wide(self, channels: int, outputs: int) -> bool:
+        return self.sums(channels, outputs) > self.SHARED_BYTES
+
+    def weight_gradient(self, channels: int, outputs: int) -> int:
         tiles, columns = tiles_of(channels, self.ROWS), tiles_of(outputs, self.COLUMNS)
         pitch = self.w + 2 + self.w % 2
         across = (tiles * self.ROWS, 2 * columns * self.COLUMNS)  # dy: even and odd first pixels
@@ -588,11 +586,10 @@ class AmxTiles:
         staged = (across[0] * z_pixels + across[1] * dy_pixels) * self.PART
         group = min(max(1, self.GROUP // pitch), lines)
         line = max(group * pitch * self.stride(channels), self.w * self.stride(outputs)) * WIDE
-        sums = 9 * tiles * self.ROWS * columns * self.COLUMNS * WIDE
         # sums of some pixels are added to the rest apart
-        bands = self.n * tiles_of(self.h, lines) * parts / self.threads
+        bands = self.n * tiles_of(self.h, lines) / self.threads
         apart = bands > max(1, self.PARTIAL_PIXELS // (lines * self.w))
-        return line + staged + sums * (1 + apart)
+        return self.threads * (line + staged + self.sums(channels, outputs) * (1 + apart))
 
 
 class WinogradTiles:

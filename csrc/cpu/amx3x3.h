@@ -285,7 +285,7 @@ struct AmxWeightWalk {
     return line_values() + floats(amx::kParts * (z_part() + 2 * dy_part()));
   }
 
-  // Are the sums so many that tasks had better share the channels than the pixels?
+  // Are there so many sums that they do not stay in L2?
   bool wide() const { return partial_values() * sizeof(float) > kSharedBytes; }
 
   // Bands [begin, end)

@@ -432,10 +432,11 @@ void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<
   const int64_t tasks = task_count(g.n * g.out[0]);
   if constexpr (std::is_same_v<T, float>) {
     if (amx_pays(g, g.c, g.k)) {
-      const auto make = [&](const Geometry& part) { return AmxWeightWalk(part, tasks); };
-      const AmxWeightWalk whole = make(g);
-      return run_weight_parts<S>(make, whole.wide(), whole.tiles, amx::kRows, tasks, g, dy, x, read,
-                                 dweight);
+      const AmxWeightWalk walk(g, tasks);
+      // of wide layers, whose sums do not stay in L2, Winograd has fewer
+      if (!walk.wide()) {
+        return run_weight_walks<S>(std::vector{walk}, 0, tasks, g, dy, x, read, dweight);
+      }
     }
   }
   if (winograd::pays(g)) {
