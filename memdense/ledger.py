@@ -517,6 +517,12 @@ def tiles_of(values: int, of: int) -> int:
     return -(-values // of)
 
 
+def pixel_stride(channels: int) -> int:
+    """Values from a pixel to the next of a line that csrc/cpu stages, with AVX-512."""
+    vectors = tiles_of(channels, 16)
+    return (vectors + (vectors % 16 == 0)) * 16
+
+
 class AmxTiles:
     """csrc/cpu/amx3x3.h, without dilation: the bytes that its threads hold.
 
@@ -541,12 +547,6 @@ class AmxTiles:
             and 2 * inside > 9 * self.h * self.w
         )
 
-    @staticmethod
-    def stride(channels: int) -> int:
-        """Values from a pixel to the next of a line in float32."""
-        vectors = tiles_of(channels, 16)
-        return (vectors + (vectors % 16 == 0)) * 16
-
     def band(self, line: int) -> tuple[int, int]:
         """Lines of a band, and with those around it; ``line``: bytes of one."""
         for pieces in range(1, self.h + 1):
@@ -565,7 +565,7 @@ class AmxTiles:
         results = 2 * self.w * min(columns, 2) * self.COLUMNS
         staged = depth * (1 + lines * pitch) * self.DEPTH * self.PART
         weights = 9 * depth * self.DEPTH * columns * self.COLUMNS * self.PART
-        values = results + self.w * self.stride(channels)
+        values = results + self.w * pixel_stride(channels)
         return self.threads * (values * WIDE + staged) + weights
 
     def sums(self, channels: int, outputs: int) -> int:
@@ -585,7 +585,7 @@ class AmxTiles:
         dy_pixels = 2 * (self.DEPTH + 2) + around * pitch
         staged = (across[0] * z_pixels + across[1] * dy_pixels) * self.PART
         group = min(max(1, self.GROUP // pitch), lines)
-        line = max(group * pitch * self.stride(channels), self.w * self.stride(outputs)) * WIDE
+        line = max(group * pitch * pixel_stride(channels), self.w * pixel_stride(outputs)) * WIDE
         # sums of some pixels are added to the rest apart
         bands = self.n * tiles_of(self.h, lines) / self.threads
         apart = bands > max(1, self.PARTIAL_PIXELS // (lines * self.w))
@@ -632,14 +632,9 @@ class WinogradTiles:
     def vectors(self, channels: int) -> int:
         return -(-channels // self.LANES)
 
-    def stride(self, channels: int) -> int:
-        """Values from a staged pixel to the next."""
-        vectors = self.vectors(channels)
-        return (vectors + (vectors % 16 == 0)) * self.LANES
-
     def line(self, channels: int) -> int:
         """Values of a line between its columns of zeros."""
-        return (1 + self.width + 1 + self.width % 2) * self.stride(channels)
+        return (1 + self.width + 1 + self.width % 2) * pixel_stride(channels)
 
     def chunk(self, values: int, rows: int, shared: int, least: int) -> int:
         """How many tiles are transformed at a time."""
@@ -660,7 +655,7 @@ class WinogradTiles:
         vectors = self.vectors(outputs)
         widest = 3 if vectors % 2 and vectors > 1 else min(vectors, 2)
         rows = self.MAX_ROWS[vectors if vectors <= 3 else 2]
-        width, stride = widest * self.LANES, self.stride(channels)
+        width, stride = widest * self.LANES, pixel_stride(channels)
         weights = self.panels(channels, outputs)
         tiles = self.chunk(stride + width, rows, weights, self.MIN_PIECES * rows)
         values = self.LINES * self.line(channels)
@@ -678,7 +673,7 @@ class WinogradTiles:
 
     def weight_task(self, channels: int, outputs: int, parts: int) -> int:
         """Values of one task, on a part of the channels."""
-        stride, out_stride = self.stride(channels), self.stride(outputs)
+        stride, out_stride = pixel_stride(channels), pixel_stride(outputs)
         sums = self.panels(outputs, channels)
         chunk = self.chunk(stride + out_stride, 1, sums, 2 * self.MIN_DEPTH)
         tiles = max(self.MIN_DEPTH, chunk)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "gemm.h"
 #include "vector.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
@@ -191,36 +192,6 @@ MEMDENSE_AMX_TARGET MEMDENSE_INLINE Parts alternating(const Parts& even, const P
   return both;
 }
 
-MEMDENSE_AMX_TARGET MEMDENSE_INLINE void transpose(__m512 (&rows)[16]) {
-  __m512 t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    rows[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-    rows[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-    rows[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    rows[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  // rows[4 * q + i] holds columns i, 4 + i, 8 + i, 12 + i of rows 4 * q to 4 * q + 3
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512 a = _mm512_shuffle_f32x4(rows[i], rows[4 + i], 0x88);
-    const __m512 b = _mm512_shuffle_f32x4(rows[8 + i], rows[12 + i], 0x88);
-    const __m512 c = _mm512_shuffle_f32x4(rows[i], rows[4 + i], 0xdd);
-    const __m512 d = _mm512_shuffle_f32x4(rows[8 + i], rows[12 + i], 0xdd);
-    t[i] = _mm512_shuffle_f32x4(a, b, 0x88);
-    t[4 + i] = _mm512_shuffle_f32x4(c, d, 0x88);
-    t[8 + i] = _mm512_shuffle_f32x4(a, b, 0xdd);
-    t[12 + i] = _mm512_shuffle_f32x4(c, d, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) rows[i] = t[i];
-}
-
 }  // namespace
 
 Configuration::Configuration(int64_t rows) { configure(rows); }
@@ -268,11 +239,11 @@ MEMDENSE_AMX_TARGET void split_transposed(const Matrix& from, int64_t padded,
                                           const Transposed& out) {
   for (int64_t c = 0; c < from.columns; c += 16) {
     for (int64_t r = 0; r < padded; r += kDepth) {
-      __m512 half[2][16];
+      Simd<float, 64>::Vec half[2][16];
       for (int h = 0; h < 2; ++h) {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) half[h][i] = read(from, r + 16 * h + i, c);
-        transpose(half[h]);
+        transpose<float, 64>(half[h]);
       }
       Half* to = out.data + c * out.row + r;
       for (int i = 0; i < 16; ++i, to += out.row) {

@@ -409,22 +409,6 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
   });
 }
 
-// The walks that `make` makes of a geometry: one, or where its sums are `wide` one for each of
-// equal parts of the channels, in whole blocks of `width` of them.
-template <typename S, typename Make>
-void run_weight_parts(const Make& make, bool wide, int64_t blocks, int64_t width, int64_t tasks,
-                      const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
-                      const Reading<Compute<S>>& read, Compute<S>* dweight) {
-  const int64_t parts = wide ? std::gcd(tasks, blocks) : 1, step = blocks / parts * width;
-  std::vector<decltype(make(g))> walks;
-  for (int64_t i = 0; i < parts; ++i) {
-    Geometry part = g;
-    part.c = i + 1 < parts ? step : g.c - i * step;
-    walks.push_back(make(part));
-  }
-  run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
-}
-
 template <typename S>
 void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
                      Reading<Compute<S>> read, Compute<S>* dweight) {
@@ -439,14 +423,23 @@ void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<
       }
     }
   }
-  if (winograd::pays(g)) {
-    const bool padded = winograd::padded(g);
-    const auto make = [&](const Geometry& part) { return winograd::WeightWalk<T>(part, padded); };
-    const winograd::WeightWalk<T> whole = make(g);
-    return run_weight_parts<S>(make, whole.wide(), whole.blocks.count, whole.blocks.width(0), tasks,
-                               g, dy, x, read, dweight);
+  if (!winograd::pays(g)) {
+    return run_weight_walks<S>(std::vector{WeightWalk<T>(g, tasks)}, 0, tasks, g, dy, x, read,
+                               dweight);
   }
-  run_weight_walks<S>(std::vector{WeightWalk<T>(g, tasks)}, 0, tasks, g, dy, x, read, dweight);
+  using Walk = winograd::WeightWalk<T>;
+  const bool padded = winograd::padded(g);
+  const Walk whole(g, padded);
+  const Blocks<T>& blocks = whole.blocks;
+  const int64_t parts = whole.wide() ? std::gcd(tasks, blocks.count) : 1;
+  const int64_t step = blocks.start(blocks.count / parts);
+  std::vector<Walk> walks;
+  for (int64_t i = 0; i < parts; ++i) {
+    Geometry part = g;
+    part.c = i + 1 < parts ? step : g.c - i * step;
+    walks.emplace_back(part, padded);
+  }
+  run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
 }
 
 Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& stride,
