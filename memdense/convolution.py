@@ -52,39 +52,46 @@ def dilated_conv3x3(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    geometry = (_pair(v) for v in (stride, padding, dilation))
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
     if watched(x, weight, bias):
         return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
     run = _Convolution.apply if learns(x, weight, bias) else _convolve
     return run(x, weight, bias, *geometry)
 
 
-def _output(x: Tensor, weight: Tensor, *geometry: Sequence[int]) -> Tensor:
+def _output(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """The output, uninitialised; RuntimeError where there is none."""
-    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2:] != (3, 3):
+    images, kernels = x.shape, weight.shape
+    if len(images) != 4 or len(kernels) != 4 or kernels[2:] != (3, 3):
         raise RuntimeError(
             "dilated_conv3x3: expected images (N, C, H, W) and weight (k, C, 3, 3), "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"got {tuple(images)} and {tuple(kernels)}"
         )
-    if x.shape[1] != weight.shape[1]:
+    if images[1] != kernels[1]:
         raise RuntimeError(
-            f"dilated_conv3x3: expected images with {weight.shape[1]} channels, got {x.shape[1]}"
+            f"dilated_conv3x3: expected images with {kernels[1]} channels, got {images[1]}"
         )
-    size = []
-    for length, stride, padding, dilation in zip(x.shape[2:], *geometry, strict=True):
-        room = length + 2 * padding - 2 * dilation - 1
-        if room < 0:
-            raise RuntimeError(
-                f"dilated_conv3x3: an image {length} long with padding {padding} is smaller than "
-                f"the kernel with dilation {dilation}, which is {2 * dilation + 1} long"
-            )
-        size.append(room // stride + 1)
-    return _empty_like(x, (x.shape[0], weight.shape[0], *size))
-
-
-def _empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """In x's dtype and memory format."""
+    h = _length(images[2], stride[0], padding[0], dilation[0])
+    w = _length(images[3], stride[1], padding[1], dilation[1])
+    shape = images[0], kernels[0], h, w
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _length(length: int, stride: int, padding: int, dilation: int) -> int:
+    """Of the output along one axis."""
+    room = length + 2 * padding - 2 * dilation - 1
+    if room < 0:
+        raise RuntimeError(
+            f"dilated_conv3x3: an image {length} long with padding {padding} is smaller than "
+            f"the kernel with dilation {dilation}, which is {2 * dilation + 1} long"
+        )
+    return room // stride + 1
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -138,32 +145,36 @@ def _gradients(
     padding: Sequence[int],
     dilation: Sequence[int],
     need: Sequence[bool],
-) -> list[Tensor]:
-    """The gradients of x, weight and bias that ``need`` asks for, in order."""
-    geometry = stride, padding, dilation
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias; None for what ``need`` does not ask for."""
     if not _native(x):
         with torch.autocast(x.device.type, enabled=False):
-            found = _plain_gradients(dy, x, weight, geometry, need)
-        found = [g for g, n in zip(found, need, strict=True) if n]
-        like = _empty_gradients(dy, x, weight, need)
-        return [to.copy_(g) for to, g in zip(like, found, strict=True)]
-    result = []
+            found = _plain_gradients(dy, x, weight, (stride, padding, dilation), need)
+        empty = iter(_empty_gradients(dy, x, weight, need))
+        return tuple(next(empty).copy_(g) if n else None for g, n in zip(found, need, strict=True))
+    dx = dweight = None
     if need[0]:
-        dx = _empty_like(x, x.shape)
-        torch.ops.memdense.conv3x3_input_gradient(dy, weight, *geometry, dx, _tf32(x))
-        result.append(dx)
+        dx = torch.empty_like(x, memory_format=_layout(x))
+        torch.ops.memdense.conv3x3_input_gradient(
+            dy, weight, stride, padding, dilation, dx, _tf32(x)
+        )
     if need[1]:
-        dweight = torch.ops.memdense.conv3x3_weight_gradient(dy, x, *geometry, _tf32(x))
-        result.append(dweight.to(weight.dtype))
-    if need[2]:
-        result.append(dy.sum((0, 2, 3)))
-    return result
+        dweight = torch.ops.memdense.conv3x3_weight_gradient(
+            dy, x, stride, padding, dilation, _tf32(x)
+        )
+        if dweight.dtype != weight.dtype:
+            dweight = dweight.to(weight.dtype)
+    return dx, dweight, dy.sum((0, 2, 3)) if need[2] else None
+
+
+def _needed_gradients(*args: Any) -> list[Tensor]:
+    return [g for g in _gradients(*args) if g is not None]
 
 
 def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor]:
     empty = []
     if need[0]:
-        empty.append(_empty_like(x, x.shape))
+        empty.append(torch.empty_like(x, memory_format=_layout(x)))
     if need[1]:
         empty.append(weight.new_empty(weight.shape))
     if need[2]:
@@ -173,7 +184,7 @@ def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]
 
 _backward_operation = torch.library.custom_op(
     "memdense::dilated_conv3x3_backward",
-    _gradients,
+    _needed_gradients,
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
     "bool[3] need) -> Tensor[]",
@@ -205,13 +216,16 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:3])
+    need = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         found = _plain_gradients(dy, x, weight, ctx.geometry, need)
-        return *found, None, None, None
-    run = torch.ops.memdense.dilated_conv3x3_backward if watched(dy, x, weight) else _gradients
-    found = iter(run(dy, x, weight, *ctx.geometry, need))
-    return *(next(found) if n else None for n in need), None, None, None
+    elif watched(dy, x, weight):
+        needed = torch.ops.memdense.dilated_conv3x3_backward(dy, x, weight, *ctx.geometry, need)
+        needed = iter(needed)
+        found = (next(needed) if n else None for n in need)
+    else:
+        found = _gradients(dy, x, weight, *ctx.geometry, need)
+    return *found, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup)

@@ -13,16 +13,15 @@ def watched(*tensors: Tensor | None) -> bool:
     """Whether tracing, a transform, a mode or a subclass is there, which want to see one operation
     of PyTorch's; or a tensor whose values its memory does not show.
     """
-    there = [t for t in tensors if t is not None]
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or not {*map(type, there)} <= _PLAIN
-        or any(map(Tensor.is_neg, there))
-    )
+    ):
+        return True
+    return any([t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in tensors])
 
 
 def learns(*tensors: Tensor | None) -> bool:
