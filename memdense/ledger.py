@@ -636,9 +636,9 @@ class WinogradTiles:
         """Values of a line between its columns of zeros."""
         return (1 + self.width + 1 + self.width % 2) * pixel_stride(channels)
 
-    def chunk(self, values: int, rows: int, shared: int, least: int) -> int:
+    def chunk(self, values: int, rows: int, shared: int, least: int, spare: int = 0) -> int:
         """How many tiles are transformed at a time."""
-        fit = self.CHUNK_BYTES // (16 * values * WIDE)
+        fit = (self.CHUNK_BYTES + spare) // (16 * values * WIDE)
         least = least if shared * WIDE > self.SHARED_BYTES else 1
         return max(max(1, fit // rows) * rows, least)
 
@@ -675,7 +675,8 @@ class WinogradTiles:
         """Values of one task, on a part of the channels."""
         stride, out_stride = pixel_stride(channels), pixel_stride(outputs)
         sums = self.panels(outputs, channels)
-        chunk = self.chunk(stride + out_stride, 1, sums, 2 * self.MIN_DEPTH)
+        spare = max(0, self.SHARED_BYTES - sums * WIDE)
+        chunk = self.chunk(stride + out_stride, 1, sums, 2 * self.MIN_DEPTH, spare)
         tiles = max(self.MIN_DEPTH, chunk)
         out_width = self.width + self.width % 2 * self.padded
         values = self.LINES * (self.line(channels) + out_width * out_stride)

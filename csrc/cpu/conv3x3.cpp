@@ -160,7 +160,9 @@ auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
 template <typename S, typename T, typename Walk, typename Emit>
 void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Reading<T> read,
               const Tensor& weight, std::vector<Emit>& emits) {
-  const Scratch<T> packed(walk.packed_values());
+  const int64_t tasks = static_cast<int64_t>(emits.size());
+  const int64_t before = aligned(walk.packed_values()), share = aligned(walk.scratch_values());
+  const Scratch<T> packed(before + tasks * share);
   const Weights<S> weights{static_cast<const S*>(weight.const_data_ptr()),
                            weight.stride(backward ? 0 : 1),
                            weight.stride(backward ? 1 : 0),
@@ -172,10 +174,9 @@ void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Re
         walk.pack(weights, begin * kGroup, std::min(end * kGroup, channels), packed.data);
       });
 
-  const int64_t tasks = static_cast<int64_t>(emits.size()), share = aligned(walk.scratch_values());
-  const Scratch<T> scratch(tasks * share);
+  T* scratch = packed.data + before;
   for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
-    walk.run(begin, end, source, read, packed.data, scratch.data + task * share, emits[task]);
+    walk.run(begin, end, source, read, packed.data, scratch + task * share, emits[task]);
   });
 }
 
@@ -371,12 +372,19 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
                       const Reading<Compute<S>>& read, Compute<S>* dweight) {
   using T = Compute<S>;
   const int64_t shares = tasks / static_cast<int64_t>(walks.size());
+  const auto units_of = [&](const Walk& walk) {
+    return std::max<int64_t>(1, kPartialPixels / walk.pixels_of_unit());
+  };
   int64_t scratch_size = 0, partial = 0;
+  bool grouped = false;
   for (const Walk& walk : walks) {
     scratch_size = std::max(scratch_size, aligned(walk.scratch_values()));
     partial = std::max(partial, aligned(walk.partial_values()));
+    grouped = grouped || (walk.units() + shares - 1) / shares > units_of(walk);
   }
-  const Scratch<T> scratch(tasks * scratch_size), partials(tasks * partial);
+  const Scratch<T> memory(tasks * (scratch_size + (grouped ? 2 : 1) * partial));
+  T *partials = memory.data, *groups = partials + tasks * partial;
+  T* scratch = groups + (grouped ? tasks * partial : 0);
   for_tasks(tasks, tasks, [&](int64_t task, int64_t, int64_t) {
     const Walk& walk = walks[task / shares];
     const int64_t channel = task / shares * step, share = task % shares,
@@ -385,25 +393,24 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
     const Images<const S> source{x.data + channel * x.strides.c, x.strides};
     const Reading<T> reading =
         read.scale ? Reading<T>{read.scale + channel, read.shift + channel} : read;
-    T* mine = partials.data + task * partial;
+    T* mine = partials + task * partial;
     std::fill_n(mine, size, T{0});
-    const int64_t units = std::max<int64_t>(1, kPartialPixels / walk.pixels_of_unit());
-    const Scratch<T> group(end - begin > units ? size : 0);
+    const int64_t units = units_of(walk);
     for (int64_t first = begin, last; first < end; first = last) {
       // a last group may be a little larger
       last = end - first < 2 * units ? end : first + units;
       T* sums = mine;
       if (first > begin) {
-        sums = group.data;
+        sums = groups + task * partial;
         std::fill_n(sums, size, T{0});
       }
-      walk.run(first, last, dy, source, reading, scratch.data + task * scratch_size, sums);
+      walk.run(first, last, dy, source, reading, scratch + task * scratch_size, sums);
       if (first > begin) add(sums, size, mine);
     }
   });
   torch::stable::parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
     for (size_t i = 0; i < walks.size(); ++i) {
-      walks[i].reduce(partials.data + i * shares * partial, partial, shares, begin, end,
+      walks[i].reduce(partials + i * shares * partial, partial, shares, begin, end,
                       dweight + i * step * 9, g.c * 9);
     }
   });

@@ -54,6 +54,47 @@ struct Weights {
   const S& at(int64_t r, int64_t tap, int64_t j) const {
     return data[r * channel + tap / 3 * taps[0] + tap % 3 * taps[1] + j * column];
   }
+  // Do the nine taps lie side by side, one way or the other?
+  bool packed() const { return taps[0] == 3 * taps[1] && (taps[1] == 1 || taps[1] == -1); }
+};
+
+// Of packed weights, channels [begin, end) and `count` columns: out[channel][tap][column]
+template <typename T>
+struct TransposeTaps {
+  Weights<T> weights;
+  int64_t begin, end, first, count;
+  T* out;
+  int64_t out_channel, out_tap;
+
+  template <int kBytes>
+  static MEMDENSE_INLINE void run(const TransposeTaps& a) {
+    constexpr int kLanes = std::min<int>(8, kBytes / sizeof(T)), kBytesOf8 = kLanes * sizeof(T);
+    using Vec = typename Simd<T, kBytesOf8>::Vec;
+    // turned taps are read from the last on and stored from there
+    const bool turned = a.weights.taps[1] < 0;
+    for (int64_t r = a.begin; r < a.end; ++r) {
+      const T* from = &a.weights.at(r, turned ? 8 : 0, a.first);
+      T* to = a.out + (r - a.begin) * a.out_channel + (turned ? 8 * a.out_tap : 0);
+      const int64_t step = turned ? -a.out_tap : a.out_tap, column = a.weights.column;
+      int64_t j = 0;
+      for (; j + kLanes <= a.count; j += kLanes, from += kLanes * column) {
+        Vec rows[kLanes];
+#pragma GCC unroll 4
+        for (int tap = 0; tap < 8; tap += kLanes) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kLanes; ++i) rows[i] = memdense::load<Vec>(from + i * column + tap);
+          transpose<T, kBytesOf8>(rows);
+#pragma GCC unroll 8
+          for (int i = 0; i < kLanes; ++i) memdense::store(to + (tap + i) * step + j, rows[i]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes; ++i) to[8 * step + j + i] = from[i * column + 8];
+      }
+      for (; j < a.count; ++j, from += column) {
+        for (int tap = 0; tap < 9; ++tap) to[tap * step + j] = from[tap];
+      }
+    }
+  }
 };
 
 // How a BatchNorm is read: z = relu(scale * x + shift); no vectors, no reading: z = x.
@@ -165,6 +206,17 @@ struct Blocks {
     const auto copy = [&](int64_t r, int64_t tap, int64_t j) {
       out[(r - begin) * out_channel + tap * out_tap + j] = load(w.at(r, tap, first + j));
     };
+    for (int64_t i = 0; real < width(block) && i < 9 * (end - begin); ++i) {
+      T* row = out + i / 9 * out_channel + i % 9 * out_tap;
+      std::fill(row + real, row + width(block), T{0});
+    }
+    if constexpr (std::is_same_v<S, T>) {
+      if (w.packed()) {
+        memdense::dispatch<TransposeTaps<T>>(
+            TransposeTaps<T>{w, begin, end, first, real, out, out_channel, out_tap});
+        return;
+      }
+    }
     // in the order of memory
     if (w.channel < w.column) {
       for (int64_t j = 0; j < real; ++j) {
@@ -178,10 +230,6 @@ struct Blocks {
           for (int64_t j = 0; j < real; ++j) copy(r, tap, j);
         }
       }
-    }
-    for (int64_t i = 0; real < width(block) && i < 9 * (end - begin); ++i) {
-      T* row = out + i / 9 * out_channel + i % 9 * out_tap;
-      std::fill(row + real, row + width(block), T{0});
     }
   }
 };

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "vector.h"
 
@@ -89,39 +88,6 @@ MEMDENSE_INLINE void panel_product(const T* a, int64_t a_row, int64_t a_depth, c
     MEMDENSE_PANEL(4);
   }
 #undef MEMDENSE_PANEL
-}
-
-// A square of vectors, transposed by interleaving one half with the other, again and again.
-template <typename T, int kBytes>
-MEMDENSE_INLINE void transpose(typename Simd<T, kBytes>::Vec (&rows)[Simd<T, kBytes>::kLanes]) {
-  using Vec = typename Simd<T, kBytes>::Vec;
-  constexpr int kLanes = Simd<T, kBytes>::kLanes;
-#if defined(__clang__)
-  Vec columns[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < kLanes; ++j) columns[j][i] = rows[i][j];
-  }
-  std::copy_n(columns, kLanes, rows);
-#else
-  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  typename Simd<Index, kBytes>::Vec low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
-#pragma GCC unroll 4
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    Vec mixed[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = mixed[i];
-  }
-#endif
 }
 
 // One panel of b from w: out[k][j] = w[k * k_step + j * j_step], zero beyond the columns.

@@ -5,9 +5,11 @@
 // that, run() and all it calls must be inlined: mark them MEMDENSE_INLINE, lambdas too.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__GNUC__) && !defined(__clang__)
 // Vectors wider than the baseline's only pass through functions that are inlined.
@@ -53,6 +55,39 @@ MEMDENSE_INLINE void for_columns(int64_t column, int64_t last, const F& f) {
   } else if constexpr (V::kLanes > 1) {
     if (column < last) for_columns<T, kBytes / 2, 1>(column, last, f);
   }
+}
+
+// A square of vectors, transposed by interleaving one half with the other, again and again.
+template <typename T, int kBytes>
+MEMDENSE_INLINE void transpose(typename Simd<T, kBytes>::Vec (&rows)[Simd<T, kBytes>::kLanes]) {
+  using Vec = typename Simd<T, kBytes>::Vec;
+  constexpr int kLanes = Simd<T, kBytes>::kLanes;
+#if defined(__clang__)
+  Vec columns[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) columns[j][i] = rows[i][j];
+  }
+  std::copy_n(columns, kLanes, rows);
+#else
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typename Simd<Index, kBytes>::Vec low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Vec mixed[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+  }
+#endif
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)

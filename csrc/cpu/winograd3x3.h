@@ -203,14 +203,12 @@ void for_tiles(const PairedAxis& rows, const PairedAxis& columns, int64_t begin,
   for (int k = 0; k < 4; ++k) flush_kind(k);
 }
 
-// As many tiles as fit with `values` in each matrix, a multiple of `rows`; at least `least` of them
-// where the `shared` values that each chunk reads anew come from beyond L2.
+// As many tiles as fit into `bytes` with `values` in each matrix, a multiple of `rows`; at least
+// `least` of them where the `shared` bytes that each chunk reads anew come from beyond L2.
 template <typename T>
-int64_t chunk_tiles(int64_t values, int64_t rows, int64_t shared, int64_t least) {
-  const int64_t size = static_cast<int64_t>(sizeof(T));
-  const int64_t fit = kChunkBytes / (16 * values * size);
-  return std::max(std::max<int64_t>(1, fit / rows) * rows,
-                  shared * size > kSharedBytes ? least : 1);
+int64_t chunk_tiles(int64_t bytes, int64_t values, int64_t rows, int64_t shared, int64_t least) {
+  const int64_t fit = bytes / (16 * values * static_cast<int64_t>(sizeof(T)));
+  return std::max(std::max<int64_t>(1, fit / rows) * rows, shared > kSharedBytes ? least : 1);
 }
 
 // Matrices of [row][column] for each block of columns, which are padded with zeros.
@@ -224,6 +222,7 @@ struct Panels {
     return matrices * (rows * blocks.start(block) + block * kSkew);
   }
   int64_t values() const { return matrices * (rows * blocks.padded() + blocks.count * kSkew); }
+  int64_t bytes() const { return values() * static_cast<int64_t>(sizeof(T)); }
 };
 
 // Transformed values of a chunk of each kind of tiles, `of(kind).count` matrices of [tile][value].
@@ -507,17 +506,18 @@ struct TransformOutputs {
   }
 };
 
-// g of sums[row][column of m][column], of all tasks in their order: out[tap][column]
+// g of sums[row][column of m][column], of all tasks in their order: out[column][tap] of `count`
 template <typename T>
 struct TransformSums {
   const T* sums;
   int64_t tasks, task, matrix;  // values from one task's to the next, from one matrix to the next
   int rows, columns;            // there are of m
-  int64_t width;
+  int64_t width, count;
   T* out;
 
   template <int kBytes>
   static MEMDENSE_INLINE void run(const TransformSums& a) {
+    T taps[9 * kMaxWidth];
     for_columns<T, kBytes, 1>(0, a.width, [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
       Vec m[5], columns[5][3], g[3];
 #pragma GCC unroll 5
@@ -538,9 +538,28 @@ struct TransformSums {
         for (int s = 0; s < 5; ++s) m[s] = columns[s][r];
         winograd::sums(m, g);
 #pragma GCC unroll 3
-        for (int s = 0; s < 3; ++s) store(a.out + (3 * r + s) * a.width + c, g[s]);
+        for (int s = 0; s < 3; ++s) store(taps + (3 * r + s) * a.width + c, g[s]);
       }
     });
+    constexpr int kLanes = std::min<int>(8, kBytes / sizeof(T)), kBytesOf8 = kLanes * sizeof(T);
+    using Vec = typename Simd<T, kBytesOf8>::Vec;
+    int64_t c = 0;
+    for (; c + kLanes <= a.count; c += kLanes) {
+      Vec rows[kLanes];
+#pragma GCC unroll 4
+      for (int tap = 0; tap < 8; tap += kLanes) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes; ++i) rows[i] = load<Vec>(taps + (tap + i) * a.width + c);
+        transpose<T, kBytesOf8>(rows);
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes; ++i) store(a.out + (c + i) * 9 + tap, rows[i]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kLanes; ++i) a.out[(c + i) * 9 + 8] = taps[8 * a.width + c + i];
+    }
+    for (; c < a.count; ++c) {
+      for (int tap = 0; tap < 9; ++tap) a.out[c * 9 + tap] = taps[tap * a.width + c];
+    }
   }
 };
 
@@ -564,8 +583,8 @@ struct Walk {
         blocks(outputs),
         weights{blocks, channels, rows.weights() * columns.weights()},
         images(images),
-        tiles(chunk_tiles<T>(lines.stride + blocks.max_width(), blocks.max_rows(0),
-                             weights.values(), kMinPieces * blocks.max_rows(0))),
+        tiles(chunk_tiles<T>(kChunkBytes, lines.stride + blocks.max_width(), blocks.max_rows(0),
+                             weights.bytes(), kMinPieces * blocks.max_rows(0))),
         z(inputs_of(rows, columns, tiles * lines.stride + kSkew)),
         turned(turned) {}
 
@@ -731,8 +750,11 @@ struct WeightWalk {
         blocks(g.c),
         sums{blocks, g.k, rows.weights() * columns.weights()},
         images(g.n),
-        tiles(std::max(kMinDepth, chunk_tiles<T>(x_lines.stride + dy_lines.stride, 1, sums.values(),
-                                                 2 * kMinDepth))),
+        // each chunk reads and writes all sums: the fewer the better
+        tiles(std::max(
+            kMinDepth,
+            chunk_tiles<T>(kChunkBytes + std::max<int64_t>(0, kSharedBytes - sums.bytes()),
+                           x_lines.stride + dy_lines.stride, 1, sums.bytes(), 2 * kMinDepth))),
         z(Walk<T>::inputs_of(rows, columns, tiles * x_lines.stride + kSkew)),
         u(tiles * dy_lines.stride + kSkew, [&](Kind kind) {
           const bool there = rows.inputs(kind.rows) * columns.inputs(kind.columns) > 0;
@@ -766,22 +788,18 @@ struct WeightWalk {
   }
 
   // Are the sums so many that tasks had better share the channels than the tiles?
-  bool wide() const { return sums.values() * static_cast<int64_t>(sizeof(T)) > kSharedBytes; }
+  bool wide() const { return sums.bytes() > kSharedBytes; }
 
   // dweight[j, c, ky, kx] for j in [begin, end): the tasks' partial sums, added in their order
   void reduce(const T* partials, int64_t partial, int64_t tasks, int64_t begin, int64_t end,
               T* dweight, int64_t dweight_row) const {
-    T taps[9 * kMaxWidth];
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t width = blocks.width(block);
       for (int64_t j = begin; j < end; ++j) {
-        memdense::dispatch<TransformSums<T>>(
-            TransformSums<T>{partials + sums.start(block) + j * width, tasks, partial,
-                             sums.size(block), rows.weights(), columns.weights(), width, taps});
-        T* to = dweight + j * dweight_row + blocks.start(block) * 9;
-        for (int64_t c = 0; c < blocks.columns_of(block); ++c) {
-          for (int64_t tap = 0; tap < 9; ++tap) to[c * 9 + tap] = taps[tap * width + c];
-        }
+        memdense::dispatch<TransformSums<T>>(TransformSums<T>{
+            partials + sums.start(block) + j * width, tasks, partial, sums.size(block),
+            rows.weights(), columns.weights(), width, blocks.columns_of(block),
+            dweight + j * dweight_row + blocks.start(block) * 9});
       }
     }
   }
