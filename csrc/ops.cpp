@@ -10,39 +10,52 @@ STABLE_TORCH_LIBRARY(memdense, m) {
   m.def("channel_statistics(Tensor x) -> (Tensor mean, Tensor var)");
   m.def("pack(Tensor x, Tensor(a!) out) -> (Tensor mean, Tensor var)");
 
+  // A BatchNorm is mean, var, gamma, beta and eps, in x's dtype; sums (2, C) are S1 and S2, to
+  // which a backward adds its reader's share.
   m.def(
-      "bn_relu_conv1x1(Tensor x, Tensor scale, Tensor shift, Tensor weight, bool statistics)"
-      " -> (Tensor y, Tensor mean, Tensor var)");
+      "bn_relu_conv1x1(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
+      " Tensor weight, Tensor(a!)? moments) -> Tensor");
+  // y... are of the norm behind: y without batch statistics, all without a norm are missing
   m.def(
-      "bn_relu_conv1x1_backward(Tensor dz, Tensor? y, Tensor? a, Tensor? b, Tensor? c,"
-      " Tensor weight, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor rstd,"
-      " Tensor(a!) g, bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
+      "bn_relu_conv1x1_backward(Tensor dz, Tensor? y, Tensor? y_mean, Tensor? y_var,"
+      " Tensor? y_gamma, float y_eps, Tensor? y_dbeta, Tensor? y_dgamma, Tensor weight, Tensor x,"
+      " Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) g,"
+      " Tensor(b!)? sums, bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
   m.def(
-      "bn_relu_pool_conv1x1(Tensor x, Tensor scale, Tensor shift, Tensor weight,"
-      " int n, int h, int w) -> Tensor");
+      "bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta,"
+      " float eps, Tensor weight, int n, int h, int w) -> Tensor");
   m.def(
-      "bn_relu_pool_conv1x1_backward(Tensor dout, Tensor weight, Tensor x, Tensor scale,"
-      " Tensor shift, Tensor mean, Tensor rstd, Tensor(a!) g, int n, int h, int w,"
-      " bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
+      "bn_relu_pool_conv1x1_backward(Tensor dout, Tensor weight, Tensor x, Tensor mean, Tensor var,"
+      " Tensor? gamma, Tensor? beta, float eps, Tensor(a!) g, Tensor(b!)? sums, int n, int h,"
+      " int w, bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
 
   m.def(
-      "combine(Tensor u, Tensor? a, Tensor x, Tensor? b, Tensor? c, Tensor? keep, float factor,"
-      " Tensor(a!) out) -> ()");
-  m.def("bn_relu(Tensor x, Tensor scale, Tensor shift, bool relu) -> Tensor");
+      "settle(Tensor g, Tensor x, Tensor? sums, Tensor? mean, Tensor? keep, float factor)"
+      " -> Tensor");
   m.def(
-      "bn_relu_backward(Tensor dout, Tensor x, Tensor scale, Tensor shift, Tensor mean,"
-      " Tensor rstd, bool relu, Tensor(a!) g) -> (Tensor dbeta, Tensor dgamma)");
-  m.def("bn_relu_mean(Tensor x, Tensor scale, Tensor shift, int images) -> Tensor");
+      "normalised_(Tensor(a!) dz, Tensor x, Tensor mean, Tensor var, Tensor? gamma, float eps,"
+      " Tensor dbeta, Tensor dgamma, bool batch) -> ()");
   m.def(
-      "bn_relu_mean_backward(Tensor dout, Tensor x, Tensor scale, Tensor shift, Tensor mean,"
-      " Tensor rstd, Tensor(a!) g) -> (Tensor dbeta, Tensor dgamma)");
+      "bn_relu(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
+      " bool relu) -> Tensor");
+  m.def(
+      "bn_relu_backward(Tensor dout, Tensor x, Tensor mean, Tensor var, Tensor? gamma,"
+      " Tensor? beta, float eps, bool relu, Tensor(a!) g, Tensor(b!)? sums)"
+      " -> (Tensor dbeta, Tensor dgamma)");
+  m.def(
+      "bn_relu_mean(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
+      " int images) -> Tensor");
+  m.def(
+      "bn_relu_mean_backward(Tensor dout, Tensor x, Tensor mean, Tensor var, Tensor? gamma,"
+      " Tensor? beta, float eps, Tensor(a!) g, Tensor(b!)? sums)"
+      " -> (Tensor dbeta, Tensor dgamma)");
 
   m.def(
-      "bn_relu_maxpool(Tensor x, Tensor scale, Tensor shift, int n, int h, int w)"
-      " -> (Tensor out, Tensor winner)");
+      "bn_relu_maxpool(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
+      " int n, int h, int w) -> (Tensor out, Tensor winner)");
   m.def(
-      "bn_relu_maxpool_backward(Tensor dout, Tensor winner, Tensor x, Tensor scale, Tensor shift,"
-      " Tensor mean, Tensor rstd, int n, int h, int w)"
+      "bn_relu_maxpool_backward(Tensor dout, Tensor winner, Tensor x, Tensor mean, Tensor var,"
+      " Tensor? gamma, Tensor? beta, float eps, int n, int h, int w)"
       " -> (Tensor dz, Tensor dbeta, Tensor dgamma)");
 
   // Images x, dy, out, dx are [N, C, H, W] with any strides, weight is [k, C, 3, 3].

@@ -85,8 +85,9 @@ class Reader:
         return -s if self.bias is None else self.bias.to(s.dtype) - s
 
     @property
-    def vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.scale, self.shift, self.mean, self.rstd
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
+        """What a kernel that makes s and t itself takes."""
+        return self.mean, self.var, self.weight, self.bias, self.eps
 
 
 def reader(norm: Norm, mean: Tensor, var: Tensor) -> Reader:

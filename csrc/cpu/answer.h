@@ -8,15 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "norm.h"
 #include "vector.h"
 
 namespace memdense {
-
-// A BatchNorm as kernels see it: vectors of one value per channel.
-template <typename T>
-struct Reader {
-  const T *scale, *shift, *mean, *rstd;
-};
 
 // Which rows of X a row stands for: itself, or with 2x2 pooling the four pixels under it.
 template <int kTaps>

@@ -102,19 +102,19 @@ struct Forward {
 };
 
 template <int kTaps>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& scale,
-                                           const Tensor& shift, const Tensor& weight, int64_t rows,
-                                           Pixels<kTaps> pixels, bool statistics) {
+Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
+               const MaybeTensor& beta, double eps, const Tensor& weight, int64_t rows,
+               Pixels<kTaps> pixels, const MaybeTensor& moments) {
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t channels = x.size(1), outputs = weight.size(0);
     Tensor y = make<T>({rows, outputs}), packed;
-    Tensor mean = make<T>({statistics ? outputs : 0}), var = make<T>({statistics ? outputs : 0});
-    if (rows == 0) return std::make_tuple(y, mean, var);
+    if (rows == 0) return y;
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, channels);
     const T* w = matrix<const T>(weight, outputs, channels, "weight");
     const Forward<T, kTaps> work{matrix<const T>(x, x.size(0), channels, "x"),
                                  x.stride(0),
                                  pixels,
-                                 reader<T>(scale, shift, {}, {}, channels),
+                                 vectors.reader(),
                                  channels,
                                  outputs,
                                  pack(w, 1, weight.stride(0), channels, outputs, packed),
@@ -122,27 +122,29 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& scale,
 
     const Workers workers((rows + kMicroRows - 1) / kMicroRows);
     Tensor scratch = make<T>({workers.count * work.scratch});
-    std::vector<double> moments(statistics ? 2 * workers.count * outputs : 0);
+    T* y_mean = moments ? matrix<T>(*moments, 2, outputs, "moments") : nullptr;
+    T* y_var = moments ? y_mean + moments->stride(0) : nullptr;
+    std::vector<double> parts(moments ? 2 * workers.count * outputs : 0);
     workers.run([&](int64_t w, int64_t first, int64_t last) {
-      double* worker_mean = statistics ? &moments[2 * w * outputs] : nullptr;
-      double* worker_m2 = statistics ? worker_mean + outputs : nullptr;
+      double* worker_mean = moments ? &parts[2 * w * outputs] : nullptr;
+      double* worker_m2 = moments ? worker_mean + outputs : nullptr;
       dispatch<Forward<T, kTaps>>(work, first * kMicroRows, std::min(last * kMicroRows, rows),
                                   static_cast<T*>(scratch.data_ptr()) + w * work.scratch,
                                   worker_mean, worker_m2);
     });
-    for (int64_t c = 0; statistics && c < outputs; ++c) {
+    for (int64_t c = 0; moments && c < outputs; ++c) {
       double total_mean = 0, total_m2 = 0;
       for (int64_t w = 0; w < workers.count; ++w) {
         const double before = static_cast<double>(workers.first(w) * kMicroRows);
         const double end = std::min(static_cast<double>(workers.first(w + 1) * kMicroRows),
                                     static_cast<double>(rows));
-        const double* part = &moments[2 * w * outputs + c];
+        const double* part = &parts[2 * w * outputs + c];
         merge(before, total_mean, total_m2, end - before, part[0], part[outputs]);
       }
-      static_cast<T*>(mean.data_ptr())[c] = static_cast<T>(total_mean);
-      static_cast<T*>(var.data_ptr())[c] = static_cast<T>(total_m2 / static_cast<double>(rows));
+      y_mean[c] = static_cast<T>(total_mean);
+      y_var[c] = static_cast<T>(total_m2 / static_cast<double>(rows));
     }
-    return std::make_tuple(y, mean, var);
+    return y;
   });
 }
 
@@ -156,6 +158,20 @@ struct Incoming {
   const T* y;
   int64_t y_row;
   const T *a, *b, *c;
+};
+
+// The norm behind the convolution and what its backward left; without a mean there is none.
+struct Behind {
+  const MaybeTensor &y, &mean, &var, &gamma;
+  double eps;
+  const MaybeTensor &dbeta, &dgamma;
+
+  template <typename T>
+  NormGradient<T> gradient(int64_t outputs, int64_t rows) const {
+    if (!mean) return {};
+    STD_TORCH_CHECK(var && dbeta && dgamma, "memdense: expected all of the norm behind, or none");
+    return norm_gradient<T>(*mean, *var, gamma, eps, *dbeta, *dgamma, outputs, rows, y.has_value());
+  }
 };
 
 template <typename T, int kTaps>
@@ -239,14 +255,14 @@ struct Backward {
 };
 
 template <int kTaps>
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& dz, const std::optional<Tensor>& y, const std::optional<Tensor>& a,
-    const std::optional<Tensor>& b, const std::optional<Tensor>& c, const Tensor& weight,
-    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& mean,
-    const Tensor& rstd, Tensor& g, Pixels<kTaps> pixels, int64_t rows, bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behind,
+                                            const Tensor& weight, const Tensor& x,
+                                            const Tensor& mean, const Tensor& var,
+                                            const MaybeTensor& gamma, const MaybeTensor& beta,
+                                            double eps, const Tensor& g, const MaybeTensor& sums,
+                                            Pixels<kTaps> pixels, int64_t rows, bool need_weight) {
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t channels = x.size(1), outputs = weight.size(0);
-    STD_TORCH_CHECK(!b == !c && (!b || y), "memdense: b, c and y go together");
     Tensor dbeta = make<T>({channels}), dgamma = make<T>({channels}), packed;
     Tensor dweight = make<T>({need_weight ? outputs : 0, channels});
     T* total = need_weight ? static_cast<T*>(dweight.data_ptr()) : nullptr;
@@ -255,36 +271,35 @@ std::tuple<Tensor, Tensor, Tensor> backward(
       return std::make_tuple(dbeta, dgamma, dweight);
     }
     const T* w = matrix<const T>(weight, outputs, channels, "weight");
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, channels);
+    const NormGradient<T> gradient = behind.gradient<T>(outputs, rows);
+    const MaybeTensor& y = behind.y;
     const Incoming<T> incoming{matrix<const T>(dz, rows, outputs, "dz"),
                                dz.stride(0),
-                               b ? matrix<const T>(*y, rows, outputs, "y") : nullptr,
-                               b ? y->stride(0) : 0,
-                               vector<T>(a, outputs, "a"),
-                               vector<T>(b, outputs, "b"),
-                               vector<T>(c, outputs, "c")};
-    const Backward<T, kTaps> work{incoming,
-                                  matrix<const T>(x, x.size(0), channels, "x"),
-                                  x.stride(0),
-                                  matrix<T>(g, x.size(0), channels, "g"),
-                                  g.stride(0),
-                                  pixels,
-                                  reader<T>(scale, shift, mean, rstd, channels),
-                                  channels,
-                                  outputs,
-                                  pack(w, weight.stride(0), 1, outputs, channels, packed)};
+                               y ? matrix<const T>(*y, rows, outputs, "y") : nullptr,
+                               y ? y->stride(0) : 0,
+                               data_or_null(gradient.a),
+                               data_or_null(gradient.b),
+                               data_or_null(gradient.c)};
+    const Backward<T, kTaps> work{
+        incoming,         matrix<const T>(x, x.size(0), channels, "x"),
+        x.stride(0),      matrix<T>(g, x.size(0), channels, "g"),
+        g.stride(0),      pixels,
+        vectors.reader(), channels,
+        outputs,          pack(w, weight.stride(0), 1, outputs, channels, packed)};
 
     const Workers workers((rows + kMicroRows - 1) / kMicroRows);
     Tensor scratch = make<T>({workers.count * work.scratch()});
     Tensor partial = make<T>({need_weight ? (workers.count - 1) * outputs * channels : 0});
     T* parts = static_cast<T*>(partial.data_ptr());
-    std::vector<double> sums(2 * workers.count * channels);
+    std::vector<double> totals(2 * workers.count * channels);
     workers.run([&](int64_t w, int64_t first, int64_t last) {
       T* part = w == 0 || !need_weight ? total : parts + (w - 1) * outputs * channels;
       dispatch<Backward<T, kTaps>>(work, first * kMicroRows, std::min(last * kMicroRows, rows),
                                    static_cast<T*>(scratch.data_ptr()) + w * work.scratch(),
-                                   &sums[2 * w * channels], part);
+                                   &totals[2 * w * channels], part);
     });
-    total_sums(sums.data(), workers.count, channels, work.read.rstd,
+    total_sums(totals.data(), workers.count, channels, work.read, sums,
                static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
     for (int64_t w = 1; need_weight && w < workers.count; ++w) {
       const T* part = parts + (w - 1) * outputs * channels;
@@ -296,19 +311,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
 // ---- operations
 
-std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1(const Tensor& x, const Tensor& scale,
-                                                   const Tensor& shift, const Tensor& weight,
-                                                   bool statistics) {
-  return forward(x, scale, shift, weight, x.size(0), Pixels<1>{}, statistics);
+Tensor bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
+                       const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                       const Tensor& weight, const MaybeTensor& moments) {
+  return forward(x, mean, var, gamma, beta, eps, weight, x.size(0), Pixels<1>{}, moments);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1_backward(
-    const Tensor& dz, const std::optional<Tensor>& y, const std::optional<Tensor>& a,
-    const std::optional<Tensor>& b, const std::optional<Tensor>& c, const Tensor& weight,
-    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& mean,
-    const Tensor& rstd, Tensor g, bool need_weight) {
-  return backward(dz, y, a, b, c, weight, x, scale, shift, mean, rstd, g, Pixels<1>{}, x.size(0),
-                  need_weight);
+    const Tensor& dz, const MaybeTensor& y, const MaybeTensor& y_mean, const MaybeTensor& y_var,
+    const MaybeTensor& y_gamma, double y_eps, const MaybeTensor& y_dbeta,
+    const MaybeTensor& y_dgamma, const Tensor& weight, const Tensor& x, const Tensor& mean,
+    const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+    const Tensor& g, const MaybeTensor& sums, bool need_weight) {
+  return backward(dz, {y, y_mean, y_var, y_gamma, y_eps, y_dbeta, y_dgamma}, weight, x, mean, var,
+                  gamma, beta, eps, g, sums, Pixels<1>{}, x.size(0), need_weight);
 }
 
 void check_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
@@ -316,20 +332,22 @@ void check_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
                   " rows");
 }
 
-Tensor bn_relu_pool_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift,
+Tensor bn_relu_pool_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
+                            const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                             const Tensor& weight, int64_t n, int64_t h, int64_t w) {
   check_images(x, n, h, w);
-  return std::get<0>(
-      forward(x, scale, shift, weight, n * (h / 2) * (w / 2), Pixels<4>{h, w}, false));
+  return forward(x, mean, var, gamma, beta, eps, weight, n * (h / 2) * (w / 2), Pixels<4>{h, w},
+                 {});
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(
-    const Tensor& dout, const Tensor& weight, const Tensor& x, const Tensor& scale,
-    const Tensor& shift, const Tensor& mean, const Tensor& rstd, Tensor g, int64_t n, int64_t h,
-    int64_t w, bool need_weight) {
+    const Tensor& dout, const Tensor& weight, const Tensor& x, const Tensor& mean,
+    const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+    const Tensor& g, const MaybeTensor& sums, int64_t n, int64_t h, int64_t w, bool need_weight) {
   check_images(x, n, h, w);
-  return backward(dout, {}, {}, {}, {}, weight, x, scale, shift, mean, rstd, g, Pixels<4>{h, w},
-                  n * (h / 2) * (w / 2), need_weight);
+  const MaybeTensor none;
+  return backward(dout, {none, none, none, none, 0, none, none}, weight, x, mean, var, gamma, beta,
+                  eps, g, sums, Pixels<4>{h, w}, n * (h / 2) * (w / 2), need_weight);
 }
 
 }  // namespace

@@ -145,17 +145,19 @@ void check_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
                   "memdense: expected x with ", n * h * w, " rows");
 }
 
-std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& scale,
-                                           const Tensor& shift, int64_t n, int64_t h, int64_t w) {
+std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& mean, const Tensor& var,
+                                           const MaybeTensor& gamma, const MaybeTensor& beta,
+                                           double eps, int64_t n, int64_t h, int64_t w) {
   check_images(x, n, h, w);
   return with_dtype(x, [&]<typename T>(T) {
     const Window window{h, w};
     const int64_t columns = x.size(1), rows = n * window.out_h() * window.out_w();
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
     Tensor out = make<T>({rows, columns});
     Tensor winner = torch::stable::empty({rows, columns}, ScalarType::Byte);
     const MaxPool<T> work{matrix<const T>(x, x.size(0), columns, "x"),
                           x.stride(0),
-                          reader<T>(scale, shift, {}, {}, columns),
+                          vectors.reader(),
                           window,
                           columns,
                           static_cast<T*>(out.data_ptr()),
@@ -167,9 +169,12 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& scale,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(
-    const Tensor& dout, const Tensor& winner, const Tensor& x, const Tensor& scale,
-    const Tensor& shift, const Tensor& mean, const Tensor& rstd, int64_t n, int64_t h, int64_t w) {
+std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(const Tensor& dout,
+                                                            const Tensor& winner, const Tensor& x,
+                                                            const Tensor& mean, const Tensor& var,
+                                                            const MaybeTensor& gamma,
+                                                            const MaybeTensor& beta, double eps,
+                                                            int64_t n, int64_t h, int64_t w) {
   check_images(x, n, h, w);
   return with_dtype(x, [&]<typename T>(T) {
     const Window window{h, w};
@@ -177,6 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(
     STD_TORCH_CHECK(winner.is_contiguous() && winner.scalar_type() == ScalarType::Byte &&
                         winner.numel() == rows * columns,
                     "memdense: expected winner as bn_relu_maxpool returned it");
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
     Tensor dz = make<T>({x.size(0), columns});
     Tensor dbeta = make<T>({columns}), dgamma = make<T>({columns});
     const MaxPoolBackward<T> work{matrix<const T>(dout, rows, columns, "dout"),
@@ -184,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(
                                   static_cast<const uint8_t*>(winner.data_ptr()),
                                   matrix<const T>(x, x.size(0), columns, "x"),
                                   x.stride(0),
-                                  reader<T>(scale, shift, mean, rstd, columns),
+                                  vectors.reader(),
                                   window,
                                   columns,
                                   static_cast<T*>(dz.data_ptr())};
@@ -195,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(
       dispatch<MaxPoolBackward<T>>(work, first, last, &part[2 * worker * columns],
                                    &sums[2 * worker * columns]);
     });
-    total_sums(sums.data(), workers.count, columns, work.read.rstd,
+    total_sums(sums.data(), workers.count, columns, work.read, {},
                static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
     return std::make_tuple(dz, dbeta, dgamma);
   });

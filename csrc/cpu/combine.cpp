@@ -64,35 +64,60 @@ struct Combine {
   }
 };
 
-void combine(const Tensor& u, const std::optional<Tensor>& a, const Tensor& x,
-             const std::optional<Tensor>& b, const std::optional<Tensor>& c,
-             const std::optional<Tensor>& keep, double factor, Tensor out) {
-  with_dtype(x, [&]<typename T>(T) {
+template <typename T>
+void combine(const Combine<T>& work, int64_t rows) {
+  const Workers workers = row_workers(rows, work.columns);
+  workers.run([&](int64_t w, int64_t, int64_t) {
+    dispatch<Combine<T>>(work, first_row(workers, w, rows), first_row(workers, w + 1, rows));
+  });
+}
+
+// dy = g + p * x + q with p = -S2 / M and q = -S1 / M - p * mean, for the M rows of x
+Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const MaybeTensor& mean,
+              const MaybeTensor& keep, double factor) {
+  return with_dtype(x, [&]<typename T>(T) {
     const int64_t rows = x.size(0), columns = x.size(1);
-    STD_TORCH_CHECK(!b == !c, "memdense: b and c go together");
+    STD_TORCH_CHECK(!sums == !mean, "memdense: sums and mean go together");
     if (keep) {
       STD_TORCH_CHECK(keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == columns &&
                           keep->scalar_type() == ScalarType::Bool &&
                           (columns == 1 || keep->stride(1) == 1),
                       "memdense: expected keep of x's shape and dtype bool");
     }
-    const Combine<T> work{matrix<const T>(u, rows, columns, "u"),
-                          u.stride(0),
-                          matrix<const T>(x, rows, columns, "x"),
-                          x.stride(0),
-                          vector<T>(a, columns, "a"),
-                          vector<T>(b, columns, "b"),
-                          vector<T>(c, columns, "c"),
-                          keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr,
-                          keep ? keep->stride(0) : 0,
-                          static_cast<T>(factor),
-                          matrix<T>(out, rows, columns, "out"),
-                          out.stride(0),
-                          columns};
-    const Workers workers = row_workers(rows, columns);
-    workers.run([&](int64_t w, int64_t, int64_t) {
-      dispatch<Combine<T>>(work, first_row(workers, w, rows), first_row(workers, w + 1, rows));
-    });
+    std::vector<T> p, q;
+    if (sums) {
+      const T *s1 = matrix<const T>(*sums, 2, columns, "sums"), *s2 = s1 + sums->stride(0);
+      const T *average = vector<T>(mean, columns, "mean"), m = static_cast<T>(rows);
+      p.resize(columns), q.resize(columns);
+      for (int64_t c = 0; c < columns; ++c) {
+        p[c] = -s2[c] / m;
+        q[c] = -s1[c] / m - p[c] * average[c];
+      }
+    }
+    Tensor dy = make<T>({rows, columns});
+    combine<T>({matrix<const T>(g, rows, columns, "g"), g.stride(0),
+                matrix<const T>(x, rows, columns, "x"), x.stride(0), nullptr, data_or_null(p),
+                data_or_null(q), keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr,
+                keep ? keep->stride(0) : 0, static_cast<T>(factor), static_cast<T*>(dy.data_ptr()),
+                columns, columns},
+               rows);
+    return dy;
+  });
+}
+
+// dz to the gradient behind the norm, in its place
+void normalised(const Tensor& dz, const Tensor& x, const Tensor& mean, const Tensor& var,
+                const MaybeTensor& gamma, double eps, const Tensor& dbeta, const Tensor& dgamma,
+                bool batch) {
+  with_dtype(x, [&]<typename T>(T) {
+    const int64_t rows = x.size(0), columns = x.size(1);
+    const NormGradient<T> gradient =
+        norm_gradient<T>(mean, var, gamma, eps, dbeta, dgamma, columns, rows, batch);
+    T* values = matrix<T>(dz, rows, columns, "dz");
+    combine<T>({values, dz.stride(0), matrix<const T>(x, rows, columns, "x"), x.stride(0),
+                data_or_null(gradient.a), data_or_null(gradient.b), data_or_null(gradient.c),
+                nullptr, 0, T{1}, values, dz.stride(0), columns},
+               rows);
   });
 }
 
@@ -156,16 +181,15 @@ struct ReadMean {
   }
 };
 
-Tensor bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, bool relu) {
+Tensor bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
+               const MaybeTensor& beta, double eps, bool relu) {
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t rows = x.size(0), columns = x.size(1);
     Tensor out = make<T>({rows, columns});
-    const Read<T> work{matrix<const T>(x, rows, columns, "x"),
-                       x.stride(0),
-                       reader<T>(scale, shift, {}, {}, columns),
-                       columns,
-                       relu,
-                       static_cast<T*>(out.data_ptr())};
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
+    const Read<T> work{
+        matrix<const T>(x, rows, columns, "x"), x.stride(0), vectors.reader(), columns, relu,
+        static_cast<T*>(out.data_ptr())};
     const Workers workers = row_workers(rows, columns);
     workers.run([&](int64_t w, int64_t, int64_t) {
       dispatch<Read<T>>(work, first_row(workers, w, rows), first_row(workers, w + 1, rows));
@@ -174,14 +198,16 @@ Tensor bn_relu(const Tensor& x, const Tensor& scale, const Tensor& shift, bool r
   });
 }
 
-Tensor bn_relu_mean(const Tensor& x, const Tensor& scale, const Tensor& shift, int64_t images) {
+Tensor bn_relu_mean(const Tensor& x, const Tensor& mean, const Tensor& var,
+                    const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t images) {
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t rows = x.size(0), columns = x.size(1);
     STD_TORCH_CHECK(images > 0 && rows % images == 0, "memdense: expected rows of whole images");
     Tensor out = make<T>({images, columns});
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
     const ReadMean<T> work{matrix<const T>(x, rows, columns, "x"),
                            x.stride(0),
-                           reader<T>(scale, shift, {}, {}, columns),
+                           vectors.reader(),
                            columns,
                            rows / images,
                            static_cast<T*>(out.data_ptr())};
@@ -248,11 +274,13 @@ struct Answers {
 
 template <bool kRelu>
 std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Tensor& x,
-                                   const Tensor& scale, const Tensor& shift, const Tensor& mean,
-                                   const Tensor& rstd, Tensor& g) {
+                                   const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
+                                   const MaybeTensor& beta, double eps, const Tensor& g,
+                                   const MaybeTensor& sums) {
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t rows = x.size(0), columns = x.size(1);
     Tensor dbeta = make<T>({columns}), dgamma = make<T>({columns});
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
     const Answers<T, kRelu> work{matrix<const T>(dout, rows / shared, columns, "dout"),
                                  dout.stride(0),
                                  shared,
@@ -260,41 +288,44 @@ std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Ten
                                  x.stride(0),
                                  matrix<T>(g, rows, columns, "g"),
                                  g.stride(0),
-                                 reader<T>(scale, shift, mean, rstd, columns),
+                                 vectors.reader(),
                                  columns};
     const Workers workers = row_workers(rows, columns);
-    std::vector<double> sums(2 * workers.count * columns);
+    std::vector<double> totals(2 * workers.count * columns);
     workers.run([&](int64_t w, int64_t, int64_t) {
       dispatch<Answers<T, kRelu>>(work, first_row(workers, w, rows),
-                                  first_row(workers, w + 1, rows), &sums[2 * w * columns]);
+                                  first_row(workers, w + 1, rows), &totals[2 * w * columns]);
     });
-    total_sums(sums.data(), workers.count, columns, work.read.rstd,
+    total_sums(totals.data(), workers.count, columns, work.read, sums,
                static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
     return std::make_tuple(dbeta, dgamma);
   });
 }
 
-std::tuple<Tensor, Tensor> bn_relu_backward(const Tensor& dout, const Tensor& x,
-                                            const Tensor& scale, const Tensor& shift,
-                                            const Tensor& mean, const Tensor& rstd, bool relu,
-                                            Tensor g) {
-  if (relu) return answers<true>(dout, 1, x, scale, shift, mean, rstd, g);
-  return answers<false>(dout, 1, x, scale, shift, mean, rstd, g);
+std::tuple<Tensor, Tensor> bn_relu_backward(const Tensor& dout, const Tensor& x, const Tensor& mean,
+                                            const Tensor& var, const MaybeTensor& gamma,
+                                            const MaybeTensor& beta, double eps, bool relu,
+                                            const Tensor& g, const MaybeTensor& sums) {
+  if (relu) return answers<true>(dout, 1, x, mean, var, gamma, beta, eps, g, sums);
+  return answers<false>(dout, 1, x, mean, var, gamma, beta, eps, g, sums);
 }
 
 std::tuple<Tensor, Tensor> bn_relu_mean_backward(const Tensor& dout, const Tensor& x,
-                                                 const Tensor& scale, const Tensor& shift,
-                                                 const Tensor& mean, const Tensor& rstd, Tensor g) {
+                                                 const Tensor& mean, const Tensor& var,
+                                                 const MaybeTensor& gamma, const MaybeTensor& beta,
+                                                 double eps, const Tensor& g,
+                                                 const MaybeTensor& sums) {
   STD_TORCH_CHECK(dout.dim() == 2 && dout.size(0) > 0 && x.size(0) % dout.size(0) == 0,
                   "memdense: expected rows of whole images");
-  return answers<true>(dout, x.size(0) / dout.size(0), x, scale, shift, mean, rstd, g);
+  return answers<true>(dout, x.size(0) / dout.size(0), x, mean, var, gamma, beta, eps, g, sums);
 }
 
 }  // namespace
 }  // namespace memdense
 
 STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
-  m.impl("combine", TORCH_BOX(&memdense::combine));
+  m.impl("settle", TORCH_BOX(&memdense::settle));
+  m.impl("normalised_", TORCH_BOX(&memdense::normalised));
   m.impl("bn_relu", TORCH_BOX(&memdense::bn_relu));
   m.impl("bn_relu_backward", TORCH_BOX(&memdense::bn_relu_backward));
   m.impl("bn_relu_mean", TORCH_BOX(&memdense::bn_relu_mean));

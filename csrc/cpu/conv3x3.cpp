@@ -8,12 +8,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <numeric>
 #include <type_traits>
 
 #include "../conv3x3_arguments.h"
 #include "amx3x3.h"
+#include "norm.h"
 #include "winograd3x3.h"
 
 namespace memdense {
@@ -63,21 +63,10 @@ Images<S> rows(const char* name, const Tensor& matrix, const Geometry& g, int64_
   return images<S>(matrix, g);
 }
 
-// The vectors of a BatchNorm, as memdense.buffers.Reader makes them.
-template <typename T>
-struct Norm {
-  const T* mean;
-  std::vector<T> scale, shift, rstd;
-
-  Reading<T> reading() const { return {scale.data(), shift.data()}; }
-};
-
 template <typename S>
 Norm<Compute<S>> norm(const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
                       const MaybeTensor& beta, double eps, int64_t channels) {
   using T = Compute<S>;
-  Norm<T> norm{vector<const T>("mean", mean, channels), {}, {}, {}};
-  const T* variance = vector<const T>("var", var, channels);
   // gamma and beta are parameters: in float32 beside bfloat16 values, or like them
   const auto values = [&](const char* name, const MaybeTensor& tensor, T missing) {
     std::vector<T> found(channels, missing);
@@ -90,15 +79,13 @@ Norm<Compute<S>> norm(const Tensor& mean, const Tensor& var, const MaybeTensor& 
     }
     return found;
   };
-  norm.scale = values("gamma", gamma, 1);
-  norm.shift = values("beta", beta, 0);
-  norm.rstd.resize(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    norm.rstd[c] = 1 / std::sqrt(variance[c] + static_cast<T>(eps));
-    norm.scale[c] *= norm.rstd[c];
-    norm.shift[c] -= norm.mean[c] * norm.scale[c];
-  }
-  return norm;
+  return {vector<const T>("mean", mean, channels), vector<const T>("var", var, channels),
+          values("gamma", gamma, 1), values("beta", beta, 0), static_cast<T>(eps)};
+}
+
+template <typename T>
+Reading<T> reading(const Norm<T>& norm) {
+  return {norm.scale.data(), norm.shift.data()};
 }
 
 // f(S{}) for the dtype's S
@@ -274,8 +261,8 @@ void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
       expect_matrix("moments", *moments, 2, g.k);
       results = static_cast<T*>(moments->mutable_data_ptr());
     }
-    forward<S>(g, rows<const S>("y", y, g, g.c),
-               norm<S>(mean, var, gamma, beta, eps, g.c).reading(), weight, nullptr,
+    const Norm<T> vectors = norm<S>(mean, var, gamma, beta, eps, g.c);
+    forward<S>(g, rows<const S>("y", y, g, g.c), reading(vectors), weight, nullptr,
                keep ? rows<const uint8_t>("keep", *keep, g, g.k) : Images<const uint8_t>{}, factor,
                rows<S>("out", out, g, g.k), results,
                results ? results + moments->stride(0) : nullptr);
@@ -312,22 +299,14 @@ struct Gradients {
 // Of z where there is a norm, and then dbeta and dgamma; else of x.
 template <typename S>
 void input_gradient(const Geometry& g, const Images<const S>& dy, const Tensor& weight,
-                    const Images<const S>& x, const Norm<Compute<S>>& norm, const Images<S>& dx,
+                    const Images<const S>& x, const Reader<Compute<S>>& read, const Images<S>& dx,
                     bool accumulate, Compute<S>* dbeta, Compute<S>* dgamma) {
   using T = Compute<S>;
   const int64_t channels = x.data ? g.c : 0, tasks = task_count(g.n * g.in[0]);
   with_walk<T>(g, true, tasks, [&](const auto& walk) {
     const std::vector<double> zeros(channels);
-    const Gradients<S, T> gradients{walk.blocks,
-                                    x,
-                                    norm.scale.data(),
-                                    norm.shift.data(),
-                                    norm.mean,
-                                    norm.rstd.data(),
-                                    dx,
-                                    accumulate,
-                                    zeros,
-                                    zeros};
+    const Gradients<S, T> gradients{walk.blocks, x,  read.scale, read.shift, read.mean,
+                                    read.rstd,   dx, accumulate, zeros,      zeros};
     std::vector<Gradients<S, T>> emits(tasks, gradients);
     run_walk<S>(walk, true, dy, Reading<T>{}, weight, emits);
     for (int64_t c = 0; c < channels; ++c) {
@@ -485,10 +464,10 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
     const Images<const S> input = rows<const S>("y", y, g, g.c);
     const Norm<T> vectors = norm<S>(mean, var, gamma, beta, eps, g.c);
     if (dweight) expect_weight_gradient(*dweight, g, dtype_of<T>);
-    input_gradient<S>(g, gradient, weight, input, vectors, rows<S>("dz", dz, g, g.c), accumulate,
-                      vector<T>("dbeta", dbeta, g.c), vector<T>("dgamma", dgamma, g.c));
+    input_gradient<S>(g, gradient, weight, input, vectors.reader(), rows<S>("dz", dz, g, g.c),
+                      accumulate, vector<T>("dbeta", dbeta, g.c), vector<T>("dgamma", dgamma, g.c));
     if (dweight) {
-      weight_gradient<S>(g, gradient, input, vectors.reading(),
+      weight_gradient<S>(g, gradient, input, reading(vectors),
                          static_cast<T*>(dweight->mutable_data_ptr()));
     }
   });

@@ -10,13 +10,16 @@
 #include <cstdint>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "answer.h"
+#include "norm.h"
 
 namespace memdense {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 template <typename T>
 constexpr ScalarType kScalarType =
@@ -39,7 +42,7 @@ T* matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
 
 // The data of a vector; null where there is none.
 template <typename T>
-const T* vector(const std::optional<Tensor>& t, int64_t size, const char* name) {
+const T* vector(const MaybeTensor& t, int64_t size, const char* name) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size && (size <= 1 || t->stride(0) == 1) &&
                       t->scalar_type() == kScalarType<T>,
@@ -48,10 +51,34 @@ const T* vector(const std::optional<Tensor>& t, int64_t size, const char* name) 
 }
 
 template <typename T>
-Reader<T> reader(const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& mean,
-                 const std::optional<Tensor>& rstd, int64_t channels) {
-  return {vector<T>(scale, channels, "scale"), vector<T>(shift, channels, "shift"),
-          vector<T>(mean, channels, "mean"), vector<T>(rstd, channels, "rstd")};
+std::vector<T> values(const MaybeTensor& t, int64_t size, const char* name, T missing) {
+  const T* found = vector<T>(t, size, name);
+  return found ? std::vector<T>(found, found + size) : std::vector<T>(size, missing);
+}
+
+template <typename T>
+Norm<T> norm(const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
+             const MaybeTensor& beta, double eps, int64_t channels) {
+  return {vector<T>(mean, channels, "mean"), vector<T>(var, channels, "var"),
+          values<T>(gamma, channels, "gamma", 1), values<T>(beta, channels, "beta", 0),
+          static_cast<T>(eps)};
+}
+
+// The gradient behind the norm; with `batch` its backward left dbeta and dgamma of `rows` rows.
+template <typename T>
+NormGradient<T> norm_gradient(const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
+                              double eps, const Tensor& dbeta, const Tensor& dgamma,
+                              int64_t channels, int64_t rows, bool batch) {
+  const Norm<T> behind = norm<T>(mean, var, gamma, {}, eps, channels);
+  return batch ? NormGradient<T>::batch(behind, vector<T>(dbeta, channels, "dbeta"),
+                                        vector<T>(dgamma, channels, "dgamma"), rows)
+               : NormGradient<T>::running(behind);
+}
+
+// A vector's data; null where it is empty.
+template <typename T>
+const T* data_or_null(const std::vector<T>& v) {
+  return v.empty() ? nullptr : v.data();
 }
 
 // Calls f with a float or a double, as x is of.
@@ -84,9 +111,12 @@ struct Workers {
 };
 
 // dbeta and dgamma from what `count` workers summed, in their order: sums [worker][2][channels].
+// The reader's share of them, s * dbeta and s * r * dgamma, is added to `credited` (2, channels).
 template <typename T>
-void total_sums(const double* sums, int64_t count, int64_t channels, const T* rstd, T* dbeta,
-                T* dgamma) {
+void total_sums(const double* sums, int64_t count, int64_t channels, const Reader<T>& read,
+                const MaybeTensor& credited, T* dbeta, T* dgamma) {
+  T* s1 = credited ? matrix<T>(*credited, 2, channels, "sums") : nullptr;
+  T* s2 = credited ? s1 + credited->stride(0) : nullptr;
   for (int64_t c = 0; c < channels; ++c) {
     double total[2] = {0, 0};
     for (int64_t w = 0; w < count; ++w) {
@@ -94,7 +124,10 @@ void total_sums(const double* sums, int64_t count, int64_t channels, const T* rs
       total[1] += sums[(2 * w + 1) * channels + c];
     }
     dbeta[c] = static_cast<T>(total[0]);
-    dgamma[c] = static_cast<T>(total[1] * rstd[c]);
+    dgamma[c] = static_cast<T>(total[1] * read.rstd[c]);
+    if (!credited) continue;
+    s1[c] += read.scale[c] * dbeta[c];
+    s2[c] += read.scale[c] * read.rstd[c] * dgamma[c];
   }
 }
 

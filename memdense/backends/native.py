@@ -32,11 +32,9 @@ class Native(NativeConv3x3, Reference):
     def bn_relu_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
     ) -> Tensor:
-        if not fits(x, weight):
+        if not _reads(x, read, weight):
             return super().bn_relu_conv1x1(x, read, weight, moments)
-        y, mean, var = _ops.bn_relu_conv1x1(x, read.scale, read.shift, weight, moments is not None)
-        store(moments, mean, var)
-        return y
+        return _ops.bn_relu_conv1x1(x, *read.tensors, weight, moments)
 
     # ---- answering
 
@@ -47,12 +45,10 @@ class Native(NativeConv3x3, Reference):
         share: Share | None,
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
-        p, q = (None, None) if share is None else share.vectors
         if not fits(x, g):
             return super().settle(g, x, share, keep)
-        dy = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _ops.combine(g, None, x, p, q, *(keep or (None, 1.0)), dy)
-        return dy
+        sums, mean = (None, None) if share is None else (share.sums, share.mean)
+        return _ops.settle(g, x, sums, mean, *(keep or (None, 1.0)))
 
     def bn_relu_conv1x1_backward(
         self,
@@ -65,24 +61,28 @@ class Native(NativeConv3x3, Reference):
         into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        a, b, c = (None, None, None) if behind is None else behind.vectors
-        if not fits(x, dz, y, weight, into.g):
+        if not _reads(x, read, dz, y, weight, into.g, *_norm_of(behind)):
             return super().bn_relu_conv1x1_backward(
                 dz, y, behind, weight, x, read, into, need_weight
             )
-        *sums, dweight = _ops.bn_relu_conv1x1_backward(
-            dz, y, a, b, c, weight, x, *read.vectors, into.start(), need_weight
+        if behind is None:
+            norm = None, None, None, None, 0.0, None, None
+        else:
+            of, sums = behind.read, behind.sums
+            norm = y if of.batch else None, of.mean, of.var, of.weight, of.eps, *sums
+        dbeta, dgamma, dweight = _ops.bn_relu_conv1x1_backward(
+            dz, *norm, weight, x, *read.tensors, into.start(), into.sums, need_weight
         )
-        return into.credit(read, Sums(*sums)), dweight if need_weight else None
+        return Sums(dbeta, dgamma), dweight if need_weight else None
 
     # ---- tails
 
     def bn_relu_pool_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry
     ) -> Tensor:
-        if not fits(x, weight):
+        if not _reads(x, read, weight):
             return super().bn_relu_pool_conv1x1(x, read, weight, geometry)
-        return _ops.bn_relu_pool_conv1x1(x, read.scale, read.shift, weight, *geometry)
+        return _ops.bn_relu_pool_conv1x1(x, *read.tensors, weight, *geometry)
 
     def bn_relu_pool_conv1x1_backward(
         self,
@@ -94,63 +94,63 @@ class Native(NativeConv3x3, Reference):
         into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        if not fits(x, dout, weight, into.g):
+        if not _reads(x, read, dout, weight, into.g):
             return super().bn_relu_pool_conv1x1_backward(
                 dout, weight, x, read, geometry, into, need_weight
             )
-        *sums, dweight = _ops.bn_relu_pool_conv1x1_backward(
-            dout, weight, x, *read.vectors, into.start(), *geometry, need_weight
+        dbeta, dgamma, dweight = _ops.bn_relu_pool_conv1x1_backward(
+            dout, weight, x, *read.tensors, into.start(), into.sums, *geometry, need_weight
         )
-        return into.credit(read, Sums(*sums)), dweight if need_weight else None
+        return Sums(dbeta, dgamma), dweight if need_weight else None
 
     def bn_relu(self, x: Tensor, read: Reader, relu: bool) -> Tensor:
-        return (
-            _ops.bn_relu(x, read.scale, read.shift, relu)
-            if fits(x)
-            else super().bn_relu(x, read, relu)
-        )
+        if not _reads(x, read):
+            return super().bn_relu(x, read, relu)
+        return _ops.bn_relu(x, *read.tensors, relu)
 
     def bn_relu_backward(
         self, dout: Tensor, x: Tensor, read: Reader, relu: bool, into: Into
     ) -> Sums:
-        if not fits(x, dout, into.g):
+        if not _reads(x, read, dout, into.g):
             return super().bn_relu_backward(dout, x, read, relu, into)
-        sums = _ops.bn_relu_backward(dout, x, *read.vectors, relu, into.start())
-        return into.credit(read, Sums(*sums))
+        return Sums(
+            *_ops.bn_relu_backward(dout, x, *read.tensors, relu, into.start(), into.sums)
+        )
 
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
-        if not fits(x):
+        if not _reads(x, read):
             return super().bn_relu_mean(x, read, geometry)
-        return _ops.bn_relu_mean(x, read.scale, read.shift, geometry.n)
+        return _ops.bn_relu_mean(x, *read.tensors, geometry.n)
 
     def bn_relu_mean_backward(
         self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
     ) -> Sums:
-        if not fits(x, dout, into.g):
+        if not _reads(x, read, dout, into.g):
             return super().bn_relu_mean_backward(dout, x, read, geometry, into)
-        sums = _ops.bn_relu_mean_backward(dout, x, *read.vectors, into.start())
-        return into.credit(read, Sums(*sums))
+        return Sums(*_ops.bn_relu_mean_backward(dout, x, *read.tensors, into.start(), into.sums))
 
     # ---- the stem
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        if not fits(x):
+        if not _reads(x, read):
             return super().bn_relu_maxpool(x, read, geometry)
-        return _ops.bn_relu_maxpool(x, read.scale, read.shift, *geometry)
+        return _ops.bn_relu_maxpool(x, *read.tensors, *geometry)
 
     def bn_relu_maxpool_backward(
         self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
     ) -> tuple[Tensor, Sums]:
-        if not fits(x, dout):
+        if not _reads(x, read, dout):
             return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
-        dz, *sums = _ops.bn_relu_maxpool_backward(dout, winner, x, *read.vectors, *geometry)
+        dz, *sums = _ops.bn_relu_maxpool_backward(dout, winner, x, *read.tensors, *geometry)
         return dz, Sums(*sums)
 
     def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
-        a, b, c = behind.vectors
-        if not fits(x, dz):
+        read = behind.read
+        if not _reads(x, read, dz):
             return super().normalised_(dz, x, behind)
-        _ops.combine(dz, a, x, b, c, None, 1.0, dz)
+        _ops.normalised_(
+            dz, x, read.mean, read.var, read.weight, read.eps, *behind.sums, read.batch
+        )
         return dz
 
 
@@ -158,6 +158,15 @@ def store(moments: Tensor | None, mean: Tensor, var: Tensor) -> None:
     """Mean and variance where ``moments`` (2, C) wants them."""
     if moments is not None:
         moments[0], moments[1] = mean, var
+
+
+def _reads(x: Tensor, read: Reader, *others: Tensor | None) -> bool:
+    """Whether the kernels take these: a norm's parameters may have a dtype of their own."""
+    return fits(x, read.weight, read.bias, *others)
+
+
+def _norm_of(behind: NormGradient | None) -> tuple[Tensor | None, ...]:
+    return () if behind is None else (behind.read.weight,)
 
 
 def _rows(images: Tensor) -> Tensor | None:
