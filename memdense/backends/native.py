@@ -61,15 +61,14 @@ class Native(NativeConv3x3, Reference):
         into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        if not _reads(x, read, dz, y, weight, into.g, *_norm_of(behind)):
+        if not _reads(x, read, dz, y, weight, into.g, behind and behind.read.weight):
             return super().bn_relu_conv1x1_backward(
                 dz, y, behind, weight, x, read, into, need_weight
             )
-        if behind is None:
-            norm = None, None, None, None, 0.0, None, None
-        else:
-            of, sums = behind.read, behind.sums
-            norm = y if of.batch else None, of.mean, of.var, of.weight, of.eps, *sums
+        norm = (None, None, None, None, 0.0, None, None)
+        if behind is not None:
+            of = behind.read
+            norm = (y if of.batch else None, of.mean, of.var, of.weight, of.eps, *behind.sums)
         dbeta, dgamma, dweight = _ops.bn_relu_conv1x1_backward(
             dz, *norm, weight, x, *read.tensors, into.start(), into.sums, need_weight
         )
@@ -113,9 +112,7 @@ class Native(NativeConv3x3, Reference):
     ) -> Sums:
         if not _reads(x, read, dout, into.g):
             return super().bn_relu_backward(dout, x, read, relu, into)
-        return Sums(
-            *_ops.bn_relu_backward(dout, x, *read.tensors, relu, into.start(), into.sums)
-        )
+        return Sums(*_ops.bn_relu_backward(dout, x, *read.tensors, relu, into.start(), into.sums))
 
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
         if not _reads(x, read):
@@ -163,10 +160,6 @@ def store(moments: Tensor | None, mean: Tensor, var: Tensor) -> None:
 def _reads(x: Tensor, read: Reader, *others: Tensor | None) -> bool:
     """Whether the kernels take these: a norm's parameters may have a dtype of their own."""
     return fits(x, read.weight, read.bias, *others)
-
-
-def _norm_of(behind: NormGradient | None) -> tuple[Tensor | None, ...]:
-    return () if behind is None else (behind.read.weight,)
 
 
 def _rows(images: Tensor) -> Tensor | None:
