@@ -54,44 +54,45 @@ struct Weights {
   const S& at(int64_t r, int64_t tap, int64_t j) const {
     return data[r * channel + tap / 3 * taps[0] + tap % 3 * taps[1] + j * column];
   }
-  // Do the nine taps lie side by side, one way or the other?
-  bool packed() const { return taps[0] == 3 * taps[1] && (taps[1] == 1 || taps[1] == -1); }
 };
 
-// Of packed weights, channels [begin, end) and `count` columns: out[channel][tap][column]
+// Channels [begin, end) of `count` columns of weights, in one of the layouts that `fits` names:
+// out[channel][tap][column]
 template <typename T>
-struct TransposeTaps {
+struct Gather {
   Weights<T> weights;
   int64_t begin, end, first, count;
   T* out;
   int64_t out_channel, out_tap;
 
+  // Does memory run along columns, along channels or along the nine taps, one way or the other?
+  static bool fits(const Weights<T>& w) {
+    return w.column == 1 || w.channel == 1 ||
+           (w.taps[0] == 3 * w.taps[1] && (w.taps[1] == 1 || w.taps[1] == -1));
+  }
+
   template <int kBytes>
-  static MEMDENSE_INLINE void run(const TransposeTaps& a) {
-    constexpr int kLanes = std::min<int>(8, kBytes / sizeof(T)), kBytesOf8 = kLanes * sizeof(T);
-    using Vec = typename Simd<T, kBytesOf8>::Vec;
-    // turned taps are read from the last on and stored from there
-    const bool turned = a.weights.taps[1] < 0;
-    for (int64_t r = a.begin; r < a.end; ++r) {
-      const T* from = &a.weights.at(r, turned ? 8 : 0, a.first);
-      T* to = a.out + (r - a.begin) * a.out_channel + (turned ? 8 * a.out_tap : 0);
-      const int64_t step = turned ? -a.out_tap : a.out_tap, column = a.weights.column;
-      int64_t j = 0;
-      for (; j + kLanes <= a.count; j += kLanes, from += kLanes * column) {
-        Vec rows[kLanes];
-#pragma GCC unroll 4
-        for (int tap = 0; tap < 8; tap += kLanes) {
-#pragma GCC unroll 8
-          for (int i = 0; i < kLanes; ++i) rows[i] = memdense::load<Vec>(from + i * column + tap);
-          transpose<T, kBytesOf8>(rows);
-#pragma GCC unroll 8
-          for (int i = 0; i < kLanes; ++i) memdense::store(to + (tap + i) * step + j, rows[i]);
+  static MEMDENSE_INLINE void run(const Gather& a) {
+    constexpr int kBytesOf8 = std::min<int>(kBytes, 8 * sizeof(T));
+    const Weights<T>& w = a.weights;
+    if (w.column == 1) {
+      for (int64_t r = a.begin; r < a.end; ++r) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          std::copy_n(&w.at(r, tap, a.first), a.count,
+                      a.out + (r - a.begin) * a.out_channel + tap * a.out_tap);
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < kLanes; ++i) to[8 * step + j + i] = from[i * column + 8];
       }
-      for (; j < a.count; ++j, from += column) {
-        for (int tap = 0; tap < 9; ++tap) to[tap * step + j] = from[tap];
+    } else if (w.channel == 1) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        transpose<T, kBytesOf8>(&w.at(a.begin, tap, a.first), w.column, a.end - a.begin, a.count,
+                                a.out + tap * a.out_tap, a.out_channel);
+      }
+    } else {
+      const int64_t last = w.taps[1] < 0 ? 8 : 0;  // the tap that is first in memory
+      for (int64_t r = a.begin; r < a.end; ++r) {
+        transpose<T, kBytesOf8>(&w.at(r, last, a.first), w.column, 9, a.count,
+                                a.out + (r - a.begin) * a.out_channel + last * a.out_tap,
+                                w.taps[1] * a.out_tap);
       }
     }
   }
@@ -203,32 +204,21 @@ struct Blocks {
   void gather(const Weights<S>& w, int64_t begin, int64_t end, int64_t block, T* out,
               int64_t out_channel, int64_t out_tap) const {
     const int64_t real = columns_of(block), first = start(block);
-    const auto copy = [&](int64_t r, int64_t tap, int64_t j) {
-      out[(r - begin) * out_channel + tap * out_tap + j] = load(w.at(r, tap, first + j));
-    };
     for (int64_t i = 0; real < width(block) && i < 9 * (end - begin); ++i) {
       T* row = out + i / 9 * out_channel + i % 9 * out_tap;
       std::fill(row + real, row + width(block), T{0});
     }
     if constexpr (std::is_same_v<S, T>) {
-      if (w.packed()) {
-        memdense::dispatch<TransposeTaps<T>>(
-            TransposeTaps<T>{w, begin, end, first, real, out, out_channel, out_tap});
+      if (Gather<T>::fits(w)) {
+        memdense::dispatch<Gather<T>>(
+            Gather<T>{w, begin, end, first, real, out, out_channel, out_tap});
         return;
       }
     }
-    // in the order of memory
-    if (w.channel < w.column) {
-      for (int64_t j = 0; j < real; ++j) {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          for (int64_t r = begin; r < end; ++r) copy(r, tap, j);
-        }
-      }
-    } else {
-      for (int64_t r = begin; r < end; ++r) {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          for (int64_t j = 0; j < real; ++j) copy(r, tap, j);
-        }
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        T* to = out + (r - begin) * out_channel + tap * out_tap;
+        for (int64_t j = 0; j < real; ++j) to[j] = load(w.at(r, tap, first + j));
       }
     }
   }

@@ -100,25 +100,9 @@ MEMDENSE_INLINE void pack_panel(const T* w, int64_t k_step, int64_t j_step, int6
     for (int64_t k = 0; k < depth; ++k) std::copy_n(w + k * k_step, columns, out + k * panel);
     return;
   }
-  // squares of it, and what they leave
-  using Vec = typename Simd<T, kBytes>::Vec;
-  constexpr int64_t lanes = Simd<T, kBytes>::kLanes;
-  const int64_t square_depth = k_step == 1 ? depth / lanes * lanes : 0;
-  const int64_t square_columns = columns / lanes * lanes;
-  for (int64_t k = 0; k < square_depth; k += lanes) {
-    for (int64_t j = 0; j < square_columns; j += lanes) {
-      Vec rows[lanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) rows[i] = load<Vec>(w + k + (j + i) * j_step);
-      transpose<T, kBytes>(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) store(out + (k + i) * panel + j, rows[i]);
-    }
-  }
+  if (k_step == 1) return transpose<T, kBytes>(w, j_step, depth, columns, out, panel);
   for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t k = j < square_columns ? square_depth : 0; k < depth; ++k) {
-      out[k * panel + j] = w[k * k_step + j * j_step];
-    }
+    for (int64_t k = 0; k < depth; ++k) out[k * panel + j] = w[k * k_step + j * j_step];
   }
 }
 

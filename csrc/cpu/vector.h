@@ -90,6 +90,31 @@ MEMDENSE_INLINE void transpose(typename Simd<T, kBytes>::Vec (&rows)[Simd<T, kBy
 #endif
 }
 
+// out[i * out_row + j] = from[i + j * from_column] for i < rows and j < columns: squares of it, and
+// what they leave.
+template <typename T, int kBytes>
+MEMDENSE_INLINE void transpose(const T* from, int64_t from_column, int64_t rows, int64_t columns,
+                               T* out, int64_t out_row) {
+  using Vec = typename Simd<T, kBytes>::Vec;
+  constexpr int kLanes = Simd<T, kBytes>::kLanes;
+  const int64_t square_rows = rows / kLanes * kLanes, square_columns = columns / kLanes * kLanes;
+  for (int64_t i = 0; i < square_rows; i += kLanes) {
+    for (int64_t j = 0; j < square_columns; j += kLanes) {
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int v = 0; v < kLanes; ++v) square[v] = load<Vec>(from + i + (j + v) * from_column);
+      transpose<T, kBytes>(square);
+#pragma GCC unroll 16
+      for (int v = 0; v < kLanes; ++v) store(out + (i + v) * out_row + j, square[v]);
+    }
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = j < square_columns ? square_rows : 0; i < rows; ++i) {
+      out[i * out_row + j] = from[i + j * from_column];
+    }
+  }
+}
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MEMDENSE_X86 1
 #else

@@ -541,25 +541,8 @@ struct TransformSums {
         for (int s = 0; s < 3; ++s) store(taps + (3 * r + s) * a.width + c, g[s]);
       }
     });
-    constexpr int kLanes = std::min<int>(8, kBytes / sizeof(T)), kBytesOf8 = kLanes * sizeof(T);
-    using Vec = typename Simd<T, kBytesOf8>::Vec;
-    int64_t c = 0;
-    for (; c + kLanes <= a.count; c += kLanes) {
-      Vec rows[kLanes];
-#pragma GCC unroll 4
-      for (int tap = 0; tap < 8; tap += kLanes) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kLanes; ++i) rows[i] = load<Vec>(taps + (tap + i) * a.width + c);
-        transpose<T, kBytesOf8>(rows);
-#pragma GCC unroll 8
-        for (int i = 0; i < kLanes; ++i) store(a.out + (c + i) * 9 + tap, rows[i]);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kLanes; ++i) a.out[(c + i) * 9 + 8] = taps[8 * a.width + c + i];
-    }
-    for (; c < a.count; ++c) {
-      for (int tap = 0; tap < 9; ++tap) a.out[c * 9 + tap] = taps[tap * a.width + c];
-    }
+    constexpr int kBytesOf8 = std::min<int>(kBytes, 8 * sizeof(T));
+    transpose<T, kBytesOf8>(taps, a.width, a.count, 9, a.out, 9);
   }
 };
 
