@@ -604,7 +604,7 @@ class WinogradTiles:
     MIN_TILES, MIN_PRODUCTS, MIN_PIECES, MIN_DEPTH, SKEW = 28, 1 << 22, 3, 24, 80
     LANES = 16
     MAX_ROWS = (0, 14, 14, 9)  # of a product's tile 1, 2 or 3 vectors wide
-    LINES = 5  # staged
+    LINES = 4  # staged, beside a pixel of zeros
 
     def __init__(self, geometry: Geometry, threads: int) -> None:
         n, h, w = geometry
@@ -632,9 +632,9 @@ class WinogradTiles:
     def vectors(self, channels: int) -> int:
         return -(-channels // self.LANES)
 
-    def line(self, channels: int) -> int:
-        """Values of a line between its columns of zeros."""
-        return (1 + self.width + 1 + self.width % 2) * pixel_stride(channels)
+    def lines(self, channels: int) -> int:
+        """Values of staged lines."""
+        return (self.LINES * self.width + 1) * pixel_stride(channels)
 
     def chunk(self, values: int, rows: int, shared: int, least: int, spare: int = 0) -> int:
         """How many tiles are transformed at a time."""
@@ -658,7 +658,7 @@ class WinogradTiles:
         width, stride = widest * self.LANES, pixel_stride(channels)
         weights = self.panels(channels, outputs)
         tiles = self.chunk(stride + width, rows, weights, self.MIN_PIECES * rows)
-        values = self.LINES * self.line(channels)
+        values = self.lines(channels)
         values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
         values += 16 * (tiles * width + self.SKEW) + 4 * tiles * width
         return (self.threads * values + weights) * WIDE
@@ -678,8 +678,7 @@ class WinogradTiles:
         spare = max(0, self.SHARED_BYTES - sums * WIDE)
         chunk = self.chunk(stride + out_stride, 1, sums, 2 * self.MIN_DEPTH, spare)
         tiles = max(self.MIN_DEPTH, chunk)
-        out_width = self.width + self.width % 2 * self.padded
-        values = self.LINES * (self.line(channels) + out_width * out_stride)
+        values = self.lines(channels) + self.lines(outputs)
         values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
         values += self.matrices(4, 1) * (tiles * out_stride + self.SKEW)
         # sums of 1024 tiles are added to the rest apart

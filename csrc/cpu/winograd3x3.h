@@ -98,12 +98,6 @@ struct PairedAxis {
   const int64_t* places_of(int64_t i) const {
     return places.data() + i + std::min(i, static_cast<int64_t>(places.size()) - count());
   }
-  // destinations beyond the last that pairs name
-  int64_t beyond() const {
-    int64_t end = destination;
-    for (const Pair& pair : pairs) end = std::max(end, pair.first + pair.whole * dilation + 1);
-    return end - destination;
-  }
   int64_t source_of(const Pair& pair, int r) const { return pair.first - padding + r * dilation; }
 
   // How many u there are; and z, products and terms of each, of whole and half pairs.
@@ -239,38 +233,72 @@ struct Matrices {
   int64_t at(Kind kind, int64_t matrix) const { return start[kind.index()] + matrix * size; }
 };
 
-// ---- staged lines
+// ---- lines of images
 
-// The lines that a row of tiles reads, each through BatchNorm and ReLU once and between columns of
-// zeros; the next row of tiles finds two of them again.
+// The lines that a row of tiles reads: where the images have them, or else, through BatchNorm and
+// ReLU or into order, staged once; the next row of tiles finds two of them again.
 template <typename T>
 struct Lines {
-  int64_t height, width, left, right, channels, stride;
+  int64_t height, width, channels, stride;  // stride: of a staged pixel
 
-  int64_t values() const { return (left + width + right) * stride; }
-  int64_t scratch_values() const { return 5 * values(); }
+  int64_t scratch_values() const { return (4 * width + 1) * stride; }
 
   struct Held {
-    T* data;          // four lines and one of zeros
+    T* data;          // four lines and a pixel of zeros
     int64_t line[4];  // of all images', which is held
   };
 
   Held hold(T* scratch) const {
-    std::fill_n(scratch, scratch_values(), T{0});
+    std::fill_n(scratch + 4 * width * stride, stride, T{0});
     return {scratch, {-1, -1, -1, -1}};
   }
+  const T* zeros(const Held& held) const { return held.data + 4 * width * stride; }
 
-  // Pixel 0 of line y of an image, the i-th in steps of the dilation.
+  // Can the transforms read the images themselves?
+  template <typename S>
+  bool plain(const Images<const S>& images, const Reading<T>& read) const {
+    return std::is_same_v<S, T> && !read.scale && images.strides.c == 1 &&
+           channels % tile_kernels<T>().lanes == 0;
+  }
+
+  template <typename S>
+  int64_t step(const Images<const S>& images, const Reading<T>& read) const {
+    return plain(images, read) ? images.strides.w : stride;
+  }
+  // channels in whole vectors
+  int64_t padded() const {
+    const int64_t lanes = tile_kernels<T>().lanes;
+    return (channels + lanes - 1) / lanes * lanes;
+  }
+
+  // Pixel 0 of line y of an image, the i-th in steps of the dilation; null beside the image.
   template <typename S>
   const T* line(Held& held, const Images<const S>& images, const Reading<T>& read, int64_t n,
                 int64_t y, int64_t i) const {
-    const int64_t slot = y < 0 || y >= height ? 4 : i % 4;
-    T* inside = held.data + slot * values() + left * stride;
-    if (slot < 4 && held.line[slot] != n * height + y) {
-      stage_line<S, T>(images.line(n, y), images.strides, width, channels, read, inside, stride);
-      held.line[slot] = n * height + y;
+    if (y < 0 || y >= height) return nullptr;
+    if constexpr (std::is_same_v<S, T>) {
+      if (plain(images, read)) return images.line(n, y);
     }
-    return inside;
+    T* line = held.data + i % 4 * width * stride;
+    if (held.line[i % 4] != n * height + y) {
+      stage_line<S, T>(images.line(n, y), images.strides, width, channels, read, line, stride);
+      held.line[i % 4] = n * height + y;
+    }
+    return line;
+  }
+};
+
+// Pixels of up to four lines.
+template <typename T>
+struct TilePixels {
+  const T* lines[4];  // null beside the image
+  const T* zeros;
+  int64_t width, step;      // step: values from one pixel to the next
+  int64_t first, dilation;  // of the columns that a tile reads, from that of its pair
+
+  const T* at(int line, const Pair& pair, int i) const {
+    const int64_t x = pair.first + first + i * dilation;
+    return lines[line] && x >= 0 && x < width ? lines[line] + x * step : zeros;
   }
 };
 
@@ -345,29 +373,30 @@ struct OfKind {
 // z of `count` tiles: out[row][column][tile][channel]
 template <typename T>
 struct TransformInputs {
-  const T* lines[4];  // at the first tile's first pixel
+  TilePixels<T> pixels;
   int rows, columns;  // of z
   const Pair* pairs;  // the tiles' columns
-  int64_t step;       // values from one pixel of a tile to the next
   int64_t count, channels;
   T* out;
-  int64_t out_matrix;
+  int64_t out_tile, out_matrix;
 
   template <int kBytes, bool kRows, bool kColumns>
   static MEMDENSE_INLINE void tiles(const TransformInputs& a) {
     constexpr int kR = kRows ? 4 : 3, kS = kColumns ? 4 : 3;  // of half pairs 2 may do
     const int kept = kColumns ? 4 : a.columns;
     for (int64_t tile = 0; tile < a.count; ++tile) {
-      const int64_t at = (a.pairs[tile].first - a.pairs[0].first) * a.channels;
-      T* to = a.out + tile * a.channels;
+      const T* from[4][4];
+      for (int r = 0; r < kR; ++r) {
+        for (int s = 0; s < kS; ++s) from[r][s] = a.pixels.at(r, a.pairs[tile], s);
+      }
+      T* to = a.out + tile * a.out_tile;
       for_columns<T, kBytes, 1>(0, a.channels,
                                 [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
                                   Vec d[4], columns[4][4], z[4];
 #pragma GCC unroll 4
                                   for (int s = 0; s < kS; ++s) {
 #pragma GCC unroll 4
-                                    for (int r = 0; r < kR; ++r)
-                                      d[r] = load<Vec>(a.lines[r] + at + s * a.step + c);
+                                    for (int r = 0; r < kR; ++r) d[r] = load<Vec>(from[r][s] + c);
                                     inputs<kRows>(d, columns[s]);
                                   }
 #pragma GCC unroll 4
@@ -390,28 +419,29 @@ struct TransformInputs {
 // u of the gradients of `count` tiles, likewise
 template <typename T>
 struct TransformGradients {
-  const T* lines[2];
+  TilePixels<T> pixels;
   const Pair* pairs;
-  int64_t step;
   int64_t count, channels;
   T* out;
-  int64_t out_matrix;
+  int64_t out_tile, out_matrix;
 
   template <int kBytes, bool kRows, bool kColumns>
   static MEMDENSE_INLINE void tiles(const TransformGradients& a) {
     constexpr int kI = kRows ? 2 : 1, kJ = kColumns ? 2 : 1;
     constexpr int kR = PairedAxis::products(kRows), kS = PairedAxis::products(kColumns);
     for (int64_t tile = 0; tile < a.count; ++tile) {
-      const int64_t at = (a.pairs[tile].first - a.pairs[0].first) * a.channels;
-      T* to = a.out + tile * a.channels;
+      const T* from[2][2];
+      for (int i = 0; i < kI; ++i) {
+        for (int j = 0; j < kJ; ++j) from[i][j] = a.pixels.at(i, a.pairs[tile], j);
+      }
+      T* to = a.out + tile * a.out_tile;
       for_columns<T, kBytes, 1>(0, a.channels,
                                 [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
                                   Vec e[2], columns[2][4], u[4];
 #pragma GCC unroll 2
                                   for (int j = 0; j < kJ; ++j) {
 #pragma GCC unroll 2
-                                    for (int i = 0; i < kI; ++i)
-                                      e[i] = load<Vec>(a.lines[i] + at + j * a.step + c);
+                                    for (int i = 0; i < kI; ++i) e[i] = load<Vec>(from[i][j] + c);
                                     gradients<kRows>(e, columns[j]);
                                   }
 #pragma GCC unroll 4
@@ -562,7 +592,7 @@ struct Walk {
   Walk(PairedAxis r, PairedAxis c, int64_t channels, int64_t outputs, int64_t images, bool turned)
       : rows(r),
         columns(c),
-        lines(lines_of(r, c, channels)),
+        lines{r.source, c.source, channels, pixel_stride<T>(channels)},
         blocks(outputs),
         weights{blocks, channels, rows.weights() * columns.weights()},
         images(images),
@@ -570,17 +600,6 @@ struct Walk {
                              weights.bytes(), kMinPieces * blocks.max_rows(0))),
         z(inputs_of(rows, columns, tiles * lines.stride + kSkew)),
         turned(turned) {}
-
-  static Lines<T> lines_of(const PairedAxis& rows, const PairedAxis& columns, int64_t channels) {
-    int64_t reach = 0;
-    for (const Pair& pair : columns.pairs) reach = std::max(reach, columns.source_of(pair, 3) + 1);
-    return {rows.source,
-            columns.source,
-            std::max<int64_t>(0, columns.padding),
-            std::max<int64_t>(0, reach - columns.source),
-            channels,
-            pixel_stride<T>(channels)};
-  }
 
   static Matrices inputs_of(const PairedAxis& rows, const PairedAxis& columns, int64_t size) {
     return Matrices(
@@ -645,20 +664,23 @@ struct Walk {
   static void transform(const PairedAxis& rows, const PairedAxis& columns, const Lines<T>& lines,
                         const Matrices& z, const Run& run, typename Lines<T>::Held& held,
                         const Images<const S>& source, const Reading<T>& read, T* inputs) {
-    const int64_t x = columns.source_of(columns.pairs[run.first], 0);
-    TransformInputs<T> work{{},
+    TransformInputs<T> work{{{},
+                             lines.zeros(held),
+                             lines.width,
+                             lines.step(source, read),
+                             -columns.padding,
+                             columns.dilation},
                             rows.inputs(run.kind.rows),
                             columns.inputs(run.kind.columns),
                             &columns.pairs[run.first],
-                            columns.dilation * lines.stride,
                             run.count,
-                            lines.stride,
+                            lines.padded(),
                             inputs + z.at(run.kind, 0) + run.slot * lines.stride,
+                            lines.stride,
                             z.size};
     for (int r = 0; r < (run.kind.rows ? 4 : 3); ++r) {
-      work.lines[r] = lines.line(held, source, read, run.image, rows.source_of(run.row, r),
-                                 run.row.first / rows.dilation + r) +
-                      x * lines.stride;
+      work.pixels.lines[r] = lines.line(held, source, read, run.image, rows.source_of(run.row, r),
+                                        run.row.first / rows.dilation + r);
     }
     memdense::dispatch<OfKind<TransformInputs<T>>>(work, run.kind);
   }
@@ -728,8 +750,8 @@ struct WeightWalk {
   WeightWalk(const Geometry& g, bool padded)
       : rows(PairedAxis::forward(g, 0, padded)),
         columns(PairedAxis::forward(g, 1, padded)),
-        x_lines(Walk<T>::lines_of(rows, columns, g.c)),
-        dy_lines{g.out[0], g.out[1], 0, columns.beyond(), g.k, pixel_stride<T>(g.k)},
+        x_lines{g.in[0], g.in[1], g.c, pixel_stride<T>(g.c)},
+        dy_lines{g.out[0], g.out[1], g.k, pixel_stride<T>(g.k)},
         blocks(g.c),
         sums{blocks, g.k, rows.weights() * columns.weights()},
         images(g.n),
@@ -791,18 +813,18 @@ struct WeightWalk {
   template <typename S>
   void transform(const Run& run, typename Lines<T>::Held& held, const Images<const S>& dy,
                  T* gradients) const {
-    TransformGradients<T> work{{},
-                               &columns.pairs[run.first],
-                               columns.dilation * dy_lines.stride,
-                               run.count,
-                               dy_lines.stride,
-                               gradients + u.at(run.kind, 0) + run.slot * dy_lines.stride,
-                               u.size};
+    TransformGradients<T> work{
+        {{}, dy_lines.zeros(held), dy_lines.width, dy_lines.step(dy, {}), 0, columns.dilation},
+        &columns.pairs[run.first],
+        run.count,
+        dy_lines.padded(),
+        gradients + u.at(run.kind, 0) + run.slot * dy_lines.stride,
+        dy_lines.stride,
+        u.size};
     for (int i = 0; i < (run.kind.rows ? 2 : 1); ++i) {
-      work.lines[i] =
+      work.pixels.lines[i] =
           dy_lines.line(held, dy, Reading<T>{}, run.image, run.row.first + i * rows.dilation,
-                        run.row.first / rows.dilation + i) +
-          columns.pairs[run.first].first * dy_lines.stride;
+                        run.row.first / rows.dilation + i);
     }
     memdense::dispatch<OfKind<TransformGradients<T>>>(work, run.kind);
   }
