@@ -25,6 +25,13 @@ def _native(x: Tensor) -> bool:
     return _extension.cuda_runs_on(x.device) if x.is_cuda else _extension.available()
 
 
+def _overrides(x: Tensor) -> bool:
+    """Whether ours stands behind ``aten::convolution_overrideable``, which PyTorch differentiates
+    in C++, twice too (csrc/cpu/convolution.cpp).
+    """
+    return x.is_cpu and _native(x)
+
+
 def _tf32(x: Tensor) -> bool:
     return x.is_cuda and _extension.tf32()
 
@@ -55,6 +62,9 @@ def dilated_conv3x3(
     geometry = _pair(stride), _pair(padding), _pair(dilation)
     if watched(x, weight, bias):
         return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
+    if _overrides(x):
+        convolve = torch.ops.aten.convolution_overrideable.default
+        return convolve(x, weight, bias, *geometry, False, (0, 0), 1)
     run = _Convolution.apply if learns(x, weight, bias) else _convolve
     return run(x, weight, bias, *geometry)
 
@@ -218,7 +228,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
-        found = _plain_gradients(dy, x, weight, ctx.geometry, need)
+        if _overrides(x) and not watched(dy, x, weight):
+            found = torch.ops.aten.convolution_backward_overrideable(
+                dy, x, weight, *ctx.geometry, False, (0, 0), 1, need
+            )
+        else:
+            found = _plain_gradients(dy, x, weight, ctx.geometry, need)
     elif watched(dy, x, weight):
         needed = torch.ops.memdense.dilated_conv3x3_backward(dy, x, weight, *ctx.geometry, need)
         needed = iter(needed)
@@ -233,7 +248,7 @@ _forward.register_autograd(_backward, setup_context=_setup)
 
 class _Convolution(torch.autograd.Function):
     """memdense::dilated_conv3x3 without its way through the dispatcher, which takes longer than the
-    kernels of a small image.
+    kernels of a small image; for images that nothing overrides.
     """
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -458,6 +459,51 @@ def test_nothing_watches():
         assert "dilated_conv3x3" in dilated_conv3x3(x, weight).grad_fn.name()
     bias = torch.zeros(8).as_subclass(type("Mine", (torch.Tensor,), {}))
     assert watched(x, weight, bias) and not watched(x, weight, nn.Parameter(torch.zeros(8)), None)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_pytorch_differentiates(memory_format, dtype):
+    """On the CPU a direct call is PyTorch's convolution of a backend that brings its own: what
+    needs a gradient gets it, as the operation makes it.
+    """
+    torch.manual_seed(0)
+    shapes, geometry = ((2, 5, 7, 6), (4, 5, 3, 3), (4,)), ((1, 2), (1, 0), (2, 1))
+    for needs in itertools.product((True, False), repeat=3):
+        leaves = [torch.randn(shape).to(dtype) for shape in shapes]
+        leaves[0] = leaves[0].to(memory_format=memory_format)
+        wanted = [t.requires_grad_() for t, need in zip(leaves, needs, strict=True) if need]
+        out = dilated_conv3x3(*leaves, *geometry)
+        expected = torch.ops.memdense.dilated_conv3x3(*leaves, *geometry)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+        if not wanted:
+            assert out.grad_fn is None
+            continue
+        assert out.grad_fn.name() == "ConvolutionOverrideableBackward0"
+        dy = torch.randn(out.shape).to(dtype)
+        gradients = (torch.autograd.grad(y, wanted, dy) for y in (out, expected))
+        for a, b in zip(*gradients, strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+@built
+@pytest.mark.parametrize(
+    ("channels", "kernel", "transposed", "groups", "message"),
+    [
+        (4, 3, True, 1, "expected a convolution of one group, not transposed"),
+        (2, 3, False, 2, "expected a convolution of one group, not transposed"),
+        (4, 5, False, 1, r"weight \(k, C, 3, 3\), got \(1, 4, 9, 9\) and \(4, 4, 5, 5\)"),
+    ],
+)
+def test_what_stands_behind_pytorchs_name(channels, kernel, transposed, groups, message):
+    """It is ours alone, and refuses what ours does not do."""
+    x, weight = torch.randn(1, 4, 9, 9), torch.randn(4, channels, kernel, kernel)
+    steps = (1, 1), (1, 1), (1, 1), transposed, (0, 0), groups
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.aten.convolution_overrideable(x, weight, None, *steps)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.aten.convolution_backward_overrideable(x, x, weight, *steps, (True, True, False))
 
 
 def test_geometry_as_one_number():

@@ -13,6 +13,7 @@
 
 #include "../conv3x3_arguments.h"
 #include "amx3x3.h"
+#include "conv3x3_operations.h"
 #include "norm.h"
 #include "winograd3x3.h"
 
@@ -231,6 +232,8 @@ void forward(const Geometry& g, const Images<const S>& x, Reading<Compute<S>> re
   });
 }
 
+}  // namespace
+
 void conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Ints& stride,
              const Ints& padding, const Ints& dilation, const Tensor& out, bool) {
   const Geometry g = geometry(x, out, stride, padding, dilation);
@@ -244,6 +247,8 @@ void conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, con
                nullptr, nullptr);
   });
 }
+
+namespace {
 
 void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
                      const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
@@ -321,6 +326,8 @@ void input_gradient(const Geometry& g, const Images<const S>& dy, const Tensor& 
   });
 }
 
+}  // namespace
+
 void conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& stride,
                             const Ints& padding, const Ints& dilation, const Tensor& dx, bool) {
   const Geometry g = geometry(dx, dy, stride, padding, dilation);
@@ -333,6 +340,8 @@ void conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& 
                       nullptr);
   });
 }
+
+namespace {
 
 // ---- gradient of the weight
 
@@ -428,6 +437,8 @@ void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<
   run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
 }
 
+}  // namespace
+
 Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& stride,
                                const Ints& padding, const Ints& dilation, bool) {
   const Geometry g = geometry(x, dy, stride, padding, dilation);
@@ -446,6 +457,8 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& st
     return dweight;
   });
 }
+
+namespace {
 
 // ---- both, of a dense layer's second half
 
