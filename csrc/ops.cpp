@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(memdense, m) {
   m.def("pack(Tensor x, Tensor(a!) out) -> (Tensor mean, Tensor var)");
 
   // A BatchNorm is mean, var, gamma, beta and eps, in x's dtype; sums (2, C) are S1 and S2, to
-  // which a backward adds its reader's share.
+  // which a backward adds its reader's share. Without `add` g holds nothing yet.
   m.def(
       "bn_relu_conv1x1(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
       " Tensor weight, Tensor(a!)? moments) -> Tensor");
@@ -19,14 +19,15 @@ STABLE_TORCH_LIBRARY(memdense, m) {
   m.def(
       "bn_relu_conv1x1_backward(Tensor dz, Tensor? y, Tensor? y_mean, Tensor? y_var,"
       " Tensor? y_gamma, float y_eps, Tensor? y_dbeta, Tensor? y_dgamma, Tensor weight, Tensor x,"
-      " Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) g,"
+      " Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) g, bool add,"
       " Tensor(b!)? sums, bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
   m.def(
       "bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta,"
       " float eps, Tensor weight, int n, int h, int w) -> Tensor");
   m.def(
       "bn_relu_pool_conv1x1_backward(Tensor dout, Tensor weight, Tensor x, Tensor mean, Tensor var,"
-      " Tensor? gamma, Tensor? beta, float eps, Tensor(a!) g, Tensor(b!)? sums, int n, int h,"
+      " Tensor? gamma, Tensor? beta, float eps, Tensor(a!) g, bool add, Tensor(b!)? sums, int n, "
+      "int h,"
       " int w, bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
 
   m.def(
@@ -40,14 +41,14 @@ STABLE_TORCH_LIBRARY(memdense, m) {
       " bool relu) -> Tensor");
   m.def(
       "bn_relu_backward(Tensor dout, Tensor x, Tensor mean, Tensor var, Tensor? gamma,"
-      " Tensor? beta, float eps, bool relu, Tensor(a!) g, Tensor(b!)? sums)"
+      " Tensor? beta, float eps, bool relu, Tensor(a!) g, bool add, Tensor(b!)? sums)"
       " -> (Tensor dbeta, Tensor dgamma)");
   m.def(
       "bn_relu_mean(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
       " int images) -> Tensor");
   m.def(
       "bn_relu_mean_backward(Tensor dout, Tensor x, Tensor mean, Tensor var, Tensor? gamma,"
-      " Tensor? beta, float eps, Tensor(a!) g, Tensor(b!)? sums)"
+      " Tensor? beta, float eps, Tensor(a!) g, bool add, Tensor(b!)? sums)"
       " -> (Tensor dbeta, Tensor dgamma)");
 
   m.def(

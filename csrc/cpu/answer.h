@@ -61,6 +61,7 @@ struct Answer {
   int64_t x_row;
   T* g;
   int64_t g_row;
+  bool add;  // to g; else it holds nothing yet
   Reader<T> read;
   double* dbeta;   // += sum dz
   double* dgamma;  // += sum dz * (x - mean): whoever totals it multiplies with rstd
@@ -71,7 +72,7 @@ struct Answer {
 // Values whose sum stays in their own precision before double takes it.
 constexpr int64_t kSumRows = 16;
 
-// g += scale * dz and both sums for columns first..first + columns.
+// g (+)= scale * dz and both sums for columns first..first + columns.
 template <typename T, int kBytes, int kTaps, bool kRelu>
 MEMDENSE_INLINE void answer_tile(const Answer<T, kTaps>& a, int64_t first, int64_t columns) {
   constexpr int kCount = Simd<T, kBytes>::kVectors;
@@ -103,7 +104,7 @@ MEMDENSE_INLINE void answer_tile(const Answer<T, kTaps>& a, int64_t first, int64
                 const Vec z = x * scale[v] + shift[v];
                 const Vec dz = kRelu ? (z <= T{0} ? Vec{} : da) : da;
                 T* g = a.g + row * a.g_row + at;
-                store(g, load<Vec>(g) + scale[v] * dz);
+                store(g, a.add ? load<Vec>(g) + scale[v] * dz : scale[v] * dz);
                 dbeta[v] += dz;
                 dgamma[v] += dz * (x - mean[v]);
                 if (a.z) sum = sum + (z <= T{0} ? Vec{} : z);

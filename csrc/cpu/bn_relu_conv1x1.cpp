@@ -181,6 +181,7 @@ struct Backward {
   int64_t x_row;
   T* g;
   int64_t g_row;
+  bool add;
   Pixels<kTaps> pixels;
   Reader<T> read;
   int64_t channels, outputs;
@@ -240,6 +241,7 @@ struct Backward {
                                       .x_row = a.x_row,
                                       .g = a.g,
                                       .g_row = a.g_row,
+                                      .add = a.add,
                                       .read = a.read,
                                       .dbeta = sums,
                                       .dgamma = sums + a.channels,
@@ -259,8 +261,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
                                             const Tensor& weight, const Tensor& x,
                                             const Tensor& mean, const Tensor& var,
                                             const MaybeTensor& gamma, const MaybeTensor& beta,
-                                            double eps, const Tensor& g, const MaybeTensor& sums,
-                                            Pixels<kTaps> pixels, int64_t rows, bool need_weight) {
+                                            double eps, const Tensor& g, bool add,
+                                            const MaybeTensor& sums, Pixels<kTaps> pixels,
+                                            int64_t rows, bool need_weight) {
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t channels = x.size(1), outputs = weight.size(0);
     Tensor dbeta = make<T>({channels}), dgamma = make<T>({channels}), packed;
@@ -282,11 +285,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
                                data_or_null(gradient.b),
                                data_or_null(gradient.c)};
     const Backward<T, kTaps> work{
-        incoming,         matrix<const T>(x, x.size(0), channels, "x"),
-        x.stride(0),      matrix<T>(g, x.size(0), channels, "g"),
-        g.stride(0),      pixels,
-        vectors.reader(), channels,
-        outputs,          pack(w, weight.stride(0), 1, outputs, channels, packed)};
+        .incoming = incoming,
+        .x = matrix<const T>(x, x.size(0), channels, "x"),
+        .x_row = x.stride(0),
+        .g = matrix<T>(g, x.size(0), channels, "g"),
+        .g_row = g.stride(0),
+        .add = add,
+        .pixels = pixels,
+        .read = vectors.reader(),
+        .channels = channels,
+        .outputs = outputs,
+        .weight = pack(w, weight.stride(0), 1, outputs, channels, packed)};
 
     const Workers workers((rows + kMicroRows - 1) / kMicroRows);
     Tensor scratch = make<T>({workers.count * work.scratch()});
@@ -322,9 +331,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1_backward(
     const MaybeTensor& y_gamma, double y_eps, const MaybeTensor& y_dbeta,
     const MaybeTensor& y_dgamma, const Tensor& weight, const Tensor& x, const Tensor& mean,
     const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
-    const Tensor& g, const MaybeTensor& sums, bool need_weight) {
+    const Tensor& g, bool add, const MaybeTensor& sums, bool need_weight) {
   return backward(dz, {y, y_mean, y_var, y_gamma, y_eps, y_dbeta, y_dgamma}, weight, x, mean, var,
-                  gamma, beta, eps, g, sums, Pixels<1>{}, x.size(0), need_weight);
+                  gamma, beta, eps, g, add, sums, Pixels<1>{}, x.size(0), need_weight);
 }
 
 void check_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
@@ -342,12 +351,17 @@ Tensor bn_relu_pool_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& v
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(
     const Tensor& dout, const Tensor& weight, const Tensor& x, const Tensor& mean,
-    const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
-    const Tensor& g, const MaybeTensor& sums, int64_t n, int64_t h, int64_t w, bool need_weight) {
+    const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps, Tensor g,
+    bool add, const MaybeTensor& sums, int64_t n, int64_t h, int64_t w, bool need_weight) {
   check_images(x, n, h, w);
+  if (!add && (h % 2 || w % 2)) {
+    // there are pixels that no window reads
+    torch::stable::zero_(g);
+    add = true;
+  }
   const MaybeTensor none;
   return backward(dout, {none, none, none, none, 0, none, none}, weight, x, mean, var, gamma, beta,
-                  eps, g, sums, Pixels<4>{h, w}, n * (h / 2) * (w / 2), need_weight);
+                  eps, g, add, sums, Pixels<4>{h, w}, n * (h / 2) * (w / 2), need_weight);
 }
 
 }  // namespace

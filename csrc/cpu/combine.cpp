@@ -230,6 +230,7 @@ struct Answers {
   int64_t x_row;
   T* g;
   int64_t g_row;
+  bool add;
   Reader<T> read;
   int64_t columns;
 
@@ -261,6 +262,7 @@ struct Answers {
                                   .x_row = k.x_row,
                                   .g = k.g,
                                   .g_row = k.g_row,
+                                  .add = k.add,
                                   .read = k.read,
                                   .dbeta = sums,
                                   .dgamma = sums + k.columns,
@@ -275,7 +277,7 @@ struct Answers {
 template <bool kRelu>
 std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Tensor& x,
                                    const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
-                                   const MaybeTensor& beta, double eps, const Tensor& g,
+                                   const MaybeTensor& beta, double eps, const Tensor& g, bool add,
                                    const MaybeTensor& sums) {
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t rows = x.size(0), columns = x.size(1);
@@ -288,6 +290,7 @@ std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Ten
                                  x.stride(0),
                                  matrix<T>(g, rows, columns, "g"),
                                  g.stride(0),
+                                 add,
                                  vectors.reader(),
                                  columns};
     const Workers workers = row_workers(rows, columns);
@@ -305,19 +308,20 @@ std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Ten
 std::tuple<Tensor, Tensor> bn_relu_backward(const Tensor& dout, const Tensor& x, const Tensor& mean,
                                             const Tensor& var, const MaybeTensor& gamma,
                                             const MaybeTensor& beta, double eps, bool relu,
-                                            const Tensor& g, const MaybeTensor& sums) {
-  if (relu) return answers<true>(dout, 1, x, mean, var, gamma, beta, eps, g, sums);
-  return answers<false>(dout, 1, x, mean, var, gamma, beta, eps, g, sums);
+                                            const Tensor& g, bool add, const MaybeTensor& sums) {
+  if (relu) return answers<true>(dout, 1, x, mean, var, gamma, beta, eps, g, add, sums);
+  return answers<false>(dout, 1, x, mean, var, gamma, beta, eps, g, add, sums);
 }
 
 std::tuple<Tensor, Tensor> bn_relu_mean_backward(const Tensor& dout, const Tensor& x,
                                                  const Tensor& mean, const Tensor& var,
                                                  const MaybeTensor& gamma, const MaybeTensor& beta,
-                                                 double eps, const Tensor& g,
+                                                 double eps, const Tensor& g, bool add,
                                                  const MaybeTensor& sums) {
   STD_TORCH_CHECK(dout.dim() == 2 && dout.size(0) > 0 && x.size(0) % dout.size(0) == 0,
                   "memdense: expected rows of whole images");
-  return answers<true>(dout, x.size(0) / dout.size(0), x, mean, var, gamma, beta, eps, g, sums);
+  return answers<true>(dout, x.size(0) / dout.size(0), x, mean, var, gamma, beta, eps, g, add,
+                       sums);
 }
 
 }  // namespace

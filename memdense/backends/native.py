@@ -70,7 +70,7 @@ class Native(NativeConv3x3, Reference):
             of = behind.read
             norm = (y if of.batch else None, of.mean, of.var, of.weight, of.eps, *behind.sums)
         dbeta, dgamma, dweight = _ops.bn_relu_conv1x1_backward(
-            dz, *norm, weight, x, *read.tensors, into.start(), into.sums, need_weight
+            dz, *norm, weight, x, *read.tensors, into.g, into.seeded, into.sums, need_weight
         )
         return Sums(dbeta, dgamma), dweight if need_weight else None
 
@@ -98,7 +98,7 @@ class Native(NativeConv3x3, Reference):
                 dout, weight, x, read, geometry, into, need_weight
             )
         dbeta, dgamma, dweight = _ops.bn_relu_pool_conv1x1_backward(
-            dout, weight, x, *read.tensors, into.start(), into.sums, *geometry, need_weight
+            dout, weight, x, *read.tensors, into.g, into.seeded, into.sums, *geometry, need_weight
         )
         return Sums(dbeta, dgamma), dweight if need_weight else None
 
@@ -112,7 +112,9 @@ class Native(NativeConv3x3, Reference):
     ) -> Sums:
         if not _reads(x, read, dout, into.g):
             return super().bn_relu_backward(dout, x, read, relu, into)
-        return Sums(*_ops.bn_relu_backward(dout, x, *read.tensors, relu, into.start(), into.sums))
+        return Sums(
+            *_ops.bn_relu_backward(dout, x, *read.tensors, relu, into.g, into.seeded, into.sums)
+        )
 
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
         if not _reads(x, read):
@@ -124,7 +126,9 @@ class Native(NativeConv3x3, Reference):
     ) -> Sums:
         if not _reads(x, read, dout, into.g):
             return super().bn_relu_mean_backward(dout, x, read, geometry, into)
-        return Sums(*_ops.bn_relu_mean_backward(dout, x, *read.tensors, into.start(), into.sums))
+        return Sums(
+            *_ops.bn_relu_mean_backward(dout, x, *read.tensors, into.g, into.seeded, into.sums)
+        )
 
     # ---- the stem
 
