@@ -8,7 +8,9 @@ The same input gives the same bits, whatever the number of threads.
 `conv3x3`, `conv3x3_input_gradient`, `conv3x3_weight_gradient`: a dilated 3x3 convolution into an
 output of the caller's, and its gradients. Images [N, C, H, W] of any strides, weight [k, C, 3, 3];
 on the CPU float32, float64 or bfloat16, on CUDA float32, float16 or bfloat16 (with ``tf32``,
-float32 is multiplied in TF32); RuntimeError otherwise. convolution.py is made of them.
+float32 is multiplied in TF32); RuntimeError otherwise. convolution.py is made of them. On the CPU
+they also stand behind `aten::convolution_overrideable` and its backward, which PyTorch
+differentiates: 3x3, one group, not transposed.
 
 `bn_relu_conv3x3` and `bn_relu_conv3x3_backward`: a dense layer's second half, on matrices of n
 images of h by w pixels. y [M, C], out and dy [M, k], dz [M, C], with unit column stride and any row
