@@ -61,6 +61,8 @@ def dilated_conv3x3(
         bias = None if bias is None else bias.to(dtype)
     geometry = _pair(stride), _pair(padding), _pair(dilation)
     if watched(x, weight, bias):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return F.conv2d(x, weight, bias, *geometry)  # has rules for torch.func's transforms
         return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
     if _overrides(x):
         convolve = torch.ops.aten.convolution_overrideable.default

@@ -436,6 +436,25 @@ def test_tracing_and_transforms():
     torch.testing.assert_close(each, expected)
 
 
+def test_transforms_differentiate():
+    """torch.func's gradients, Jacobians and directional derivatives are F.conv2d's."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3)
+    found, expected = (
+        (
+            torch.func.grad(lambda w, c=c: c(x, w, None, 1, 2, 2).square().sum())(weight),
+            torch.func.jacrev(lambda t, c=c: c(t, weight, None, 1, 2, 2).sum((2, 3)))(x),
+            torch.func.jvp(lambda t, c=c: c(t, weight, None, 2, 1, 1), (x,), (x.cos(),))[1],
+            torch.func.vmap(torch.func.grad(lambda w, t, c=c: c(t[None], w).sum()), (None, 0))(
+                weight, x
+            ),
+        )
+        for c in (dilated_conv3x3, F.conv2d)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 3, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_layout_of_ambiguous_images(shape, layout):
