@@ -26,9 +26,8 @@ STABLE_TORCH_LIBRARY(memdense, m) {
       " float eps, Tensor weight, int n, int h, int w) -> Tensor");
   m.def(
       "bn_relu_pool_conv1x1_backward(Tensor dout, Tensor weight, Tensor x, Tensor mean, Tensor var,"
-      " Tensor? gamma, Tensor? beta, float eps, Tensor(a!) g, bool add, Tensor(b!)? sums, int n, "
-      "int h,"
-      " int w, bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
+      " Tensor? gamma, Tensor? beta, float eps, Tensor(a!) g, bool add, Tensor(b!)? sums, int n,"
+      " int h, int w, bool need_weight) -> (Tensor dbeta, Tensor dgamma, Tensor dweight)");
 
   m.def(
       "settle(Tensor g, Tensor x, Tensor? sums, Tensor? mean, Tensor? keep, float factor)"

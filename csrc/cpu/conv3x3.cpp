@@ -150,7 +150,8 @@ void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Re
               const Tensor& weight, std::vector<Emit>& emits) {
   const int64_t tasks = static_cast<int64_t>(emits.size());
   const int64_t before = aligned(walk.packed_values()), share = aligned(walk.scratch_values());
-  const Scratch<T> packed(before + tasks * share);
+  const Scratch<T> memory(before + tasks * share);
+  T *packed = memory.data, *scratch = packed + before;
   const Weights<S> weights{static_cast<const S*>(weight.const_data_ptr()),
                            weight.stride(backward ? 0 : 1),
                            weight.stride(backward ? 1 : 0),
@@ -159,12 +160,11 @@ void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Re
   const int64_t channels = weight.size(backward ? 0 : 1);
   torch::stable::parallel_for(
       0, (channels + kGroup - 1) / kGroup, 1, [&](int64_t begin, int64_t end) {
-        walk.pack(weights, begin * kGroup, std::min(end * kGroup, channels), packed.data);
+        walk.pack(weights, begin * kGroup, std::min(end * kGroup, channels), packed);
       });
 
-  T* scratch = packed.data + before;
   for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
-    walk.run(begin, end, source, read, packed.data, scratch + task * share, emits[task]);
+    walk.run(begin, end, source, read, packed, scratch + task * share, emits[task]);
   });
 }
 

@@ -235,6 +235,20 @@ struct Matrices {
 
 // ---- lines of images
 
+// Pixels of up to four lines.
+template <typename T>
+struct TilePixels {
+  const T* lines[4];  // null beside the image
+  const T* zeros;
+  int64_t width, step;      // step: values from one pixel to the next
+  int64_t first, dilation;  // of the columns that a tile reads, from that of its pair
+
+  const T* at(int line, const Pair& pair, int i) const {
+    const int64_t x = pair.first + first + i * dilation;
+    return lines[line] && x >= 0 && x < width ? lines[line] + x * step : zeros;
+  }
+};
+
 // The lines that a row of tiles reads: where the images have them, or else, through BatchNorm and
 // ReLU or into order, staged once; the next row of tiles finds two of them again.
 template <typename T>
@@ -252,7 +266,6 @@ struct Lines {
     std::fill_n(scratch + 4 * width * stride, stride, T{0});
     return {scratch, {-1, -1, -1, -1}};
   }
-  const T* zeros(const Held& held) const { return held.data + 4 * width * stride; }
 
   // Can the transforms read the images themselves?
   template <typename S>
@@ -261,10 +274,6 @@ struct Lines {
            channels % tile_kernels<T>().lanes == 0;
   }
 
-  template <typename S>
-  int64_t step(const Images<const S>& images, const Reading<T>& read) const {
-    return plain(images, read) ? images.strides.w : stride;
-  }
   // channels in whole vectors
   int64_t padded() const {
     const int64_t lanes = tile_kernels<T>().lanes;
@@ -286,19 +295,20 @@ struct Lines {
     }
     return line;
   }
-};
 
-// Pixels of up to four lines.
-template <typename T>
-struct TilePixels {
-  const T* lines[4];  // null beside the image
-  const T* zeros;
-  int64_t width, step;      // step: values from one pixel to the next
-  int64_t first, dilation;  // of the columns that a tile reads, from that of its pair
-
-  const T* at(int line, const Pair& pair, int i) const {
-    const int64_t x = pair.first + first + i * dilation;
-    return lines[line] && x >= 0 && x < width ? lines[line] + x * step : zeros;
+  // `count` lines of a run's tiles, `up` above and `left` of where its pairs begin.
+  template <typename S>
+  TilePixels<T> pixels(Held& held, const Images<const S>& images, const Reading<T>& read,
+                       const Run& run, int count, const PairedAxis& rows, int64_t up,
+                       const PairedAxis& columns, int64_t left) const {
+    TilePixels<T> found{{},    held.data + 4 * width * stride,
+                        width, plain(images, read) ? images.strides.w : stride,
+                        -left, columns.dilation};
+    for (int r = 0; r < count; ++r) {
+      found.lines[r] = line(held, images, read, run.image, run.row.first - up + r * rows.dilation,
+                            run.row.first / rows.dilation + r);
+    }
+    return found;
   }
 };
 
@@ -664,24 +674,16 @@ struct Walk {
   static void transform(const PairedAxis& rows, const PairedAxis& columns, const Lines<T>& lines,
                         const Matrices& z, const Run& run, typename Lines<T>::Held& held,
                         const Images<const S>& source, const Reading<T>& read, T* inputs) {
-    TransformInputs<T> work{{{},
-                             lines.zeros(held),
-                             lines.width,
-                             lines.step(source, read),
-                             -columns.padding,
-                             columns.dilation},
-                            rows.inputs(run.kind.rows),
-                            columns.inputs(run.kind.columns),
-                            &columns.pairs[run.first],
-                            run.count,
-                            lines.padded(),
-                            inputs + z.at(run.kind, 0) + run.slot * lines.stride,
-                            lines.stride,
-                            z.size};
-    for (int r = 0; r < (run.kind.rows ? 4 : 3); ++r) {
-      work.pixels.lines[r] = lines.line(held, source, read, run.image, rows.source_of(run.row, r),
-                                        run.row.first / rows.dilation + r);
-    }
+    const TransformInputs<T> work{lines.pixels(held, source, read, run, run.kind.rows ? 4 : 3, rows,
+                                               rows.padding, columns, columns.padding),
+                                  rows.inputs(run.kind.rows),
+                                  columns.inputs(run.kind.columns),
+                                  &columns.pairs[run.first],
+                                  run.count,
+                                  lines.padded(),
+                                  inputs + z.at(run.kind, 0) + run.slot * lines.stride,
+                                  lines.stride,
+                                  z.size};
     memdense::dispatch<OfKind<TransformInputs<T>>>(work, run.kind);
   }
 
@@ -813,19 +815,14 @@ struct WeightWalk {
   template <typename S>
   void transform(const Run& run, typename Lines<T>::Held& held, const Images<const S>& dy,
                  T* gradients) const {
-    TransformGradients<T> work{
-        {{}, dy_lines.zeros(held), dy_lines.width, dy_lines.step(dy, {}), 0, columns.dilation},
+    const TransformGradients<T> work{
+        dy_lines.pixels(held, dy, {}, run, run.kind.rows ? 2 : 1, rows, 0, columns, 0),
         &columns.pairs[run.first],
         run.count,
         dy_lines.padded(),
         gradients + u.at(run.kind, 0) + run.slot * dy_lines.stride,
         dy_lines.stride,
         u.size};
-    for (int i = 0; i < (run.kind.rows ? 2 : 1); ++i) {
-      work.pixels.lines[i] =
-          dy_lines.line(held, dy, Reading<T>{}, run.image, run.row.first + i * rows.dilation,
-                        run.row.first / rows.dilation + i);
-    }
     memdense::dispatch<OfKind<TransformGradients<T>>>(work, run.kind);
   }
 
