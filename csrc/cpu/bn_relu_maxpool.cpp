@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& mean, 
     const int64_t columns = x.size(1), rows = n * window.out_h() * window.out_w();
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
     Tensor out = make<T>({rows, columns});
-    Tensor winner = torch::stable::empty({rows, columns}, ScalarType::Byte);
+    Tensor winner = empty(ScalarType::Byte, {rows, columns});
     const MaxPool<T> work{matrix<const T>(x, x.size(0), columns, "x"),
                           x.stride(0),
                           vectors.reader(),

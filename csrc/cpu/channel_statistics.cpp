@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "memory.h"
 #include "moments.h"
 #include "simd.h"
 
@@ -121,8 +122,8 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& x, Tensor* copy) {
 
   const ScalarType dtype = x.scalar_type();
   const ScalarType result = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor mean = torch::stable::empty({x.size(1)}, result);
-  Tensor var = torch::stable::empty({x.size(1)}, result);
+  Tensor mean = empty(result, {x.size(1)});
+  Tensor var = empty(result, {x.size(1)});
   if (x.size(1) == 0) return {mean, var};
   switch (dtype) {
     case ScalarType::Float:

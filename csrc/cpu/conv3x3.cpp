@@ -14,6 +14,7 @@
 #include "../conv3x3_arguments.h"
 #include "amx3x3.h"
 #include "conv3x3_operations.h"
+#include "memory.h"
 #include "norm.h"
 #include "winograd3x3.h"
 
@@ -108,7 +109,7 @@ struct Scratch {
   T* data;
 
   explicit Scratch(int64_t values)
-      : tensor(torch::stable::empty({std::max<int64_t>(values, 1)}, dtype_of<T>)),
+      : tensor(empty(dtype_of<T>, {std::max<int64_t>(values, 1)})),
         data(static_cast<T*>(tensor.mutable_data_ptr())) {}
 };
 
@@ -447,7 +448,7 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& st
   return dispatch(x.scalar_type(), [&](auto value) {
     using S = decltype(value);
     using T = Compute<S>;
-    const Tensor dweight = torch::stable::empty({g.k, g.c, 3, 3}, dtype_of<T>);
+    const Tensor dweight = empty(dtype_of<T>, {g.k, g.c, 3, 3});
     T* result = static_cast<T*>(dweight.mutable_data_ptr());
     if (g.n == 0) {
       std::fill_n(result, 9 * g.k * g.c, T{0});

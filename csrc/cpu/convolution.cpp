@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "conv3x3_operations.h"
+#include "memory.h"
 
 namespace memdense {
 namespace conv3x3 {
@@ -39,8 +40,10 @@ MemoryFormat format(const Tensor& images) {
   return MemoryFormat::ChannelsLast;
 }
 
-Tensor empty(const std::array<int64_t, 4>& size, const Tensor& like, MemoryFormat format) {
-  return torch::stable::empty(size, like.scalar_type(), {}, {}, {}, format);
+Tensor empty(const int64_t (&size)[4], const Tensor& like, MemoryFormat format) {
+  if (format == MemoryFormat::Contiguous) return memdense::empty(like.scalar_type(), size);
+  const auto [n, c, h, w] = size;
+  return memdense::empty(like.scalar_type(), size, {c * h * w, 1, c * w, c});
 }
 
 void expect_plain(const Tensor& x, const Tensor& weight, bool transposed, int64_t groups) {

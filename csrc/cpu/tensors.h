@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "answer.h"
+#include "memory.h"
 #include "norm.h"
 
 namespace memdense {
@@ -25,9 +26,9 @@ template <typename T>
 constexpr ScalarType kScalarType =
     std::is_same_v<std::remove_const_t<T>, double> ? ScalarType::Double : ScalarType::Float;
 
-template <typename T>
-Tensor make(torch::headeronly::IntHeaderOnlyArrayRef size) {
-  return torch::stable::empty(size, kScalarType<T>);
+template <typename T, size_t kDims>
+Tensor make(const int64_t (&size)[kDims]) {
+  return empty(kScalarType<T>, size);
 }
 
 // The data of a (rows, columns) matrix with unit column stride and any row stride.
