@@ -28,12 +28,12 @@ from primitives import (
     LAYOUTS,
     Case,
     Draw,
+    Fused,
     backends,
     cases,
     convolution,
     convolution_cost,
     cost,
-    fused,
     in_double,
 )
 from rich.console import Console
@@ -73,18 +73,23 @@ def measure_case(
 
     given = arguments()
     counted = cost(case.primitive, given, getattr(Reference(), case.primitive)(**given))
-    twin = {name: in_double(value) for name, value in arguments().items()}
-    exact = fused(case, Reference(), twin)()
-    del given
+    doubles = {name: in_double(value) for name, value in arguments().items()}
+    twin = Fused(case, Reference(), doubles)
+    exact = twin.outputs(twin.run())
+    del given, twin
 
     variants = {
         f"PyTorch, {name}": case.separate(arguments(), layout) for name, layout in LAYOUTS.items()
     }
-    for name, backend in backends(device).items():
-        variants[f"memdense, {name}"] = fused(case, backend, arguments())
+    ours = {
+        f"memdense, {name}": Fused(case, backend, arguments())
+        for name, backend in backends(device).items()
+    }
+    variants |= {name: primitive.run for name, primitive in ours.items()}
 
-    def check(_: str, found: tuple[Tensor, ...]) -> str:
-        return disagreement(found, exact, dtype)
+    def check(name: str, found: Any) -> str:
+        outputs = ours[name].outputs(found) if name in ours else found
+        return disagreement(outputs, exact, dtype)
 
     with torch.no_grad():
         times = interleaved(variants, check, clock, seconds)

@@ -237,9 +237,18 @@ def backends(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def fused(case: Case, backend: Any, arguments: Arguments) -> Callable[[], tuple[Tensor, ...]]:
-    method = getattr(backend, case.primitive)
-    return lambda: case.outputs(arguments, method(**arguments))
+class Fused(NamedTuple):
+    """A primitive on a backend. What makes its results comparable is not part of a run."""
+
+    case: Case
+    backend: Any
+    arguments: Arguments
+
+    def run(self) -> Any:
+        return getattr(self.backend, self.case.primitive)(**self.arguments)
+
+    def outputs(self, result: Any) -> tuple[Tensor, ...]:
+        return self.case.outputs(self.arguments, result)
 
 
 # ---- a dense layer
