@@ -26,6 +26,9 @@ moments [2, k] takes mean and biased variance of out as stored; dweight [k, C, 3
 All of these, dbeta and dgamma are in the dtype of mean. With ``accumulate``, on the CPU only,
 s * dz is added to dz instead. On CUDA two launches forward (one without statistics), three backward
 (two without dweight). The same bits on the same device, or for the same number of threads.
+
+`conv3x3_scratch(n, h, w, c, k, dilation, threads, backward) -> int`: bytes that `bn_relu_conv3x3` in
+float32, or its backward, takes on the CPU beside its results.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ OPERATIONS = (
     "conv3x3_weight_gradient",
     "bn_relu_conv3x3",
     "bn_relu_conv3x3_backward",
+    "conv3x3_scratch",
 )
 
 # what csrc/cuda registers

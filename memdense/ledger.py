@@ -6,7 +6,6 @@ ledger follows the model. Notation as in :mod:`memdense.engine`: M = N*H*W pixel
 that layer l reads, C_max all of a block's, B its bottleneck's, k its growth rate.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import _extension
 from .backends.reference import Reference
 from .buffers import Geometry, GradientBuffer, reader_columns, row_stride
 from .densenet import DenseNet
@@ -350,11 +348,11 @@ class Efficient(Walk):
         scratch.pack(geometry, first)
         for channels, layer in reading(stage):
             if layer.norm2 is None:
-                scratch.conv3x3(geometry, channels, layer.growth)
+                scratch.conv3x3(geometry, channels, layer.growth, layer.dilation)
                 continue
             y = ledger.new("Y, bottlenecks", rows * layer.bottleneck * self.a)
             scratch.conv1x1(rows, channels, layer.bottleneck)
-            scratch.conv3x3(geometry, layer.bottleneck, layer.growth)
+            scratch.conv3x3(geometry, layer.bottleneck, layer.growth, layer.dilation)
             if self.setting.keep_bottlenecks:
                 kept.append(y)
             else:
@@ -399,7 +397,7 @@ class Efficient(Walk):
             gradients.append(ledger.new("weight gradients", conv.numel() * WIDE))
             gradients.append(ledger.new("statistics", scratch.sums(channels, layer.bottleneck)))
             if layer.norm2 is None:
-                scratch.conv3x3_backward(geometry, channels, layer.growth, True)
+                scratch.conv3x3_backward(geometry, channels, layer.growth, layer.dilation, True)
                 before = [dy]  # until the next is made
                 continue
             y = []
@@ -407,7 +405,9 @@ class Efficient(Walk):
                 y = [ledger.new("Y, bottlenecks", rows * layer.bottleneck * self.a)]
                 scratch.conv1x1(rows, channels, layer.bottleneck, False)
             dz = ledger.new("dz, of bottlenecks", rows * layer.bottleneck * self.a)
-            scratch.conv3x3_backward(geometry, layer.bottleneck, layer.growth, False)
+            scratch.conv3x3_backward(
+                geometry, layer.bottleneck, layer.growth, layer.dilation, False
+            )
             ledger.free(dy)
             gradients.append(ledger.new("weight gradients", layer.conv1.numel() * WIDE))
             scratch.conv1x1_backward(rows, channels, layer.bottleneck)
@@ -462,11 +462,11 @@ class FusedScratch:
 
 
 class NativeScratch(FusedScratch):
-    """csrc/cpu: packed weights and, per thread, a band of lines and a partial weight gradient."""
+    """csrc/cpu: packed weights and, per thread, a tile of rows and a partial weight gradient; of
+    the 3x3 its own word.
+    """
 
-    # kBandBytes and kTileRows there
-    BAND_BYTES = 768 << 10
-    TILE_ROWS = 96
+    TILE_ROWS = 96  # kTileRows there
 
     def conv1x1(self, rows: int, channels: int, out: int, statistics: bool = True) -> None:
         self.ledger.spike("scratch", channels * out * WIDE)
@@ -479,211 +479,33 @@ class NativeScratch(FusedScratch):
     def pool_conv1x1_backward(self, geometry: Geometry, channels: int, out: int) -> None:
         self.conv1x1_backward(geometry.rows, channels, out)
 
-    def conv3x3(self, geometry: Geometry, channels: int, growth: int) -> None:
-        amx, winograd = AmxTiles(geometry, self.threads), WinogradTiles(geometry, self.threads)
-        if amx.pay(channels, growth):
-            size = amx.convolution(channels, growth)
-        elif winograd.pay(channels, growth):
-            size = winograd.convolution(channels, growth)
-        else:
-            size = self.bands(geometry, channels) + 9 * channels * growth * WIDE
-        self.ledger.spike("scratch", size)
+    def conv3x3(
+        self, geometry: Geometry, channels: int, growth: int, dilation: tuple[int, int]
+    ) -> None:
+        self._conv3x3(geometry, channels, growth, dilation, False)
 
     def conv3x3_backward(
-        self, geometry: Geometry, channels: int, growth: int, into_g: bool
+        self,
+        geometry: Geometry,
+        channels: int,
+        growth: int,
+        dilation: tuple[int, int],
+        into_g: bool,
     ) -> None:
-        # the larger of the two gradients
-        amx, winograd = AmxTiles(geometry, self.threads), WinogradTiles(geometry, self.threads)
-        bands = self.bands(geometry, channels + growth)
-        bands += self.threads * 9 * channels * growth * WIDE
-        by_winograd = winograd.pay(channels, growth)
-        if amx.pay(growth, channels):
-            of_input = amx.convolution(growth, channels)
-        else:
-            of_input = winograd.convolution(growth, channels) if by_winograd else bands
-        if amx.pay(channels, growth) and not amx.wide(channels, growth):
-            of_weight = amx.weight_gradient(channels, growth)
-        else:
-            of_weight = winograd.weight_gradient(channels, growth) if by_winograd else bands
-        self.ledger.spike("scratch", max(of_input, of_weight))
+        self._conv3x3(geometry, channels, growth, dilation, True)
 
-    def bands(self, geometry: Geometry, channels: int) -> int:
-        """Bytes of one band a thread: an image's lines, or fewer where threads share it."""
-        image = geometry.h * geometry.w * channels * WIDE
-        return min(geometry.n * image, self.threads * min(image, self.BAND_BYTES))
-
-
-def tiles_of(values: int, of: int) -> int:
-    return -(-values // of)
-
-
-def pixel_stride(channels: int) -> int:
-    """Values from a pixel to the next of a line that csrc/cpu stages, with AVX-512."""
-    vectors = tiles_of(channels, 16)
-    return (vectors + (vectors % 16 == 0)) * 16
-
-
-class AmxTiles:
-    """csrc/cpu/amx3x3.h, without dilation: the bytes that its threads hold.
-
-    A thread stages a band of lines in parts, three bfloat16 a value.
-    """
-
-    # kBandBytes, kSharedBytes, kParts, kPartialPixels, ... there
-    BAND_BYTES, SHARED_BYTES, PART, PARTIAL_PIXELS = 768 << 10, 512 << 10, 2 * 3, 4096
-    ROWS = COLUMNS = 16  # of a tile of results
-    DEPTH, GROUP = 32, 64
-
-    def __init__(self, geometry: Geometry, threads: int) -> None:
-        self.n, self.h, self.w = geometry
-        self.threads = min(threads, self.n * self.h)
-
-    def pay(self, channels: int, outputs: int) -> bool:
-        padded = tiles_of(channels, self.DEPTH) * tiles_of(outputs, self.COLUMNS)
-        inside = (3 * self.h - 2) * (3 * self.w - 2)
-        return (
-            _extension.instructions().endswith("AMX")
-            and 2 * channels * outputs >= padded * self.DEPTH * self.COLUMNS
-            and 2 * inside > 9 * self.h * self.w
+    def _conv3x3(
+        self,
+        geometry: Geometry,
+        channels: int,
+        growth: int,
+        dilation: tuple[int, int],
+        backward: bool,
+    ) -> None:
+        size = torch.ops.memdense.conv3x3_scratch(
+            *geometry, channels, growth, dilation, self.threads, backward
         )
-
-    def band(self, line: int) -> tuple[int, int]:
-        """Lines of a band, and with those around it; ``line``: bytes of one."""
-        for pieces in range(1, self.h + 1):
-            lines = tiles_of(self.h, pieces)
-            around = min(lines + 2, self.h)
-            count = self.n * tiles_of(self.h, lines)
-            shared = count % self.threads == 0 or count >= 4 * self.threads
-            if around * line <= self.BAND_BYTES and shared:
-                break
-        return lines, around
-
-    def convolution(self, channels: int, outputs: int) -> int:
-        depth, columns = tiles_of(channels, self.DEPTH), tiles_of(outputs, self.COLUMNS)
-        pitch = self.w + 1
-        _, lines = self.band(depth * pitch * self.DEPTH * self.PART)
-        results = 2 * self.w * min(columns, 2) * self.COLUMNS
-        staged = depth * (1 + lines * pitch) * self.DEPTH * self.PART
-        weights = 9 * depth * self.DEPTH * columns * self.COLUMNS * self.PART
-        values = results + self.w * pixel_stride(channels)
-        return self.threads * (values * WIDE + staged) + weights
-
-    def sums(self, channels: int, outputs: int) -> int:
-        """Bytes of a weight's gradient in whole tiles."""
-        tiles, columns = tiles_of(channels, self.ROWS), tiles_of(outputs, self.COLUMNS)
-        return 9 * tiles * self.ROWS * columns * self.COLUMNS * WIDE
-
-    def wide(self, channels: int, outputs: int) -> bool:
-        return self.sums(channels, outputs) > self.SHARED_BYTES
-
-    def weight_gradient(self, channels: int, outputs: int) -> int:
-        tiles, columns = tiles_of(channels, self.ROWS), tiles_of(outputs, self.COLUMNS)
-        pitch = self.w + 2 + self.w % 2
-        across = (tiles * self.ROWS, 2 * columns * self.COLUMNS)  # dy: even and odd first pixels
-        lines, around = self.band(pitch * sum(across) * self.PART)
-        z_pixels = ((tiles_of(lines * pitch, self.DEPTH) + 1) | 1) * self.DEPTH
-        dy_pixels = 2 * (self.DEPTH + 2) + around * pitch
-        staged = (across[0] * z_pixels + across[1] * dy_pixels) * self.PART
-        group = min(max(1, self.GROUP // pitch), lines)
-        line = max(group * pitch * pixel_stride(channels), self.w * pixel_stride(outputs)) * WIDE
-        # sums of some pixels are added to the rest apart
-        bands = self.n * tiles_of(self.h, lines) / self.threads
-        apart = bands > max(1, self.PARTIAL_PIXELS // (lines * self.w))
-        return self.threads * (line + staged + self.sums(channels, outputs) * (1 + apart))
-
-
-class WinogradTiles:
-    """csrc/cpu/winograd3x3.h, with AVX-512 and no dilation: the bytes that its threads hold.
-
-    Tiles are 2 x 2 outputs, and at the end of an odd axis halves of them, or padded ones; the
-    transformed values of a chunk of tiles, of weights and of lines make up the scratch.
-    """
-
-    # kChunkBytes, kSharedBytes, kWeight, kMinTiles, ... there
-    CHUNK_BYTES, SHARED_BYTES, WEIGHT = 300 << 10, 512 << 10, 64
-    MIN_TILES, MIN_PRODUCTS, MIN_PIECES, MIN_DEPTH, SKEW = 28, 1 << 22, 3, 24, 80
-    LANES = 16
-    MAX_ROWS = (0, 14, 14, 9)  # of a product's tile 1, 2 or 3 vectors wide
-    LINES = 4  # staged, beside a pixel of zeros
-
-    def __init__(self, geometry: Geometry, threads: int) -> None:
-        n, h, w = geometry
-        self.n, self.width = n, w
-        self.threads = min(threads, n * h)
-        self.axes = h, w
-        self.tiles = n * -(-h // 2) * -(-w // 2)
-        self.multiplications = math.prod(4 * (size // 2) + 2 * (size % 2) for size in self.axes)
-        weights = math.prod(4 + size % 2 for size in self.axes)
-        halves = n * self.multiplications + self.WEIGHT * weights
-        self.padded = 16 * (self.tiles + self.WEIGHT) < halves
-
-    def matrices(self, whole: int, half: int) -> int:
-        """How many there are over both axes of what has so many a tile, whole or half."""
-        return math.prod(whole + half * (size % 2 and not self.padded) for size in self.axes)
-
-    def pay(self, channels: int, outputs: int) -> bool:
-        direct = math.prod(3 * size - 2 for size in self.axes)
-        here = self.multiplications
-        enough = self.tiles >= self.MIN_TILES and (
-            self.n * here * channels * outputs >= self.MIN_PRODUCTS
-        )
-        return channels >= 16 and outputs >= 8 and 4 * direct > 5 * here and enough
-
-    def vectors(self, channels: int) -> int:
-        return -(-channels // self.LANES)
-
-    def lines(self, channels: int) -> int:
-        """Values of staged lines."""
-        return (self.LINES * self.width + 1) * pixel_stride(channels)
-
-    def chunk(self, values: int, rows: int, shared: int, least: int, spare: int = 0) -> int:
-        """How many tiles are transformed at a time."""
-        fit = (self.CHUNK_BYTES + spare) // (16 * values * WIDE)
-        least = least if shared * WIDE > self.SHARED_BYTES else 1
-        return max(max(1, fit // rows) * rows, least)
-
-    def blocks(self, columns: int) -> int:
-        """Blocks of two vectors of columns, a last one of three."""
-        return max(1, self.vectors(columns) // 2)
-
-    def panels(self, rows: int, columns: int) -> int:
-        """Values of weights, or of sums."""
-        padded = self.vectors(columns) * self.LANES
-        return self.matrices(4, 1) * (rows * padded + self.blocks(columns) * self.SKEW)
-
-    def convolution(self, channels: int, outputs: int) -> int:
-        vectors = self.vectors(outputs)
-        widest = 3 if vectors % 2 and vectors > 1 else min(vectors, 2)
-        rows = self.MAX_ROWS[vectors if vectors <= 3 else 2]
-        width, stride = widest * self.LANES, pixel_stride(channels)
-        weights = self.panels(channels, outputs)
-        tiles = self.chunk(stride + width, rows, weights, self.MIN_PIECES * rows)
-        values = self.lines(channels)
-        values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
-        values += 16 * (tiles * width + self.SKEW) + 4 * tiles * width
-        return (self.threads * values + weights) * WIDE
-
-    def weight_gradient(self, channels: int, outputs: int) -> int:
-        shared = WIDE * self.panels(outputs, channels) > self.SHARED_BYTES
-        parts = math.gcd(self.threads, self.blocks(channels)) if shared else 1
-        step = self.blocks(channels) // parts * 2 * self.LANES
-        last = channels - (parts - 1) * step
-        size = max(self.weight_task(c, outputs, parts) for c in {step if parts > 1 else last, last})
-        return self.threads * size * WIDE
-
-    def weight_task(self, channels: int, outputs: int, parts: int) -> int:
-        """Values of one task, on a part of the channels."""
-        stride, out_stride = pixel_stride(channels), pixel_stride(outputs)
-        sums = self.panels(outputs, channels)
-        spare = max(0, self.SHARED_BYTES - sums * WIDE)
-        chunk = self.chunk(stride + out_stride, 1, sums, 2 * self.MIN_DEPTH, spare)
-        tiles = max(self.MIN_DEPTH, chunk)
-        values = self.lines(channels) + self.lines(outputs)
-        values += self.matrices(4, 2) * (tiles * stride + self.SKEW)
-        values += self.matrices(4, 1) * (tiles * out_stride + self.SKEW)
-        # sums of 1024 tiles are added to the rest apart
-        groups = 2 if self.tiles * parts / self.threads > 1024 else 1
-        return values + groups * sums
+        self.ledger.spike("scratch", size)
 
 
 class ReferenceScratch(FusedScratch):
@@ -762,7 +584,9 @@ class ReferenceScratch(FusedScratch):
         if statistics:
             self.moments(band * out, True)
 
-    def conv3x3(self, geometry: Geometry, channels: int, growth: int) -> None:
+    def conv3x3(
+        self, geometry: Geometry, channels: int, growth: int, dilation: tuple[int, int]
+    ) -> None:
         band, halo = self.halo_band(geometry, channels)
         self.read(halo * channels)
         with self.ledger.hold("scratch", halo * growth * self.a):  # new
@@ -790,7 +614,12 @@ class ReferenceScratch(FusedScratch):
             self.add_into(band * channels)
 
     def conv3x3_backward(
-        self, geometry: Geometry, channels: int, growth: int, into_g: bool
+        self,
+        geometry: Geometry,
+        channels: int,
+        growth: int,
+        dilation: tuple[int, int],
+        into_g: bool,
     ) -> None:
         band, halo = self.halo_band(geometry, channels)
         self.read(halo * channels)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import _extension
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .ledger import Machine, Network, Setting, read_network, replay
 from .memory import format_bytes
@@ -629,6 +630,10 @@ def _holds(model: DenseNet, side: int) -> bool:
 def _machine(device: str, backend: str | None, dtype: torch.dtype | str) -> Machine:
     _check_choice("device", device, ("cuda", "cpu"))
     fastest = "triton" if device == "cuda" else "native"
+    if fastest == "native" and not _extension.available():
+        if backend == fastest:
+            raise ValueError(f"backend native is not available: {_extension.reason()}")
+        fastest = "reference"
     backend = fastest if backend is None else backend
     _check_choice(f"backend on {device}", backend, (fastest, "reference"))
     return Machine(device, backend, parse_dtype(dtype), torch.get_num_threads())

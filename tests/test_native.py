@@ -257,3 +257,46 @@ def test_backward_runs_where_forward_was_chosen_to(monkeypatch):
         other.start()
         other.join()
         assert not errors
+
+
+@built
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("shape", "dilation"),
+    [
+        ((4, 28, 28, 128, 32), (1, 1)),
+        ((4, 28, 28, 128, 32), (4, 4)),  # with halves of tiles
+        ((1, 14, 15, 256, 256), (1, 2)),  # sums that tasks share by channels
+        ((1, 5, 40, 20, 12), (3, 1)),
+        ((2, 1, 1, 8, 8), (1, 1)),
+        ((3, 70, 66, 48, 12), (1, 1)),  # sums taken in groups
+    ],
+    ids=str,
+)
+def test_scratch_is_what_is_allocated(shape, dilation, count):
+    n, h, w, c, k = shape
+    op = torch.ops.memdense
+    norm = torch.rand(4, c).float() + 0.5
+    y, dz, dy, out = (torch.rand(n * h * w, columns).float() for columns in (c, c, k, k))
+    weight, sums = torch.rand(k, c, 3, 3).float(), norm[:2].clone()
+    dweight = torch.empty_like(weight)
+    forward = y, *norm, 1e-5, weight, dilation, n, h, w, None, 1.0, out, None
+    backward = dy, weight, dilation, y, *norm, 1e-5, n, h, w, dz, *sums, dweight
+    with threads(count):
+        for call, arguments, back in (
+            (op.bn_relu_conv3x3, forward, False),
+            (op.bn_relu_conv3x3_backward, backward, True),
+        ):
+            found = peak_memory(call, *arguments, device=CPU).peak
+            assert found == op.conv3x3_scratch(n, h, w, c, k, dilation, count, back) > 0
+
+
+@built
+def test_scratch_of_what_is_no_layer():
+    for wrong in (
+        (0, 1, 1, 1, 1, (1, 1), 1),
+        (1, 1, 1, 1, 1, (1, 0), 1),
+        (1, 1, 1, 1, 1, (1, 1), 0),
+    ):
+        with pytest.raises(RuntimeError, match="expected sizes, two dilations and threads"):
+            torch.ops.memdense.conv3x3_scratch(*wrong, False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memdense
-from memdense import memory
+from memdense import _extension, memory
 from memdense.__main__ import main
 from memdense.ledger import Machine, Setting, read_network, replay
 from memdense.plan import (
@@ -421,6 +421,16 @@ def test_bandwidths() -> None:
 def test_errors_say_what_could_be(args: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         memdense.plan(**args)
+
+
+def test_the_cpu_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is of what would run."""
+    monkeypatch.setattr(_extension, "_reason", "not built: somewhere")
+    settings = dict(image=32, batch=2, device="cpu")
+    plan = memdense.plan("bc100-12", **settings)
+    assert plan == memdense.plan("bc100-12", **settings, backend="reference")
+    with pytest.raises(ValueError, match="native is not available: not built: somewhere"):
+        memdense.plan("bc100-12", **settings, backend="native")
 
 
 def test_smallest_budget_is_named_and_is_the_smallest() -> None:

@@ -115,8 +115,8 @@ struct Scratch {
 
 int64_t aligned(int64_t values) { return (values + 15) / 16 * 16; }
 
-int64_t task_count(int64_t lines) {
-  return std::clamp<int64_t>(lines, 1, torch::stable::get_num_threads());
+int64_t task_count(int64_t lines, int64_t threads = torch::stable::get_num_threads()) {
+  return std::clamp<int64_t>(lines, 1, threads);
 }
 
 // f(task, begin, end) for each task's share of `count`
@@ -145,14 +145,25 @@ auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
   return f(Walk<T>(axis(g, 0), axis(g, 1), channels, columns, g.n, tasks));
 }
 
+// What a walk works in, in one piece: packed weights, then each task's scratch.
+struct WalkMemory {
+  int64_t packed, share;
+
+  template <typename Walk>
+  explicit WalkMemory(const Walk& walk)
+      : packed(aligned(walk.packed_values())), share(aligned(walk.scratch_values())) {}
+
+  int64_t values(int64_t tasks) const { return packed + tasks * share; }
+};
+
 // Runs a walk in tasks; task t hands its results to emits[t].
 template <typename S, typename T, typename Walk, typename Emit>
 void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Reading<T> read,
               const Tensor& weight, std::vector<Emit>& emits) {
   const int64_t tasks = static_cast<int64_t>(emits.size());
-  const int64_t before = aligned(walk.packed_values()), share = aligned(walk.scratch_values());
-  const Scratch<T> memory(before + tasks * share);
-  T *packed = memory.data, *scratch = packed + before;
+  const WalkMemory sizes(walk);
+  const Scratch<T> memory(sizes.values(tasks));
+  T *packed = memory.data, *scratch = packed + sizes.packed;
   const Weights<S> weights{static_cast<const S*>(weight.const_data_ptr()),
                            weight.stride(backward ? 0 : 1),
                            weight.stride(backward ? 1 : 0),
@@ -165,7 +176,7 @@ void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Re
       });
 
   for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
-    walk.run(begin, end, source, read, packed, scratch + task * share, emits[task]);
+    walk.run(begin, end, source, read, packed, scratch + task * sizes.share, emits[task]);
   });
 }
 
@@ -354,6 +365,30 @@ MEMDENSE_SIMD void add(const T* __restrict__ values, int64_t count, T* __restric
   for (int64_t i = 0; i < count; ++i) to[i] += values[i];
 }
 
+// Units of a walk whose sum is taken before it is added to the rest.
+template <typename Walk>
+int64_t group_units(const Walk& walk) {
+  return std::max<int64_t>(1, kPartialPixels / walk.pixels_of_unit());
+}
+
+// What walks, each by `shares` tasks, work in, in one piece: all tasks' sums, then, if any takes
+// them in groups, a group's of each, then each task's scratch.
+struct WeightMemory {
+  int64_t partial = 0, scratch = 0;
+  bool grouped = false;
+
+  template <typename Walk>
+  WeightMemory(const std::vector<Walk>& walks, int64_t shares) {
+    for (const Walk& walk : walks) {
+      partial = std::max(partial, aligned(walk.partial_values()));
+      scratch = std::max(scratch, aligned(walk.scratch_values()));
+      grouped = grouped || (walk.units() + shares - 1) / shares > group_units(walk);
+    }
+  }
+
+  int64_t values(int64_t tasks) const { return tasks * (scratch + (grouped ? 2 : 1) * partial); }
+};
+
 // Walks over equal parts of the channels, `step` apart, each by as many tasks as the next.
 template <typename S, typename Walk>
 void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t tasks,
@@ -361,19 +396,10 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
                       const Reading<Compute<S>>& read, Compute<S>* dweight) {
   using T = Compute<S>;
   const int64_t shares = tasks / static_cast<int64_t>(walks.size());
-  const auto units_of = [&](const Walk& walk) {
-    return std::max<int64_t>(1, kPartialPixels / walk.pixels_of_unit());
-  };
-  int64_t scratch_size = 0, partial = 0;
-  bool grouped = false;
-  for (const Walk& walk : walks) {
-    scratch_size = std::max(scratch_size, aligned(walk.scratch_values()));
-    partial = std::max(partial, aligned(walk.partial_values()));
-    grouped = grouped || (walk.units() + shares - 1) / shares > units_of(walk);
-  }
-  const Scratch<T> memory(tasks * (scratch_size + (grouped ? 2 : 1) * partial));
-  T *partials = memory.data, *groups = partials + tasks * partial;
-  T* scratch = groups + (grouped ? tasks * partial : 0);
+  const WeightMemory sizes(walks, shares);
+  const Scratch<T> memory(sizes.values(tasks));
+  T *partials = memory.data, *groups = partials + tasks * sizes.partial;
+  T* scratch = groups + (sizes.grouped ? tasks * sizes.partial : 0);
   for_tasks(tasks, tasks, [&](int64_t task, int64_t, int64_t) {
     const Walk& walk = walks[task / shares];
     const int64_t channel = task / shares * step, share = task % shares,
@@ -382,47 +408,40 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
     const Images<const S> source{x.data + channel * x.strides.c, x.strides};
     const Reading<T> reading =
         read.scale ? Reading<T>{read.scale + channel, read.shift + channel} : read;
-    T* mine = partials + task * partial;
+    T* mine = partials + task * sizes.partial;
     std::fill_n(mine, size, T{0});
-    const int64_t units = units_of(walk);
+    const int64_t units = group_units(walk);
     for (int64_t first = begin, last; first < end; first = last) {
       // a last group may be a little larger
       last = end - first < 2 * units ? end : first + units;
       T* sums = mine;
       if (first > begin) {
-        sums = groups + task * partial;
+        sums = groups + task * sizes.partial;
         std::fill_n(sums, size, T{0});
       }
-      walk.run(first, last, dy, source, reading, scratch + task * scratch_size, sums);
+      walk.run(first, last, dy, source, reading, scratch + task * sizes.scratch, sums);
       if (first > begin) add(sums, size, mine);
     }
   });
   torch::stable::parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
     for (size_t i = 0; i < walks.size(); ++i) {
-      walks[i].reduce(partials + i * shares * partial, partial, shares, begin, end,
+      walks[i].reduce(partials + i * shares * sizes.partial, sizes.partial, shares, begin, end,
                       dweight + i * step * 9, g.c * 9);
     }
   });
 }
 
-template <typename S>
-void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
-                     Reading<Compute<S>> read, Compute<S>* dweight) {
-  using T = Compute<S>;
-  const int64_t tasks = task_count(g.n * g.out[0]);
+// f(walks, step) with the kernels for the geometry, as run_weight_walks() takes them.
+template <typename T, typename F>
+auto with_weight_walks(const Geometry& g, int64_t tasks, const F& f) {
   if constexpr (std::is_same_v<T, float>) {
     if (amx_pays(g, g.c, g.k)) {
       const AmxWeightWalk walk(g, tasks);
       // of wide layers, whose sums do not stay in L2, Winograd has fewer
-      if (!walk.wide()) {
-        return run_weight_walks<S>(std::vector{walk}, 0, tasks, g, dy, x, read, dweight);
-      }
+      if (!walk.wide()) return f(std::vector{walk}, 0);
     }
   }
-  if (!winograd::pays(g)) {
-    return run_weight_walks<S>(std::vector{WeightWalk<T>(g, tasks)}, 0, tasks, g, dy, x, read,
-                               dweight);
-  }
+  if (!winograd::pays(g)) return f(std::vector{WeightWalk<T>(g, tasks)}, 0);
   using Walk = winograd::WeightWalk<T>;
   const bool padded = winograd::padded(g);
   const Walk whole(g, padded);
@@ -435,7 +454,16 @@ void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<
     part.c = i + 1 < parts ? step : g.c - i * step;
     walks.emplace_back(part, padded);
   }
-  run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
+  return f(walks, step);
+}
+
+template <typename S>
+void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
+                     Reading<Compute<S>> read, Compute<S>* dweight) {
+  const int64_t tasks = task_count(g.n * g.out[0]);
+  with_weight_walks<Compute<S>>(g, tasks, [&](const auto& walks, int64_t step) {
+    run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
+  });
 }
 
 }  // namespace
@@ -487,9 +515,34 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
   });
 }
 
+// ---- memory
+
+// Bytes that a layer's second half takes beside its results, in float32 on so many threads: its
+// forward, or the larger of its two gradients.
+int64_t conv3x3_scratch(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, const Ints& dilation,
+                        int64_t threads, bool backward) {
+  STD_TORCH_CHECK(std::min({n, h, w, c, k, threads}) >= 1 && dilation.size() == 2 &&
+                      std::min(dilation[0], dilation[1]) >= 1,
+                  "conv3x3_scratch: expected sizes, two dilations and threads of at least 1");
+  const Geometry g{
+      n, c, k, {h, w}, {h, w}, {1, 1}, {dilation[0], dilation[1]}, {dilation[0], dilation[1]}};
+  const int64_t tasks = task_count(n * h, threads);
+  const int64_t walk = with_walk<float>(
+      g, backward, tasks, [&](const auto& walk) { return WalkMemory(walk).values(tasks); });
+  const int64_t weight =
+      !backward ? 0 : with_weight_walks<float>(g, tasks, [&](const auto& walks, int64_t) {
+        return WeightMemory(walks, tasks / static_cast<int64_t>(walks.size())).values(tasks);
+      });
+  return std::max(walk, weight) * static_cast<int64_t>(sizeof(float));
+}
+
 }  // namespace
 }  // namespace conv3x3
 }  // namespace memdense
+
+STABLE_TORCH_LIBRARY_IMPL(memdense, CompositeExplicitAutograd, m) {
+  m.impl("conv3x3_scratch", TORCH_BOX(&memdense::conv3x3::conv3x3_scratch));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
   m.impl("conv3x3", TORCH_BOX(&memdense::conv3x3::conv3x3));
