@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -18,10 +19,24 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using MaybeTensor = std::optional<Tensor>;
 
-inline Geometry geometry(const Tensor& images, const Tensor& outputs, const Ints& stride,
-                         const Ints& padding, const Ints& dilation) {
+// Two numbers each, small enough for sums of their products with sizes.
+inline void expect_pairs(const Ints& stride, const Ints& padding, const Ints& dilation) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "conv3x3: expected stride, padding and dilation of two numbers");
+  for (int a = 0; a < 2; ++a) {
+    STD_TORCH_CHECK(stride[a] >= 1 && padding[a] >= 0 && dilation[a] >= 1,
+                    "conv3x3: expected stride >= 1, padding >= 0 and dilation >= 1, got ",
+                    stride[a], ", ", padding[a], " and ", dilation[a]);
+    STD_TORCH_CHECK(std::max({stride[a], padding[a], dilation[a]}) < kLimit,
+                    "conv3x3: expected stride, padding and dilation below 2^31, got ", stride[a],
+                    ", ", padding[a], " and ", dilation[a]);
+  }
+}
+
+inline Geometry geometry(const Tensor& images, const Tensor& outputs, const Ints& stride,
+                         const Ints& padding, const Ints& dilation) {
+  expect_pairs(stride, padding, dilation);
   STD_TORCH_CHECK(images.dim() == 4 && outputs.dim() == 4, "conv3x3: expected 4-D images, got ",
                   images.dim(), "-D and ", outputs.dim(), "-D");
   Geometry g{images.size(0), images.size(1), outputs.size(1), {}, {}, {}, {}, {}};
@@ -33,9 +48,6 @@ inline Geometry geometry(const Tensor& images, const Tensor& outputs, const Ints
     g.stride[a] = stride[a];
     g.padding[a] = padding[a];
     g.dilation[a] = dilation[a];
-    STD_TORCH_CHECK(g.stride[a] >= 1 && g.padding[a] >= 0 && g.dilation[a] >= 1,
-                    "conv3x3: expected stride >= 1, padding >= 0 and dilation >= 1, got ",
-                    g.stride[a], ", ", g.padding[a], " and ", g.dilation[a]);
     const int64_t room = g.in[a] + 2 * g.padding[a] - 2 * g.dilation[a] - 1;
     const int64_t size = room < 0 ? 0 : room / g.stride[a] + 1;
     STD_TORCH_CHECK(size >= 1 && g.in[a] >= 1, "conv3x3: the image, ", g.in[a],
@@ -57,6 +69,7 @@ inline Geometry geometry(int64_t n, int64_t h, int64_t w, const Tensor& y, const
   STD_TORCH_CHECK(dilation.size() == 2, "conv3x3: expected a dilation of two numbers");
   STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
                   dilation[0], " and ", dilation[1]);
+  expect_pairs({1, 1}, dilation, dilation);
   const int64_t d[2] = {dilation[0], dilation[1]};
   return {n, y.size(1), out.size(1), {h, w}, {h, w}, {1, 1}, {d[0], d[1]}, {d[0], d[1]}};
 }

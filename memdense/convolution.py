@@ -1,16 +1,15 @@
 """The dilated 3x3 convolution as a PyTorch operation: on the extension, or else by F.conv2d."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 
 from . import _extension
-from .direct import learns, watched
+from .direct import autocast, learns, transformed, watched
 
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
@@ -41,34 +40,65 @@ def dilated_conv3x3(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """``F.conv2d`` with a 3x3 kernel and one group; differentiable, twice too.
 
     Args:
-        x: (N, C, H, W), contiguous or channels last; the output has the same memory format.
+        x: (N, C, H, W) or (C, H, W), contiguous or channels last; the output has the same memory
+            format.
         weight, bias: (k, C, 3, 3) and (k,), in x's dtype (cast under autocast, as F.conv2d does).
-        stride, padding, dilation: one number, or one per axis.
+        stride, padding, dilation: one number, or one per axis; padding may be "same" or "valid".
 
     Raises:
-        RuntimeError: shapes or dtypes that do not fit together, or an image smaller than the
-            dilated kernel.
+        RuntimeError: shapes, dtypes or devices that do not fit together, a stride, padding or
+            dilation that is none, or an image smaller than the dilated kernel.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    geometry = _pair(stride), _pair(padding), _pair(dilation)
+    x, weight, bias = autocast(x, weight, bias)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if isinstance(padding, str):
+        padding = _padding(padding, stride, dilation)
+    geometry = stride, _pair("padding", padding, 0), dilation
+    if weight.device != x.device:
+        raise RuntimeError(
+            f"dilated_conv3x3: expected weight on the images' device {x.device}, got "
+            f"{weight.device}"
+        )
+    if x.is_complex() or transformed():
+        return F.conv2d(x, weight, bias, *geometry)
+    if x.dim() == 3:
+        return dilated_conv3x3(x.unsqueeze(0), weight, bias, *geometry).squeeze(0)
     if watched(x, weight, bias):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return F.conv2d(x, weight, bias, *geometry)  # has rules for torch.func's transforms
         return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
     if _overrides(x):
         convolve = torch.ops.aten.convolution_overrideable.default
         return convolve(x, weight, bias, *geometry, False, (0, 0), 1)
     run = _Convolution.apply if learns(x, weight, bias) else _convolve
     return run(x, weight, bias, *geometry)
+
+
+LIMIT = 1 << 31  # sums of a few products of such numbers fit into 64 bits
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, Iterable) else (value,)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or min(pair) < least or max(pair) >= LIMIT:
+        raise RuntimeError(
+            f"dilated_conv3x3: expected {name} of one or two numbers, at least {least} and below "
+            f"2^31, got {value}"
+        )
+    return pair
+
+
+def _padding(name: str, stride: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    if name not in ("same", "valid") or (name == "same" and stride != (1, 1)):
+        raise RuntimeError(
+            "dilated_conv3x3: expected padding 'valid', or 'same' with stride 1, got "
+            f"{name!r} with stride {stride}"
+        )
+    return dilation if name == "same" else (0, 0)
 
 
 def _output(
@@ -129,7 +159,7 @@ def _convolve(
 ) -> Tensor:
     out = _output(x, weight, stride, padding, dilation)
     if not _native(x):
-        with torch.autocast(x.device.type, enabled=False):
+        with torch._C._DisableAutocast():
             return out.copy_(F.conv2d(x, weight, bias, stride, padding, dilation))
     torch.ops.memdense.conv3x3(x, weight, bias, stride, padding, dilation, out, _tf32(x))
     return out
@@ -160,7 +190,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight and bias; None for what ``need`` does not ask for."""
     if not _native(x):
-        with torch.autocast(x.device.type, enabled=False):
+        with torch._C._DisableAutocast():
             found = _plain_gradients(dy, x, weight, (stride, padding, dilation), need)
         empty = iter(_empty_gradients(dy, x, weight, need))
         return tuple(next(empty).copy_(g) if n else None for g, n in zip(found, need, strict=True))

@@ -4,6 +4,7 @@ takes longer than the kernels of a small stage do.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _PLAIN = {Tensor, Parameter}
@@ -22,6 +23,34 @@ def watched(*tensors: Tensor | None) -> bool:
     ):
         return True
     return any([t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in tensors])
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func's, or forward-mode AD, wants operations of PyTorch's own,
+    which have rules for it.
+    """
+    if torch.compiler.is_compiling():  # Dynamo's own tracing would pass for a transform
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast has convolutions compute in on a device; None where it is off."""
+    kind = device.type
+    if not torch._C._is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A convolution's tensors as autocast would have it take them."""
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
+        return tensors
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
 
 
 def learns(*tensors: Tensor | None) -> bool:

@@ -252,8 +252,10 @@ def _tail_backward(
 
 
 def as_rows(images: Tensor) -> Tensor:
-    """(N, C, H, W) as a packed (M, C)."""
-    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+    """(N, C, H, W) as (M, C), each row's values side by side."""
+    rows = images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+    # of one image it may be a view whose columns are
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 class StemForward(NamedTuple):

@@ -12,6 +12,7 @@ from . import ops, plain
 from .backends import backend_for, chosen, unless_chosen
 from .buffers import FeatureBuffer, Geometry, GradientBuffer, Reader, accumulator, reader
 from .convolution import dilated_conv3x3
+from .direct import autocast, transformed
 from .engine import as_rows
 from .spec import Norm, NormSpec
 
@@ -68,10 +69,18 @@ def norm_relu_conv1x1(
     """:func:`bn_relu_conv1x1` that moves ``count``, num_batches_tracked, too; a momentum of None
     averages over it.
     """
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, conv_weight = input.to(dtype), conv_weight.to(dtype)
+    input, conv_weight = autocast(input, conv_weight)
     _check(input, running_mean, running_var, weight, bias, conv_weight, training)
+    if training and running_mean is not None and momentum is None and count is None:
+        raise ValueError("bn_relu_conv1x1: expected a momentum, got None")
+    if transformed():
+        if training and count is not None:
+            count.add_(1)
+            momentum = 1.0 / float(count) if momentum is None else momentum
+        z = F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps
+        )
+        return F.conv2d(F.relu(z), conv_weight)
     mean, var = (None, None) if training else (running_mean, running_var)
     out, statistics = torch.ops.memdense.bn_relu_conv1x1_alone(
         input, mean, var, weight, bias, conv_weight, eps
@@ -107,7 +116,9 @@ def _check(
         conv.dim() == 4 and conv.shape[1:] == (channels, 1, 1),
         f"conv_weight of shape (B, {channels}, 1, 1)", tuple(conv.shape),
     )  # fmt: skip
+    expect(conv.shape[0] > 0, "a conv_weight that is not empty", tuple(conv.shape))
     expect(conv.dtype == x.dtype, f"conv_weight of input's dtype {x.dtype}", conv.dtype)
+    expect(conv.device == x.device, f"conv_weight on {x.device}", conv.device)
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight,
                "bias": bias}  # fmt: skip
     for name, vector in vectors.items():

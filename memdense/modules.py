@@ -4,6 +4,7 @@ Their ``forward`` is the reference: it reads like the paper and stores like it t
 path (:mod:`memdense.stage`) only gathers the parameters that live here.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -11,8 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import functional
+from .backends import MemdenseWarning
 from .convolution import dilated_conv3x3
+from .functional import norm_relu_conv1x1
+
+# torch.fx's nodes of a traced network
+torch.fx.wrap("dilated_conv3x3")
+torch.fx.wrap("norm_relu_conv1x1")
 
 
 class DenseLayer(nn.Module):
@@ -115,7 +121,8 @@ class BNReLUConv1x1(nn.Module):
     """BN-ReLU-Conv1x1 as one operation: :func:`memdense.functional.bn_relu_conv1x1`.
 
     Its children are ``norm`` (``nn.BatchNorm2d``) and ``conv`` (``nn.Conv2d`` without bias), so
-    that what was trained as separate modules loads.
+    that what was trained as separate modules loads. If they carry hooks or were replaced they run
+    one by one, with one warning that says why.
 
     Args:
         in_channels, out_channels: C and B.
@@ -139,14 +146,34 @@ class BNReLUConv1x1(nn.Module):
         where = {"device": device, "dtype": dtype}
         self.norm = nn.BatchNorm2d(in_channels, eps, momentum, affine, track_running_stats, **where)
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **where)
+        self._warned: set[str] = set()
 
     def forward(self, input: Tensor) -> Tensor:
+        if reason := self._unusual():
+            if reason not in self._warned:
+                self._warned.add(reason)
+                message = f"memdense runs BNReLUConv1x1 as plain modules: {reason}"
+                warnings.warn(message, MemdenseWarning, stacklevel=2)
+            return self.conv(F.relu(self.norm(input)))
         norm = self.norm
-        return functional.norm_relu_conv1x1(
+        return norm_relu_conv1x1(
             input, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.weight,
             norm.bias, self.conv.weight, norm.training or norm.running_mean is None, norm.momentum,
             norm.eps,
         )  # fmt: skip
+
+    def _unusual(self) -> str | None:
+        """Why running the children one by one would do anything else."""
+        from . import structure  # which reads this file's modules
+
+        if hooks := structure.global_hooks():
+            return hooks
+        try:
+            structure.read_norm(self.norm, "norm")
+            structure.read_conv(self.conv, "conv", 1)
+        except structure.Unsupported as reason:
+            return str(reason)
+        return None
 
 
 class DilatedConv2d(nn.Conv2d):
@@ -185,17 +212,13 @@ class DilatedConv2d(nn.Conv2d):
         if padding_mode != "zeros":
             raise ValueError(f"DilatedConv2d: expected padding_mode 'zeros', got {padding_mode!r}")
         for name, value in (("stride", stride), ("dilation", dilation)):
-            if min((value,) if isinstance(value, int) else value) < 1:
+            if min(value if isinstance(value, Sequence) else (value,)) < 1:
                 raise ValueError(f"DilatedConv2d: expected {name} >= 1, got {value}")
         super().__init__(
             in_channels, out_channels, 3, stride, padding, dilation, 1, bias, "zeros", device, dtype
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self.padding, str):
-            padding = self.dilation if self.padding == "same" else (0, 0)
-        else:
-            padding = self.padding
-        x = input.unsqueeze(0) if input.dim() == 3 else input
-        out = dilated_conv3x3(x, self.weight, self.bias, self.stride, padding, self.dilation)
-        return out.squeeze(0) if input.dim() == 3 else out
+        return dilated_conv3x3(
+            input, self.weight, self.bias, self.stride, self.padding, self.dilation
+        )

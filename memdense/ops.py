@@ -4,7 +4,7 @@ Each is functional (it returns what backward needs) and runs with autocast off: 
 backend is chosen in :mod:`memdense.backends` and nowhere else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from .backends import backend_for, chosen, unless_chosen
 from .buffers import StatisticsTable, accumulator, row_stride
 from .direct import learns, watched
 from .spec import Norm, Stage, StageSpec, StemSpec, unflatten
+
+Update = Callable[[Tensor], None]  # of running statistics, by a stage's or the stem's own
 
 _DOUBLE_BACKWARD = (
     "memdense does not keep what differentiating a gradient (create_graph=True) needs: "
@@ -252,18 +254,22 @@ class _Stage(torch.autograd.Function):
         mask: Tensor | None,
         spec: str,
         double_backward: bool,
+        update: Update | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         inputs = x, tensors, running, mask, spec, double_backward
         output = _stage(*inputs)
+        # before anything is saved, where recomputation stops that saves nothing further
+        if update is not None:
+            update(output[2])
         _setup(ctx, inputs, output)
         return *output[:3], *output[3]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) -> tuple:
         need_x, *need = ctx.needs_input_grad
-        dx, dtensors = _gradients(ctx, dout, dfeatures, need_x, need[4:])
-        return dx, None, None, None, None, *dtensors
+        dx, dtensors = _gradients(ctx, dout, dfeatures, need_x, need[5:])
+        return dx, None, None, None, None, None, *dtensors
 
 
 def run_stage(
@@ -273,13 +279,19 @@ def run_stage(
     mask: Tensor | None,
     spec: str,
     double_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, features, statistics) of :func:`stage`, which it calls where something watches."""
-    if watched(x, mask, *tensors, *running):
-        return stage(x, tensors, running, mask, spec, double_backward)[:3]
-    if learns(x, *tensors):
-        return _Stage.apply(x, running, mask, spec, double_backward, *tensors)[:3]
-    return _stage(x, tensors, running, mask, spec, double_backward)[:3]
+    update: Update | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, features) of :func:`stage`, which it calls where something watches; ``update`` is given
+    its statistics, once.
+    """
+    inputs = x, tensors, running, mask, spec, double_backward
+    seen = watched(x, mask, *tensors, *running)
+    if not seen and learns(x, *tensors):
+        return _Stage.apply(x, running, mask, spec, double_backward, update, *tensors)[:2]
+    out, features, statistics, _ = (stage if seen else _stage)(*inputs)
+    if update is not None:
+        update(statistics)
+    return out, features
 
 
 # ---- stem: conv0, norm0, relu0, pool0
@@ -403,19 +415,29 @@ class _Stem(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *inputs, update = inputs
         output = _stem(*inputs)
+        if update is not None:
+            update(output[3])
         _setup_stem(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward_stem)
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *rest: Any) -> tuple:
+        return *_backward_stem(ctx, dout, *rest), None
 
 
-def run_stem(x: Tensor, *tensors: Tensor | None, spec: str) -> tuple[Tensor, ...]:
-    """:func:`stem`, which it calls where something watches. ``tensors``: weight to var."""
-    if watched(x, *tensors):
-        return stem(x, *tensors, spec)
-    run = _Stem.apply if learns(x, *tensors) else _stem
-    return run(x, *tensors, spec)
+def run_stem(x: Tensor, *tensors: Tensor | None, spec: str, update: Update | None) -> Tensor:
+    """The output of :func:`stem`, which it calls where something watches; ``update`` is given its
+    statistics, once. ``tensors``: weight to var.
+    """
+    seen = watched(x, *tensors)
+    if not seen and learns(x, *tensors):
+        return _Stem.apply(x, *tensors, spec, update)[0]
+    out, _, _, statistics = (stem if seen else _stem)(x, *tensors, spec)
+    if update is not None:
+        update(statistics)
+    return out
 
 
 # ---- running statistics

@@ -9,11 +9,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
 from . import ops
 from .backends import MemdenseWarning
 from .buffers import reader_columns
+from .direct import autocast, transformed
 from .spec import Stage, StemSpec
 from .structure import (
     OWN_TYPES,
@@ -25,6 +27,7 @@ from .structure import (
     convolution_dtype_fits,
     global_hooks,
     misfit,
+    pair,
     read_stage,
     read_stem,
 )
@@ -79,12 +82,24 @@ class Features(nn.Sequential):
         self._types = OWN_TYPES
         self._warned: set[str] = set()
 
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """As a ``Sequential``'s; a slice keeps the switches."""
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            found._switches(
+                self.efficient, self.keep_bottlenecks, self.recompute_stem, self.double_backward
+            )
+            found._types = self._types
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to the last norm's output, (N, C, H', W'), in x's memory format."""
+        """(N, C_in, H, W) to the last norm's output, (N, C, H', W'), in the memory format that the
+        modules would give it.
+        """
         if not self._runs_efficiently(x):
             return super().forward(x)
         out = self._run(x, self._steps("norm"))[0]
-        return out.contiguous() if x.is_contiguous() else out
+        return out.contiguous(memory_format=self._layout(x))
 
     def pooled(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
@@ -109,10 +124,9 @@ class Features(nn.Sequential):
     def _runs_efficiently(self, x: Tensor) -> bool:
         if not self.efficient or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             return False
-        # while compiling, Dynamo's own tracing would pass for a transform
-        compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
-            self._warn("the whole model", "torch.func's transforms need operations of their own")
+        if transformed():
+            reason = "torch.func's transforms and forward-mode AD need operations of their own"
+            self._warn("the whole model", reason)
             return False
         # modules say best what is wrong with an input, and do with an empty one what they do
         return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.numel() > 0
@@ -123,9 +137,18 @@ class Features(nn.Sequential):
         """
         return list(_steps(self._modules, last_tail))
 
+    def _layout(self, x: Tensor) -> torch.memory_format:
+        """Of the modules' activations: a convolution's output is channels last if its images or
+        its weight are.
+        """
+        first = next(iter(self._modules.values()), None)
+        weight = first.weight if isinstance(first, nn.Conv2d) else x
+        formats = map(suggest_memory_format, (x, weight))
+        return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+
     def _run(self, x: Tensor, steps: list[Step]) -> tuple[Tensor, list[Tensor]]:
         outputs = []
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        layout = self._layout(x)
         for step in steps:
             modules = {name: self._modules[name] for name in step.names}
             if step.kind == "module":
@@ -236,10 +259,7 @@ def _steps(children: dict[str, nn.Module], last_tail: str | None) -> Iterator[St
 
 def _cast(x: Tensor) -> Tensor:
     """x as autocast would have the convolutions take it."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    return autocast(x)[0]
 
 
 def _mean(features: Tensor) -> Tensor:
@@ -275,13 +295,16 @@ def run_stage(
     """
     stage = found.stage
     mask = _draw_mask(x, stage, layout)
-    out, features, statistics = ops.run_stage(
-        x, found.tensors, found.running, mask, found.spec, double_backward
-    )
-    if found.moving.which:
+
+    def update(statistics: Tensor) -> None:
         columns = list(reader_columns(stage, x.shape[1])[0].values())
         starts = [columns[i].start for i in found.moving.which]
         _update(found.moving, statistics, starts, x.shape[0] * x.shape[2] * x.shape[3])
+
+    out, features = ops.run_stage(
+        x, found.tensors, found.running, mask, found.spec, double_backward,
+        update if found.moving.which else None,
+    )  # fmt: skip
     return (features if stage.tail is None else out), features
 
 
@@ -295,7 +318,9 @@ def _draw_mask(x: Tensor, stage: Stage, layout: torch.memory_format) -> Tensor |
         new = torch.empty(
             (n, layer.growth, h, w), dtype=x.dtype, device=x.device, memory_format=layout
         )
-        if x.device.type == "cpu":
+        if stage.drop_rate >= 1:  # nothing is drawn
+            kept = torch.zeros_like(new, dtype=torch.bool)
+        elif x.device.type == "cpu":
             kept = new.bernoulli_(1 - stage.drop_rate).bool()
         else:
             kept = torch.native_dropout(new, stage.drop_rate, True)[1]
@@ -330,15 +355,21 @@ def _stem_or_modules(
 
 
 def _convolved(x: Tensor, conv: nn.Conv2d, axis: int) -> int:
-    reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-    return (x.shape[2 + axis] + 2 * conv.padding[axis] - reach - 1) // conv.stride[axis] + 1
+    stride, padding, dilation = (pair(v)[axis] for v in (conv.stride, conv.padding, conv.dilation))
+    reach = dilation * (conv.kernel_size[axis] - 1)
+    return (x.shape[2 + axis] + 2 * padding - reach - 1) // stride + 1
 
 
 def run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tensor:
     """Run the stem's operation and move its running statistics once."""
     conv, norm = found.conv, found.norm
-    spec = StemSpec(norm.spec, conv.stride, conv.padding, conv.dilation, recompute)
-    out, _, _, statistics = ops.run_stem(x, conv.weight, *norm[1:], spec=spec.encode())
-    if found.moving.which:
+    geometry = map(pair, (conv.stride, conv.padding, conv.dilation))
+    spec = StemSpec(norm.spec, *geometry, recompute)
+
+    def update(statistics: Tensor) -> None:
         _update(found.moving, statistics, [0], rows)
-    return out
+
+    return ops.run_stem(
+        x, conv.weight, *norm[1:], spec=spec.encode(),
+        update=update if found.moving.which else None,
+    )  # fmt: skip

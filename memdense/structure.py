@@ -10,10 +10,10 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from .direct import autocast_dtype
 from .modules import DenseBlock, DenseLayer, Transition
 from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec, flatten, spec_of
 
@@ -114,7 +114,7 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
             raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
     if (weight is None) != (bias is None):
         raise Unsupported(f"{name} has only one of weight and bias")
-    spec = NormSpec(module.eps, batch, weight is not None)
+    spec = NormSpec(float(module.eps), batch, weight is not None)
     norm = Norm(spec, weight, bias, None if batch else mean, None if batch else var)
     return NormModule(module, norm, running)
 
@@ -173,17 +173,17 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
         )
     norm1 = read_norm(children["norm1"], f"{name}.norm1")
     read_relu(parts, "relu1", norm1.module, name)
-    rate = getattr(module, "drop_rate", 0.0) if module.training else 0.0
+    rate = float(getattr(module, "drop_rate", 0.0)) if module.training else 0.0
     if "conv2" not in children:
         conv1 = read_conv(children["conv1"], f"{name}.conv1", 3)
         return LayerModules(
-            Layer(norm1.norm, conv1.weight, None, None, conv1.dilation), [norm1], rate
+            Layer(norm1.norm, conv1.weight, None, None, pair(conv1.dilation)), [norm1], rate
         )
     conv1 = read_conv(children["conv1"], f"{name}.conv1", 1)
     norm2 = read_norm(children["norm2"], f"{name}.norm2")
     read_relu(parts, "relu2", norm2.module, name)
     conv2 = read_conv(children["conv2"], f"{name}.conv2", 3)
-    layer = Layer(norm1.norm, conv1.weight, norm2.norm, conv2.weight, conv2.dilation)
+    layer = Layer(norm1.norm, conv1.weight, norm2.norm, conv2.weight, pair(conv2.dilation))
     return LayerModules(layer, [norm1, norm2], rate)
 
 
@@ -267,8 +267,10 @@ def _read_tail(
     return Tail(spec, norm.norm, conv.weight), norm
 
 
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """One number, or one per axis, as PyTorch's modules take them."""
+    numbers = tuple(map(int, value)) if isinstance(value, Iterable) else (int(value),)
+    return numbers * 2 if len(numbers) == 1 else numbers
 
 
 class StemModules(NamedTuple):
@@ -402,4 +404,4 @@ def misfit(x: Tensor, stage: Stage) -> bool:
 
 def convolution_dtype_fits(x: Tensor, weights: Iterable[Tensor]) -> bool:
     """Whether x may be convolved with ``weights`` as they are, or autocast makes it so."""
-    return torch.is_autocast_enabled(x.device.type) or all(w.dtype == x.dtype for w in weights)
+    return autocast_dtype(x.device) is not None or all(w.dtype == x.dtype for w in weights)

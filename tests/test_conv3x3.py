@@ -25,6 +25,7 @@ from memdense.backends.native3x3 import NativeConv3x3
 from memdense.buffers import Geometry, Reader
 from memdense.convolution import dilated_conv3x3
 from memdense.direct import watched
+from memdense.memory import peak_memory
 
 built = pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
 
@@ -578,14 +579,102 @@ def test_without_the_extension(monkeypatch):
     [
         ((2, 3, 8, 8), (4, 5, 3, 3), (1, 1, 1), "expected images with 5 channels, got 3"),
         ((2, 3, 8, 8), (4, 3, 5, 5), (1, 1, 1), r"expected images \(N, C, H, W\) and weight"),
-        ((3, 8, 8), (4, 3, 3, 3), (1, 1, 1), r"expected images \(N, C, H, W\) and weight"),
+        ((8, 8), (4, 3, 3, 3), (1, 1, 1), r"expected images \(N, C, H, W\) and weight"),
+        (
+            (2, 3, 8, 8),
+            (4, 3, 3, 3),
+            (0, 1, 1),
+            "stride of one or two numbers, at least 1",
+        ),
+        ((2, 3, 8, 8), (4, 3, 3, 3), ((1, 0), 1, 1), "expected stride .* got"),
+        ((2, 3, 8, 8), (4, 3, 3, 3), (1, -1, 1), "expected padding .* at least 0 and below"),
+        ((2, 3, 8, 8), (4, 3, 3, 3), (1, 1, (1, 1, 1)), "expected dilation of one or two numbers"),
+        ((2, 3, 8, 8), (4, 3, 3, 3), (1, 2**57, 2**57), "expected dilation .* below"),
+        ((2, 3, 8, 8), (4, 3, 3, 3), (2, "same", 1), "'same' with stride 1, got 'same'"),
         ((2, 3, 8, 4), (4, 3, 3, 3), (1, 0, 2), "an image 4 long with padding 0 is smaller"),
     ],
 )
 def test_bad_input(x, weight, geometry, message):
-    stride, padding, dilation = ((value, value) for value in geometry)
     with pytest.raises(RuntimeError, match=message):
-        dilated_conv3x3(torch.randn(x), torch.randn(weight), None, stride, padding, dilation)
+        dilated_conv3x3(torch.randn(x), torch.randn(weight), None, *geometry)
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(RuntimeError, match="expected weight on the images' device cpu, got meta"):
+        dilated_conv3x3(torch.randn(1, 2, 5, 5), torch.randn(1, 2, 3, 3, device="meta"))
+
+
+@built
+@pytest.mark.parametrize("geometry", [((0, 0), (1, 1), (1, 1)), ((1,), (1,), (1,))], ids=str)
+def test_the_operation_refuses_too(geometry):
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(1, 2, 3, 3)
+    with pytest.raises(RuntimeError, match=r"conv3x3: expected stride"):
+        torch.ops.aten.convolution_overrideable(x, weight, None, *geometry, False, (0, 0), 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "geometry"),
+    [
+        ((2, 4, 8, 8), ((2,), [1], 1)),
+        ((4, 9, 8), (1, "same", (2, 3))),
+        ((2, 4, 9, 8), (2, "valid", 1)),
+        ((2, 4, 8, 7), (1, 10**5, 10**5)),  # the middle tap alone lies inside
+        ((1, 16, 32, 32), (1, (31, 40), (31, 40))),
+        ((2, 4, 8, 8), (100, 1, 1)),
+        ((2, 4, 3, 9), ((5, 2), (0, 12), (1, 6))),
+    ],
+    ids=str,
+)
+def test_takes_what_conv2d_takes(shape, geometry):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).double(), torch.randn(3, shape[-3], 3, 3).double()
+    results = []
+    for function in (dilated_conv3x3, F.conv2d):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        out = function(*leaves, None, *geometry)
+        dy = torch.linspace(-1, 2, out.numel()).double().view(out.shape)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dy)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_memory_does_not_grow_with_dilation():
+    x, weight = torch.randn(1, 16, 32, 32), torch.randn(16, 16, 3, 3)
+    peaks = [peak_memory(dilated_conv3x3, x, weight, None, 1, d, d).peak for d in (40, 10**6)]
+    assert peaks[0] == peaks[1]
+
+
+def test_autocast_casts_what_convolutions_are_cast_of():
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.complex64, torch.int64, torch.float64, torch.float32):
+            tensors = x.to(dtype), weight.to(dtype)
+            found, expected = dilated_conv3x3(*tensors), F.conv2d(*tensors)
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+
+
+def test_forward_mode():
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+    tangents = []
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        for function in (dilated_conv3x3, F.conv2d):
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(function(dual, weight)).tangent)
+    assert torch.equal(*tangents) and tangents[0].any()
+
+
+def test_symbolic_trace():
+    module = nn.Sequential(DilatedConv2d(2, 3, padding=1))
+    traced = torch.fx.symbolic_trace(module)
+    x = torch.randn(1, 2, 5, 5)
+    assert "dilated_conv3x3" in [node.name for node in traced.graph.nodes]
+    assert torch.equal(traced(x), module(x))
+
+
+def test_meta():
+    out = DilatedConv2d(2, 3, padding=1, device="meta")(torch.empty(4, 2, 5, 6, device="meta"))
+    assert out.shape == (4, 3, 5, 6) and out.is_meta
 
 
 def test_mixed_types_are_refused():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from exactness import BACKENDS, assert_close
 from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn import functional as F
+from torch.nn.utils.prune import l1_unstructured
 
 import memdense
+from memdense import _extension
+from memdense.backends import Reference
 from memdense.functional import bn_relu_conv1x1
 from memdense.memory import saved_bytes
 
@@ -155,3 +160,80 @@ def test_bad_input(change, message) -> None:
     given = arguments(2, 4, 3, 2, 2, torch.float32) | change
     with pytest.raises(ValueError, match=message):
         bn_relu_conv1x1(**given)
+
+
+def test_transforms() -> None:
+    given = arguments(2, 5, 3, 4, 4)
+    x = given.pop("input")
+    tangent = torch.randn_like(x)
+    results = []
+    for function in (bn_relu_conv1x1, separate):
+
+        def call(t: Tensor, function=function) -> Tensor:
+            return function(t, **given)
+
+        def loss(t: Tensor, call=call) -> Tensor:
+            return call(t).square().sum()
+
+        results.append((*torch.func.jvp(call, (x,), (tangent,)), torch.func.grad(loss)(x)))
+        with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            results[-1] += (torch.autograd.forward_ad.unpack_dual(call(dual)).tangent,)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert found.any()
+
+
+def weight_norm(module: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(module.conv)
+    module.conv.parametrizations.weight.original0.data.mul_(10)
+
+
+def prune(module: nn.Module) -> None:
+    l1_unstructured(module.conv, "weight", 0.5)
+
+
+def double(module: nn.Module) -> None:
+    module.norm.register_forward_hook(lambda _, __, out: 2 * out)
+
+
+def other_conv(module: nn.Module) -> None:
+    module.conv = nn.Conv2d(6, 10, 1, stride=2)
+
+
+def other_norm(module: nn.Module) -> None:
+    module.norm = nn.GroupNorm(2, 6)
+
+
+@pytest.mark.parametrize("change", [weight_norm, prune, double, other_conv, other_norm])
+def test_module_with_unusual_children(change) -> None:
+    """They run one by one, with one warning."""
+    torch.manual_seed(0)
+    module = memdense.BNReLUConv1x1(6, 10)
+    change(module)
+    x = torch.randn(2, 6, 5, 4)
+    expected = module.conv(F.relu(module.norm(x)))
+    with pytest.warns(memdense.MemdenseWarning, match="BNReLUConv1x1 as plain modules: "):
+        assert torch.equal(module(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(x)
+
+
+@pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
+def test_one_image_is_read_where_it_is_not_strided() -> None:
+    """Of one image NCHW, rows are a view with strided columns: kernels refuse those."""
+    x = torch.randn(1, 6, 5, 4, requires_grad=True)
+    with mock.patch.object(Reference, "bn_relu_conv1x1", None):
+        bn_relu_conv1x1(x, None, None, None, None, torch.randn(10, 6, 1, 1), True)
+
+
+def test_what_is_refused() -> None:
+    x, conv, running = torch.randn(2, 4, 3, 3), torch.randn(5, 4, 1, 1), [torch.ones(4)] * 2
+    for arguments, message in (
+        ((None, None, None, None, conv[:0], True), "a conv_weight that is not empty"),
+        ((None, None, None, None, conv.to("meta"), True), "conv_weight on cpu, got meta"),
+        ((*running, None, None, conv, True, None), "expected a momentum, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bn_relu_conv1x1(x, *arguments)

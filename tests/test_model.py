@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torchvision.models as tv
 from exactness import assert_same_step, randomise
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import memdense
 
@@ -338,3 +340,101 @@ def test_drop_rates_of_zero_and_one() -> None:
         plain = copy.deepcopy(model)
         plain.features.efficient = False
         assert_same_step(model, plain, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+
+
+NET = dict(growth_rate=4, block_config=(2, 2), num_init_features=6, num_classes=3, bn_size=2)
+
+
+def layouts() -> dict[str, tuple]:
+    """Formats of model and images, and images."""
+    x = torch.randn(2, 3, 40, 40)
+    last = torch.channels_last
+    return {
+        "contiguous": (None, x),
+        "a model in channels last": (last, x),
+        "images in channels last": (None, x.to(memory_format=last)),
+        "a crop": (None, torch.randn(2, 3, 48, 48)[..., 4:44, 4:44]),
+        "transposed": (None, x.transpose(2, 3)),
+        "expanded": (None, x[:, :1].expand(-1, 3, -1, -1)),
+        "one channel": (None, x[:, :1].contiguous()),
+        "one channel in channels last": (None, x[:, :1].contiguous(memory_format=last)),
+    }
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+@pytest.mark.parametrize("name", layouts())
+def test_dropout_and_format_are_torchvisions(name: str, rate: float) -> None:
+    torch.manual_seed(0)
+    memory_format, x = layouts()[name]
+    x = x.double()
+    theirs = tv.DenseNet(**NET, drop_rate=rate).double()
+    theirs.features.conv0 = nn.Conv2d(x.shape[1], 6, 7, 2, 3, bias=False).double()
+    if memory_format is not None:
+        theirs.to(memory_format=memory_format)
+    ours = memdense.convert(copy.deepcopy(theirs))
+    assert type(ours.features) is not nn.Sequential
+    found = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        features = model.features(x)
+        found.append((features.detach(), torch.rand(1).double()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        assert a.is_contiguous() == b.is_contiguous()
+
+
+def test_statistics_move_alike_where_recomputation_stops_early() -> None:
+    """As in the modules, twice, once a forward; all of them."""
+    model = memdense.DenseNet(**NET)
+    out = checkpoint(model.features, torch.randn(2, 3, 40, 40), use_reentrant=False)
+    out.square().sum().backward()
+    counts = {int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {2}
+
+
+def test_numbers_of_numpy_and_short_lists() -> None:
+    np = pytest.importorskip("numpy")
+    torch.manual_seed(0)
+    plain, x = memdense.DenseNet(**NET), torch.randn(2, 3, 40, 40)
+    plain.features.norm0.eps = plain.features.norm5.eps = 1e-3
+    model = copy.deepcopy(plain)
+    features = model.features
+    features.norm0.eps = features.norm5.eps = np.float64(1e-3)
+    features.conv0.stride, features.conv0.padding = [2], [3]
+    for block in (features.denseblock1, features.denseblock2):
+        for layer in block.values():
+            layer.drop_rate, layer.conv2.dilation = np.float32(0), (np.int64(1),) * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(x), plain(x))
+
+
+def test_slices_keep_switches_and_trust() -> None:
+    model = memdense.DenseNet(**NET, double_backward=True, keep_bottlenecks=True)
+    part = model.features[:-1]
+    assert (part.efficient, part.keep_bottlenecks, part.double_backward) == (True, True, True)
+    model.features.efficient = False
+    assert not model.features[1:].efficient
+    converted = memdense.convert(tv.DenseNet(**NET))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted.features[:-1](torch.randn(2, 3, 40, 40))
+    assert isinstance(model.features[0], nn.Conv2d)
+
+
+def test_meta() -> None:
+    out = memdense.DenseNet(**NET).to("meta")(torch.empty(2, 3, 40, 40, device="meta"))
+    assert out.is_meta and out.shape == (2, 3)
+
+
+def test_forward_mode() -> None:
+    torch.manual_seed(0)
+    theirs = tv.DenseNet(**NET).double().eval()
+    ours = memdense.convert(copy.deepcopy(theirs))
+    x = torch.randn(2, 3, 40, 40).double()
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.warns(memdense.MemdenseWarning, match="forward-mode AD"):
+            found = torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent
+        expected = torch.autograd.forward_ad.unpack_dual(theirs(dual)).tangent
+    torch.testing.assert_close(found, expected)

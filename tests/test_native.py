@@ -298,5 +298,5 @@ def test_scratch_of_what_is_no_layer():
         (1, 1, 1, 1, 1, (1, 0), 1),
         (1, 1, 1, 1, 1, (1, 1), 0),
     ):
-        with pytest.raises(RuntimeError, match="expected sizes, two dilations and threads"):
+        with pytest.raises(RuntimeError, match=r"expected .* 1"):
             torch.ops.memdense.conv3x3_scratch(*wrong, False)

@@ -373,6 +373,12 @@ def test_what_cannot_be_replayed(replays: list[replay.Tape]) -> None:
         assert not replay.enabled()
 
 
+def test_devices(replays: list[replay.Tape]) -> None:
+    for wanted in (True, False):
+        with replay.replaying(wanted), pytest.raises(RuntimeError, match="same device cpu, but"):
+            replay.call(Triton(), product, [torch.empty(5, 3, device="meta")], [torch.randn(3, 4)])
+
+
 def test_as_many_tapes_as_fit(replays: list[replay.Tape]) -> None:
     w = torch.randn(3, 4)
     with mock.patch.object(replay, "TAPES", 2):

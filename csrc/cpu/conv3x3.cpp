@@ -1,5 +1,5 @@
-// The dilated 3x3 convolution on the CPU: operations around the kernels of conv3x3.h (direct) and
-// winograd3x3.h.
+// The dilated 3x3 convolution on the CPU: operations around the kernels of conv3x3.h (direct),
+// winograd3x3.h and amx3x3.h.
 //
 // Tasks own a fixed share of the work and their own scratch, sums and partial gradients; what they
 // leave is merged in their order, so the same number of threads gives the same bits.
@@ -521,9 +521,9 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
 // forward, or the larger of its two gradients.
 int64_t conv3x3_scratch(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, const Ints& dilation,
                         int64_t threads, bool backward) {
-  STD_TORCH_CHECK(std::min({n, h, w, c, k, threads}) >= 1 && dilation.size() == 2 &&
-                      std::min(dilation[0], dilation[1]) >= 1,
-                  "conv3x3_scratch: expected sizes, two dilations and threads of at least 1");
+  STD_TORCH_CHECK(std::min({n, h, w, c, k, threads}) >= 1,
+                  "conv3x3_scratch: expected sizes and threads of at least 1");
+  expect_pairs({1, 1}, dilation, dilation);
   const Geometry g{
       n, c, k, {h, w}, {h, w}, {1, 1}, {dilation[0], dilation[1]}, {dilation[0], dilation[1]}};
   const int64_t tasks = task_count(n * h, threads);

@@ -110,6 +110,7 @@ struct Reading {
 // Tap `index` of three; of its phase's destinations, [first, last) read inside the image by it.
 struct Tap {
   int64_t index, shift, first, last;
+  bool reads() const { return first < last; }
 };
 
 // Destinations first, first + step, ... `count` of them; the j-th reads source j * step + shift.
@@ -122,7 +123,7 @@ struct Phase {
 struct Axis {
   int64_t source, destination;            // lengths
   int64_t source_step, destination_step;  // from one destination of a phase to the next
-  std::vector<Phase> phases;              // as many as destination_step
+  std::vector<Phase> phases;  // as many as destination_step, or as there are destinations
 
   static Axis forward(const Geometry& g, int a) {
     Axis axis{g.in[a], g.out[a], g.stride[a], 1, {{0, g.out[a], 0, {}}}};
@@ -133,7 +134,7 @@ struct Axis {
   // input y = output * stride + k * dilation - padding, solved for output
   static Axis backward(const Geometry& g, int a) {
     Axis axis{g.out[a], g.in[a], 1, g.stride[a], {}};
-    for (int64_t first = 0; first < g.stride[a]; ++first) {
+    for (int64_t first = 0; first < std::min(g.stride[a], g.in[a]); ++first) {
       axis.phases.push_back({first, (g.in[a] - first + g.stride[a] - 1) / g.stride[a], 0, {}});
       for (int64_t k = 0; k < 3; ++k) {
         const int64_t reached = first + g.padding[a] - k * g.dilation[a];
@@ -150,13 +151,15 @@ struct Axis {
     p.tap[p.taps++] = {index, shift, first, last};
   }
 
-  // The sources that destinations [begin, end) touch, also beyond the edges: [first, second).
+  // The sources that destinations [begin, end) touch, also beyond the edges, by taps that read
+  // inside: [first, second).
   std::pair<int64_t, int64_t> reach(int64_t begin, int64_t end) const {
     int64_t low = INT64_MAX, high = INT64_MIN;
     for (const Phase& phase : phases) {
       const int64_t j0 = (begin - phase.first + destination_step - 1) / destination_step;
       const int64_t j1 = (end - 1 - phase.first + destination_step) / destination_step - 1;
       for (int t = 0; t < phase.taps && std::max<int64_t>(j0, 0) <= j1; ++t) {
+        if (!phase.tap[t].reads()) continue;
         low = std::min(low, std::max<int64_t>(j0, 0) * source_step + phase.tap[t].shift);
         high = std::max(high, j1 * source_step + phase.tap[t].shift + 1);
       }
@@ -195,7 +198,7 @@ struct Blocks {
   int max_rows(int64_t block) const { return kernels.max_rows[vectors_of(block)]; }
   int64_t width(int64_t block) const { return vectors_of(block) * lanes; }
   int64_t columns_of(int64_t block) const { return std::min(width(block), columns - start(block)); }
-  int64_t max_width() const { return width(count - 1) > width(0) ? width(count - 1) : width(0); }
+  int64_t max_width() const { return std::max(width(0), width(count - 1)); }
   int64_t padded() const { return vectors * lanes; }
 
   // Channels [begin, end) of a block's weights, columns padded with zeros, to
@@ -510,6 +513,7 @@ struct Walk {
             const int64_t line = j + rows.tap[ty].shift;
             if (line < 0 || line >= vertical.source) continue;  // zeros above and below
             for (int tx = 0; tx < columns.taps; ++tx) {
+              if (!columns.tap[tx].reads()) continue;  // zeros on both sides
               const int64_t tap = rows.tap[ty].index * 3 + columns.tap[tx].index;
               column[count] = tx;
               taps[count++] = {

@@ -46,9 +46,11 @@ Tensor empty(const int64_t (&size)[4], const Tensor& like, MemoryFormat format) 
   return memdense::empty(like.scalar_type(), size, {c * h * w, 1, c * w, c});
 }
 
-void expect_plain(const Tensor& x, const Tensor& weight, bool transposed, int64_t groups) {
+void expect_plain(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
+                  const Ints& dilation, bool transposed, int64_t groups) {
   STD_TORCH_CHECK(!transposed && groups == 1,
                   "dilated_conv3x3: expected a convolution of one group, not transposed");
+  expect_pairs(stride, padding, dilation);
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
                   "dilated_conv3x3: expected images (N, C, H, W) and weight (k, C, 3, 3), got ",
                   shape(x), " and ", shape(weight));
@@ -68,7 +70,7 @@ int64_t length(int64_t size, int64_t stride, int64_t padding, int64_t dilation) 
 Tensor convolution(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                    const Ints& stride, const Ints& padding, const Ints& dilation, bool transposed,
                    const Ints&, int64_t groups) {
-  expect_plain(x, weight, transposed, groups);
+  expect_plain(x, weight, stride, padding, dilation, transposed, groups);
   const Tensor out =
       empty({x.size(0), weight.size(0), length(x.size(2), stride[0], padding[0], dilation[0]),
              length(x.size(3), stride[1], padding[1], dilation[1])},
@@ -83,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& dy, const 
                                                         bool transposed, const Ints&,
                                                         int64_t groups,
                                                         const std::vector<bool>& need) {
-  expect_plain(x, weight, transposed, groups);
+  expect_plain(x, weight, stride, padding, dilation, transposed, groups);
   Tensor dx, dweight, dbias;
   if (need[0]) {
     dx = empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x, format(x));

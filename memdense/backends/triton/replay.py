@@ -9,6 +9,7 @@ float64 or a gradient expanded from one value for example, runs every time.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import OrderedDict
@@ -507,9 +508,10 @@ def call(
         fixed: inputs that usually lie where they did: a stage's parameters.
         rest: hashable.
     """
-    if not enabled():
-        return function(backend, moving, fixed, *rest)
     device = fixed[0].device
+    if not enabled():
+        _expect_device(device, moving, fixed)
+        return function(backend, moving, fixed, *rest)
     key = (
         function, device, _extension.tf32(), rest, tuple(map(_signature, moving)),
         *map(Tensor.data_ptr, fixed), *[t.dtype for t in fixed], *[t.shape for t in fixed],
@@ -528,6 +530,7 @@ def call(
                 _seen.add(hash(key))
     if tape is not None:
         return tape(moving, fixed, device)
+    _expect_device(device, moving, fixed)
     if not record:
         return function(backend, moving, fixed, *rest)
     with Recorder(moving, fixed) as recorder:
@@ -539,6 +542,16 @@ def call(
         while len(_tapes) > TAPES:
             _tapes.popitem(last=False)
     return outputs
+
+
+def _expect_device(device: torch.device, *tensors: Tensors) -> None:
+    """Kernels take addresses, which do not tell where they are."""
+    found = {t.device for t in itertools.chain(*tensors) if t is not None}
+    if len(found) > 1:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device {device}, but found "
+            f"{', '.join(sorted(map(str, found)))}"
+        )
 
 
 def _signature(t: Tensor | None) -> tuple | None:
