@@ -259,7 +259,7 @@ class _Stage(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         inputs = x, tensors, running, mask, spec, double_backward
         output = _stage(*inputs)
-        # before anything is saved, where recomputation stops that saves nothing further
+        # before anything is saved: there a checkpoint may stop what it runs again
         if update is not None:
             update(output[2])
         _setup(ctx, inputs, output)
