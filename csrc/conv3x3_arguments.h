@@ -19,9 +19,10 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using MaybeTensor = std::optional<Tensor>;
 
-// Two numbers each, small enough for sums of their products with sizes.
+// Sums of products of smaller numbers with sizes fit into 64 bits.
+constexpr int64_t kLimit = int64_t{1} << 31;
+
 inline void expect_pairs(const Ints& stride, const Ints& padding, const Ints& dilation) {
-  constexpr int64_t kLimit = int64_t{1} << 31;
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "conv3x3: expected stride, padding and dilation of two numbers");
   for (int a = 0; a < 2; ++a) {
@@ -59,19 +60,26 @@ inline Geometry geometry(const Tensor& images, const Tensor& outputs, const Ints
   return g;
 }
 
-// Stride 1 and as much padding as keeps the size, on matrices whose rows are n images' pixels.
+// Stride 1 and as much padding as keeps the size.
+inline Geometry geometry(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
+                         const Ints& dilation) {
+  STD_TORCH_CHECK(dilation.size() == 2, "conv3x3: expected a dilation of two numbers");
+  STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
+                  dilation[0], " and ", dilation[1]);
+  STD_TORCH_CHECK(std::max(dilation[0], dilation[1]) < kLimit,
+                  "conv3x3: expected dilation below 2^31, got ", dilation[0], " and ", dilation[1]);
+  const int64_t d[2] = {dilation[0], dilation[1]};
+  return {n, c, k, {h, w}, {h, w}, {1, 1}, {d[0], d[1]}, {d[0], d[1]}};
+}
+
+// The same on matrices whose rows are n images' pixels.
 inline Geometry geometry(int64_t n, int64_t h, int64_t w, const Tensor& y, const Tensor& out,
                          const Ints& dilation) {
   STD_TORCH_CHECK(y.dim() == 2 && out.dim() == 2, "conv3x3: expected matrices, got ", y.dim(),
                   "-D and ", out.dim(), "-D");
   STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == y.size(0), "conv3x3: ", n,
                   " images of ", h, " by ", w, " pixels are not ", y.size(0), " rows");
-  STD_TORCH_CHECK(dilation.size() == 2, "conv3x3: expected a dilation of two numbers");
-  STD_TORCH_CHECK(dilation[0] >= 1 && dilation[1] >= 1, "conv3x3: expected dilation >= 1, got ",
-                  dilation[0], " and ", dilation[1]);
-  expect_pairs({1, 1}, dilation, dilation);
-  const int64_t d[2] = {dilation[0], dilation[1]};
-  return {n, y.size(1), out.size(1), {h, w}, {h, w}, {1, 1}, {d[0], d[1]}, {d[0], d[1]}};
+  return geometry(n, h, w, y.size(1), out.size(1), dilation);
 }
 
 inline void expect_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {

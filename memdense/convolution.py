@@ -1,6 +1,6 @@
 """The dilated 3x3 convolution as a PyTorch operation: on the extension, or else by F.conv2d."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from . import _extension
 from .direct import autocast, learns, transformed, watched
+from .spec import pair
 
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
@@ -82,14 +83,13 @@ LIMIT = 1 << 31  # sums of a few products of such numbers fit into 64 bits
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Iterable) else (value,)
-    pair = pair * 2 if len(pair) == 1 else pair
-    if len(pair) != 2 or min(pair) < least or max(pair) >= LIMIT:
+    numbers = pair(value)
+    if len(numbers) != 2 or min(numbers) < least or max(numbers) >= LIMIT:
         raise RuntimeError(
             f"dilated_conv3x3: expected {name} of one or two numbers, at least {least} and below "
             f"2^31, got {value}"
         )
-    return pair
+    return numbers
 
 
 def _padding(name: str, stride: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
@@ -122,7 +122,7 @@ def _output(
     h = _length(images[2], stride[0], padding[0], dilation[0])
     w = _length(images[3], stride[1], padding[1], dilation[1])
     shape = images[0], kernels[0], h, w
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
 def _length(length: int, stride: int, padding: int, dilation: int) -> int:
@@ -136,7 +136,7 @@ def _length(length: int, stride: int, padding: int, dilation: int) -> int:
     return room // stride + 1
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def layout_of(x: Tensor) -> torch.memory_format:
     """``suggest_memory_format``; what is plainly one or the other first, since that takes longer
     than a small convolution.
     """
@@ -196,7 +196,7 @@ def _gradients(
         return tuple(next(empty).copy_(g) if n else None for g, n in zip(found, need, strict=True))
     dx = dweight = None
     if need[0]:
-        dx = torch.empty_like(x, memory_format=_layout(x))
+        dx = torch.empty_like(x, memory_format=layout_of(x))
         torch.ops.memdense.conv3x3_input_gradient(
             dy, weight, stride, padding, dilation, dx, _tf32(x)
         )
@@ -216,7 +216,7 @@ def _needed_gradients(*args: Any) -> list[Tensor]:
 def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor]:
     empty = []
     if need[0]:
-        empty.append(torch.empty_like(x, memory_format=_layout(x)))
+        empty.append(torch.empty_like(x, memory_format=layout_of(x)))
     if need[1]:
         empty.append(weight.new_empty(weight.shape))
     if need[2]:

@@ -77,10 +77,9 @@ def norm_relu_conv1x1(
         if training and count is not None:
             count.add_(1)
             momentum = 1.0 / float(count) if momentum is None else momentum
-        z = F.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps
+        return _parts(
+            input, running_mean, running_var, weight, bias, conv_weight, training, momentum, eps
         )
-        return F.conv2d(F.relu(z), conv_weight)
     mean, var = (None, None) if training else (running_mean, running_var)
     out, statistics = torch.ops.memdense.bn_relu_conv1x1_alone(
         input, mean, var, weight, bias, conv_weight, eps
@@ -93,6 +92,22 @@ def norm_relu_conv1x1(
                 input.shape[0] * input.shape[2] * input.shape[3],
             )  # fmt: skip
     return out
+
+
+def _parts(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv: Tensor,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """PyTorch's own operations; a momentum of None moves nothing."""
+    z = F.batch_norm(x, mean, var, weight, bias, training, momentum or 0.0, eps)
+    return F.conv2d(F.relu(z), conv)
 
 
 def _check(
@@ -228,8 +243,8 @@ def _backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
     if torch.is_grad_enabled():
         running = (None, None) if ctx.batch else statistics.unbind()
         with ops.quiet(x):
-            z = F.batch_norm(x, *running, weight, bias, ctx.batch, 0.0, ctx.eps)
-            found = plain.gradients([F.conv2d(F.relu(z), conv)], [dout], inputs, need)
+            out = _parts(x, *running, weight, bias, conv, ctx.batch, 0.0, ctx.eps)
+            found = plain.gradients([out], [dout], inputs, need)
     else:
         with unless_chosen(ctx.backend):
             found = torch.ops.memdense.bn_relu_conv1x1_alone_backward(

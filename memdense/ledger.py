@@ -348,11 +348,11 @@ class Efficient(Walk):
         scratch.pack(geometry, first)
         for channels, layer in reading(stage):
             if layer.norm2 is None:
-                scratch.conv3x3(geometry, channels, layer.growth, layer.dilation)
+                scratch.conv3x3(Conv3x3(geometry, channels, layer.growth, layer.dilation))
                 continue
             y = ledger.new("Y, bottlenecks", rows * layer.bottleneck * self.a)
             scratch.conv1x1(rows, channels, layer.bottleneck)
-            scratch.conv3x3(geometry, layer.bottleneck, layer.growth, layer.dilation)
+            scratch.conv3x3(Conv3x3(geometry, layer.bottleneck, layer.growth, layer.dilation))
             if self.setting.keep_bottlenecks:
                 kept.append(y)
             else:
@@ -397,7 +397,8 @@ class Efficient(Walk):
             gradients.append(ledger.new("weight gradients", conv.numel() * WIDE))
             gradients.append(ledger.new("statistics", scratch.sums(channels, layer.bottleneck)))
             if layer.norm2 is None:
-                scratch.conv3x3_backward(geometry, channels, layer.growth, layer.dilation, True)
+                conv3x3 = Conv3x3(geometry, channels, layer.growth, layer.dilation)
+                scratch.conv3x3_backward(conv3x3, True)
                 before = [dy]  # until the next is made
                 continue
             y = []
@@ -405,9 +406,8 @@ class Efficient(Walk):
                 y = [ledger.new("Y, bottlenecks", rows * layer.bottleneck * self.a)]
                 scratch.conv1x1(rows, channels, layer.bottleneck, False)
             dz = ledger.new("dz, of bottlenecks", rows * layer.bottleneck * self.a)
-            scratch.conv3x3_backward(
-                geometry, layer.bottleneck, layer.growth, layer.dilation, False
-            )
+            conv3x3 = Conv3x3(geometry, layer.bottleneck, layer.growth, layer.dilation)
+            scratch.conv3x3_backward(conv3x3, False)
             ledger.free(dy)
             gradients.append(ledger.new("weight gradients", layer.conv1.numel() * WIDE))
             scratch.conv1x1_backward(rows, channels, layer.bottleneck)
@@ -439,6 +439,15 @@ class Efficient(Walk):
 
 def convolution_weights(stage: Stage) -> int:
     return sum(t.numel() for t in flatten(stage)[0] if t.dim() == 4)
+
+
+class Conv3x3(NamedTuple):
+    """A layer's 3x3 convolution."""
+
+    geometry: Geometry
+    channels: int  # that it reads
+    growth: int
+    dilation: tuple[int, int]
 
 
 class FusedScratch:
@@ -479,33 +488,14 @@ class NativeScratch(FusedScratch):
     def pool_conv1x1_backward(self, geometry: Geometry, channels: int, out: int) -> None:
         self.conv1x1_backward(geometry.rows, channels, out)
 
-    def conv3x3(
-        self, geometry: Geometry, channels: int, growth: int, dilation: tuple[int, int]
-    ) -> None:
-        self._conv3x3(geometry, channels, growth, dilation, False)
-
-    def conv3x3_backward(
-        self,
-        geometry: Geometry,
-        channels: int,
-        growth: int,
-        dilation: tuple[int, int],
-        into_g: bool,
-    ) -> None:
-        self._conv3x3(geometry, channels, growth, dilation, True)
-
-    def _conv3x3(
-        self,
-        geometry: Geometry,
-        channels: int,
-        growth: int,
-        dilation: tuple[int, int],
-        backward: bool,
-    ) -> None:
+    def conv3x3(self, conv: Conv3x3, backward: bool = False) -> None:
         size = torch.ops.memdense.conv3x3_scratch(
-            *geometry, channels, growth, dilation, self.threads, backward
+            *conv.geometry, conv.channels, conv.growth, conv.dilation, self.threads, backward
         )
         self.ledger.spike("scratch", size)
+
+    def conv3x3_backward(self, conv: Conv3x3, into_g: bool) -> None:
+        self.conv3x3(conv, True)
 
 
 class ReferenceScratch(FusedScratch):
@@ -584,9 +574,8 @@ class ReferenceScratch(FusedScratch):
         if statistics:
             self.moments(band * out, True)
 
-    def conv3x3(
-        self, geometry: Geometry, channels: int, growth: int, dilation: tuple[int, int]
-    ) -> None:
+    def conv3x3(self, conv: Conv3x3) -> None:
+        geometry, channels, growth, _ = conv
         band, halo = self.halo_band(geometry, channels)
         self.read(halo * channels)
         with self.ledger.hold("scratch", halo * growth * self.a):  # new
@@ -613,14 +602,8 @@ class ReferenceScratch(FusedScratch):
             self.answer(band * channels)
             self.add_into(band * channels)
 
-    def conv3x3_backward(
-        self,
-        geometry: Geometry,
-        channels: int,
-        growth: int,
-        dilation: tuple[int, int],
-        into_g: bool,
-    ) -> None:
+    def conv3x3_backward(self, conv: Conv3x3, into_g: bool) -> None:
+        geometry, channels, growth, _ = conv
         band, halo = self.halo_band(geometry, channels)
         self.read(halo * channels)
         da = halo * channels * self.a

@@ -4,7 +4,6 @@ Their ``forward`` is the reference: it reads like the paper and stores like it t
 path (:mod:`memdense.stage`) only gathers the parameters that live here.
 """
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backends import MemdenseWarning
+from .backends import warn_plain
 from .convolution import dilated_conv3x3
 from .functional import norm_relu_conv1x1
+from .spec import pair
 
 # torch.fx's nodes of a traced network
 torch.fx.wrap("dilated_conv3x3")
@@ -150,10 +150,7 @@ class BNReLUConv1x1(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if reason := self._unusual():
-            if reason not in self._warned:
-                self._warned.add(reason)
-                message = f"memdense runs BNReLUConv1x1 as plain modules: {reason}"
-                warnings.warn(message, MemdenseWarning, stacklevel=2)
+            warn_plain("BNReLUConv1x1", reason, self._warned)
             return self.conv(F.relu(self.norm(input)))
         norm = self.norm
         return norm_relu_conv1x1(
@@ -166,9 +163,8 @@ class BNReLUConv1x1(nn.Module):
         """Why running the children one by one would do anything else."""
         from . import structure  # which reads this file's modules
 
-        if hooks := structure.global_hooks():
-            return hooks
         try:
+            structure.check_global_hooks()
             structure.read_norm(self.norm, "norm")
             structure.read_conv(self.conv, "conv", 1)
         except structure.Unsupported as reason:
@@ -212,7 +208,7 @@ class DilatedConv2d(nn.Conv2d):
         if padding_mode != "zeros":
             raise ValueError(f"DilatedConv2d: expected padding_mode 'zeros', got {padding_mode!r}")
         for name, value in (("stride", stride), ("dilation", dilation)):
-            if min(value if isinstance(value, Sequence) else (value,)) < 1:
+            if min(pair(value)) < 1:
                 raise ValueError(f"DilatedConv2d: expected {name} >= 1, got {value}")
         super().__init__(
             in_channels, out_channels, 3, stride, padding, dilation, 1, bias, "zeros", device, dtype

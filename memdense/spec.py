@@ -3,12 +3,19 @@ one.
 """
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """One number, or one per axis, as PyTorch's modules take them."""
+    numbers = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),)
+    return numbers * 2 if len(numbers) == 1 else numbers
 
 
 @dataclass(frozen=True)

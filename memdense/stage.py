@@ -2,19 +2,18 @@
 modules allow it.
 """
 
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
 from . import ops
-from .backends import MemdenseWarning
+from .backends import warn_plain
 from .buffers import reader_columns
+from .convolution import layout_of
 from .direct import autocast, transformed
 from .spec import Stage, StemSpec
 from .structure import (
@@ -27,7 +26,6 @@ from .structure import (
     convolution_dtype_fits,
     global_hooks,
     misfit,
-    pair,
     read_stage,
     read_stem,
 )
@@ -98,21 +96,22 @@ class Features(nn.Sequential):
         """
         if not self._runs_efficiently(x):
             return super().forward(x)
-        out = self._run(x, self._steps("norm"))[0]
-        return out.contiguous(memory_format=self._layout(x))
+        layout = self._layout(x)
+        out = self._run(x, self._steps("norm"), layout)[0]
+        return out.contiguous(memory_format=layout)
 
     def pooled(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
         if self._runs_efficiently(x):
             steps = self._steps("pool")
             if steps[-1].tail == "pool":
-                return self._run(x, steps)[0]
+                return self._run(x, steps, self._layout(x))[0]
         return _mean(F.relu(self(x), inplace=True))
 
     def block_outputs(self, x: Tensor) -> list[Tensor]:
         """(N, C_in, H, W) to the output of each dense block."""
         if self._runs_efficiently(x):
-            return self._run(x, self._steps(None))[1]
+            return self._run(x, self._steps(None), self._layout(x))[1]
         outputs = []
         for step in self._steps(None):
             for name in step.names:
@@ -126,7 +125,7 @@ class Features(nn.Sequential):
             return False
         if transformed():
             reason = "torch.func's transforms and forward-mode AD need operations of their own"
-            self._warn("the whole model", reason)
+            warn_plain("the whole model", reason, self._warned)
             return False
         # modules say best what is wrong with an input, and do with an empty one what they do
         return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.numel() > 0
@@ -143,12 +142,13 @@ class Features(nn.Sequential):
         """
         first = next(iter(self._modules.values()), None)
         weight = first.weight if isinstance(first, nn.Conv2d) else x
-        formats = map(suggest_memory_format, (x, weight))
+        formats = layout_of(x), layout_of(weight)
         return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
-    def _run(self, x: Tensor, steps: list[Step]) -> tuple[Tensor, list[Tensor]]:
+    def _run(
+        self, x: Tensor, steps: list[Step], layout: torch.memory_format
+    ) -> tuple[Tensor, list[Tensor]]:
         outputs = []
-        layout = self._layout(x)
         for step in steps:
             modules = {name: self._modules[name] for name in step.names}
             if step.kind == "module":
@@ -157,9 +157,9 @@ class Features(nn.Sequential):
             try:
                 found = self.read(step)
             except Unsupported as reason:
-                self._warn(" and ".join(step.names), str(reason))
+                warn_plain(" and ".join(step.names), str(reason), self._warned)
                 found = None
-            x = _cast(x)
+            (x,) = autocast(x)
             if step.kind == "stem":
                 x = _stem_or_modules(x, found, modules, self.recompute_stem)
             elif found is None or not _fits(x, found):
@@ -205,13 +205,6 @@ class Features(nn.Sequential):
             keep_bottlenecks,
         )
 
-    def _warn(self, what: str, reason: str) -> None:
-        if reason in self._warned:
-            return
-        self._warned.add(reason)
-        message = f"memdense runs {what} as plain modules: {reason}"
-        warnings.warn(message, MemdenseWarning, stacklevel=4)
-
 
 def is_block(module: nn.Module) -> bool:
     """Whether all children of ``module`` are built like dense layers."""
@@ -255,11 +248,6 @@ def _steps(children: dict[str, nn.Module], last_tail: str | None) -> Iterator[St
             i += 1
         else:
             yield Step("stage", (here,))
-
-
-def _cast(x: Tensor) -> Tensor:
-    """x as autocast would have the convolutions take it."""
-    return autocast(x)[0]
 
 
 def _mean(features: Tensor) -> Tensor:
@@ -345,7 +333,7 @@ def _stem_or_modules(
             and x.device == weight.device
             and convolution_dtype_fits(x, [weight])
         )
-        size = [_convolved(x, found.conv, i) for i in (0, 1)]
+        size = [_convolved(x, found, i) for i in (0, 1)]
         one_value = x.shape[0] * size[0] * size[1] == 1 and found.norm.spec.batch
         if fits and min(size) > 0 and not one_value:
             return run_stem(x, found, recompute, x.shape[0] * size[0] * size[1])
@@ -354,17 +342,16 @@ def _stem_or_modules(
     return x
 
 
-def _convolved(x: Tensor, conv: nn.Conv2d, axis: int) -> int:
-    stride, padding, dilation = (pair(v)[axis] for v in (conv.stride, conv.padding, conv.dilation))
-    reach = dilation * (conv.kernel_size[axis] - 1)
+def _convolved(x: Tensor, found: StemModules, axis: int) -> int:
+    stride, padding, dilation = (numbers[axis] for numbers in found.geometry)
+    reach = dilation * (found.conv.kernel_size[axis] - 1)
     return (x.shape[2 + axis] + 2 * padding - reach - 1) // stride + 1
 
 
 def run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tensor:
     """Run the stem's operation and move its running statistics once."""
     conv, norm = found.conv, found.norm
-    geometry = map(pair, (conv.stride, conv.padding, conv.dilation))
-    spec = StemSpec(norm.spec, *geometry, recompute)
+    spec = StemSpec(norm.spec, *found.geometry, recompute)
 
     def update(statistics: Tensor) -> None:
         _update(found.moving, statistics, [0], rows)

@@ -15,7 +15,7 @@ from torch.nn.modules import module as _module
 
 from .direct import autocast_dtype
 from .modules import DenseBlock, DenseLayer, Transition
-from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec, flatten, spec_of
+from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec, flatten, pair, spec_of
 
 OWN_TYPES = frozenset({DenseBlock, DenseLayer, Transition})
 HOOKS = {
@@ -65,6 +65,12 @@ def global_hooks() -> str | None:
         if getattr(_module, "_global" + name, None):
             return f"a global {kind} is registered"
     return None
+
+
+def check_global_hooks() -> None:
+    """Raise :class:`Unsupported` where there are any."""
+    if hooks := global_hooks():
+        raise Unsupported(hooks)
 
 
 def check(module: nn.Module, name: str, types: Iterable[type], expected: str) -> None:
@@ -213,9 +219,7 @@ def read_stage(
     Raises:
         Unsupported: where running these modules one by one would do anything else.
     """
-    hooks = global_hooks()
-    if hooks:
-        raise Unsupported(hooks)
+    check_global_hooks()
     check(block, name, types, "a dense block that was looked at when the model was converted")
     layers, norms, rates = [], [], set()
     for child, module in block._modules.items():
@@ -267,14 +271,9 @@ def _read_tail(
     return Tail(spec, norm.norm, conv.weight), norm
 
 
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """One number, or one per axis, as PyTorch's modules take them."""
-    numbers = tuple(map(int, value)) if isinstance(value, Iterable) else (int(value),)
-    return numbers * 2 if len(numbers) == 1 else numbers
-
-
 class StemModules(NamedTuple):
     conv: nn.Conv2d
+    geometry: tuple[tuple[int, int], ...]  # stride, padding and dilation
     norm: Norm
     moving: Moving
 
@@ -285,9 +284,7 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
     Raises:
         Unsupported: where they are anything else.
     """
-    hooks = global_hooks()
-    if hooks:
-        raise Unsupported(hooks)
+    check_global_hooks()
     names = list(modules)
     conv, norm = modules[names[0]], read_norm(modules[names[1]], names[1])
     check(conv, names[0], (nn.Conv2d,), "a Conv2d")
@@ -305,7 +302,8 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
     shape = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
     if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or pool.ceil_mode or pool.return_indices:
         raise Unsupported(f"{names[-1]} is not a 3x3 maximum of stride 2 and padding 1")
-    return StemModules(conv, norm.norm, moving([norm]))
+    geometry = pair(conv.stride), pair(conv.padding), pair(conv.dilation)
+    return StemModules(conv, geometry, norm.norm, moving([norm]))
 
 
 # what every module has in its __dict__

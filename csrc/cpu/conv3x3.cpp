@@ -523,9 +523,7 @@ int64_t conv3x3_scratch(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, c
                         int64_t threads, bool backward) {
   STD_TORCH_CHECK(std::min({n, h, w, c, k, threads}) >= 1,
                   "conv3x3_scratch: expected sizes and threads of at least 1");
-  expect_pairs({1, 1}, dilation, dilation);
-  const Geometry g{
-      n, c, k, {h, w}, {h, w}, {1, 1}, {dilation[0], dilation[1]}, {dilation[0], dilation[1]}};
+  const Geometry g = geometry(n, h, w, c, k, dilation);
   const int64_t tasks = task_count(n * h, threads);
   const int64_t walk = with_walk<float>(
       g, backward, tasks, [&](const auto& walk) { return WalkMemory(walk).values(tasks); });

@@ -19,8 +19,8 @@
 //
 // All coefficients are powers of two and no output reads beyond its own taps, so errors stay about
 // those of the direct sum, and a NaN goes no further. (An infinity becomes one: it is subtracted
-// from itself.) A task takes a chunk of tiles at a time,
-// whose transformed values stay in its core's L2.
+// from itself.) A task takes a chunk of tiles at a time, whose transformed values stay in its
+// core's L2.
 #pragma once
 
 #include <algorithm>

@@ -33,6 +33,14 @@ class MemdenseWarning(UserWarning):
     """A part of a model runs on a slower path than it could, and why."""
 
 
+def warn_plain(what: str, reason: str, known: set[str]) -> None:
+    """Say that modules run as they are, for a reason that is not among the ``known`` ones yet."""
+    if reason not in known:
+        known.add(reason)
+        message = f"memdense runs {what} as plain modules: {reason}"
+        warnings.warn(message, MemdenseWarning, stacklevel=4)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run what is called inside, backward passes too, on one backend, in this thread only.
