@@ -275,12 +275,14 @@ def test_every_configuration_gives_the_same_numbers(dtype):
     sizes, precise = (1, 1 << 15, 1 << 20), launch.precision(dtype)
     kernels = {
         "forward_1x1": [
-            conv1x1.forward_configs(dtype, precise, m, 48, new)
+            conv1x1.forward_configs(dtype, precise, m, 48, new, 132)
             for m in sizes
             for new in (True, False)
         ],
         "gradients_1x1": [
-            conv1x1.gradient_configs(dtype, precise, 48, new) for new in (True, False)
+            conv1x1.gradient_configs(dtype, precise, 48, new, roomy)
+            for new in (True, False)
+            for roomy in (True, False)
         ],
     }
     for kernel, configs in kernels.items():

@@ -38,7 +38,8 @@ def forward(c: int, statistics: bool) -> Traffic:
         moments = torch.empty(2, B) if statistics else None
         Triton().bn_relu_conv1x1(normal(m, c), reader(c), normal(B, c), moments)
 
-    with tuning.forced("forward_1x1", conv1x1.forward_configs(HALF, "tf32", LARGE, B, True)[0]):
+    config = conv1x1.forward_configs(HALF, "tf32", LARGE, B, True, 132)[0]
+    with tuning.forced("forward_1x1", config):
         return total(per_row(run, ROWS))
 
 
@@ -87,8 +88,8 @@ def test_weight_partials_stay_small():
     for side, channels in ((56, (64, 224)), (28, (128, 480)), (14, (256, 992))):
         for c in channels:
             m = 256 * side * side
-            k = conv1x1.gradient_configs(torch.bfloat16, "tf32", B, True)[0]
-            partial = conv1x1.gradient_splits(k, m, c) * B * c * 4
+            k = conv1x1.gradient_configs(torch.bfloat16, "tf32", B, True, True)[0]
+            partial = conv1x1.gradient_splits(k, m, c, 132) * B * c * 4
             assert 2 * partial <= 0.1 * m * (8 * c + 8 * B), (side, c)
 
 

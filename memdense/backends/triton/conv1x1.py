@@ -11,15 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, NormGradient, Reader, Sums
-from .launch import Plan, cached, cdiv, hopper, power, precision, readable
+from .launch import Plan, cached, cdiv, hopper, multiprocessors, power, precision, readable
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .settle import normalised_
 from .shared import norm_vectors, relu, store_moments, store_sums
 from .tuning import Config, choose
 
 MAX_BLOCKS = 3  # accumulators side by side; a wider B takes another path
-PROGRAMS = 132  # one for each multiprocessor of a large GPU
-SPLIT_ROWS = 512  # the fewest that a split of the gradients is worth
+SPLIT_ROWS = 1024  # the fewest that a split of the gradients is worth
 
 
 @triton.jit
@@ -27,7 +26,7 @@ def forward_1x1(
     x, w, mean, var, weight, bias, y, partial,
     M, C, CX, CW, B, ldx, ldw, eps, tiles, plane,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = relu(s*X + t) @ W^T for X [M, C], W [B, C], Y [M, B], with each tile's statistics of Y as
     stored at partial [2, B, tiles] where it is given.
@@ -38,9 +37,11 @@ def forward_1x1(
     tile = tl.program_id(0)
     row = tl.arange(0, BM)
     valid = (tile * BM + row < M)[:, None]
+    if EVEN:
+        valid = tl.full([BM, 1], True, tl.int1)
     n = tl.arange(0, BN)
     x += tile.to(tl.int64) * BM * ldx
-    acc0 = tl.zeros([BM, BN], tl.float32)
+    acc0 = tl.zeros([BN, BM], tl.float32)
     acc1 = acc0
     acc2 = acc0
     for start in range(0, C, BK):
@@ -48,23 +49,25 @@ def forward_1x1(
         s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
         values = tl.load(x + row[:, None] * ldx + c[None, :], valid & (c < CX)[None, :], 0.0)
         z = relu(values.to(tl.float32) * s[None, :] + t[None, :])
-        z = tl.where((c < C)[None, :], z, 0.0).to(x.dtype.element_ty)
-        at = w + n[None, :] * ldw + c[:, None]
-        inside = (c < CW)[:, None]
-        acc0 = tl.dot(z, tl.load(at, inside & (n < B)[None, :], 0.0), acc0, PRECISION)
+        if RAGGED:
+            z = tl.where((c < C)[None, :], z, 0.0)
+        z = tl.trans(z.to(x.dtype.element_ty))
+        at = w + n[:, None] * ldw + c[None, :]
+        inside = (c < CW)[None, :]
+        acc0 = tl.dot(tl.load(at, inside & (n < B)[:, None], 0.0), z, acc0, PRECISION)
         if BLOCKS > 1:
-            right = inside & (n + BN < B)[None, :]
-            acc1 = tl.dot(z, tl.load(at + BN * ldw, right, 0.0), acc1, PRECISION)
+            below = inside & (n + BN < B)[:, None]
+            acc1 = tl.dot(tl.load(at + BN * ldw, below, 0.0), z, acc1, PRECISION)
         if BLOCKS > 2:
-            right = inside & (n + 2 * BN < B)[None, :]
-            acc2 = tl.dot(z, tl.load(at + 2 * BN * ldw, right, 0.0), acc2, PRECISION)
+            below = inside & (n + 2 * BN < B)[:, None]
+            acc2 = tl.dot(tl.load(at + 2 * BN * ldw, below, 0.0), z, acc2, PRECISION)
     count = tl.minimum(M - tile * BM, BM)
     y += tile.to(tl.int64) * BM * B + row[:, None] * B
-    _store(acc0, y, partial, plane, valid, count, n, B, tile, tiles)
+    _store(tl.trans(acc0), y, partial, plane, valid, count, n, B, tile, tiles)
     if BLOCKS > 1:
-        _store(acc1, y, partial, plane, valid, count, n + BN, B, tile, tiles)
+        _store(tl.trans(acc1), y, partial, plane, valid, count, n + BN, B, tile, tiles)
     if BLOCKS > 2:
-        _store(acc2, y, partial, plane, valid, count, n + 2 * BN, B, tile, tiles)
+        _store(tl.trans(acc2), y, partial, plane, valid, count, n + 2 * BN, B, tile, tiles)
 
 
 @triton.jit
@@ -78,14 +81,9 @@ def _store(acc, y, partial, plane, valid, count, n, B, tile, tiles):
 
 
 @triton.jit
-def _pairs(values, BM: tl.constexpr, BC: tl.constexpr):
-    """Sums of rows g and g + 8 of every 16, which one thread holds of a product."""
-    return tl.sum(tl.reshape(values, [BM // 16, 2, 8, BC]), 1)
-
-
-@triton.jit
-def _column_sums(pairs):
-    return tl.sum(tl.sum(pairs, 0), 0)
+def _quads(values, BC: tl.constexpr, BM: tl.constexpr):
+    """Sums [BC, 4] of a product's columns, those that one thread holds of a row."""
+    return tl.sum(tl.sum(tl.reshape(values, [BC, BM // 8, 4, 2]), 3), 1)
 
 
 @triton.jit
@@ -93,12 +91,14 @@ def gradients_1x1(
     dy, w, x, mean, var, weight, bias, g, partial, weights,
     M, C, CX, CW, CG, B, ldy, ldw, ldx, ldg, eps, across, share, plane, size,
     BM: tl.constexpr, BC: tl.constexpr, BB: tl.constexpr, BLOCKS: tl.constexpr,
-    WEIGHT: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT: tl.constexpr, SEEDED: tl.constexpr, ROUNDS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dA = dY @ W, dX = dA*[s*X + t > 0], G += s*dX and with WEIGHT dW = dY^T @ relu(s*X + t);
-    dY [M, B], W [B, C], X, G [M, C].
+    dY [M, B], W [B, C], X, G [M, C]. All of it transposed, channels along rows: a thread then has
+    few channels, whose vectors and sums fit its registers.
 
-    A program owns BC columns and walks down one split's ``share`` rows. W's columns, the norm's
+    A program owns BC channels and walks down one split's ``share`` rows. W's columns, the norm's
     vectors and all sums stay with it; the latter, of dX and dX*x_hat and of what G took in, go to
     partial [2 or 4, C, splits], its share of dW to weights [splits, B, C] (plane = C*splits,
     size = B*C). CX, CW and CG columns of X, W and G may be touched, W's beyond C being 0.
@@ -109,13 +109,13 @@ def gradients_1x1(
     row = tl.arange(0, BM)
     s, t, mu, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
     s = tl.where(c < C, s, 0.0)  # so that G keeps what stands behind C
-    at = w + b[:, None] * ldw + c[None, :]
-    columns = (c < CW)[None, :]
-    w0 = tl.load(at, columns & (b < B)[:, None], 0.0)
+    at = w + b[None, :] * ldw + c[:, None]
+    inside = (c < CW)[:, None]
+    w0 = tl.load(at, inside & (b < B)[None, :], 0.0)
     if BLOCKS > 1:
-        w1 = tl.load(at + BB * ldw, columns & (b + BB < B)[:, None], 0.0)
+        w1 = tl.load(at + BB * ldw, inside & (b + BB < B)[None, :], 0.0)
     if BLOCKS > 2:
-        w2 = tl.load(at + 2 * BB * ldw, columns & (b + 2 * BB < B)[:, None], 0.0)
+        w2 = tl.load(at + 2 * BB * ldw, inside & (b + 2 * BB < B)[None, :], 0.0)
     first = split * share
     last = tl.minimum(first + share, M)
     top = split.to(tl.int64) * share
@@ -127,78 +127,74 @@ def gradients_1x1(
     in_g = row[:, None] * ldg + c[None, :]
     readable = (c < CX)[None, :]
     writable = (c < CG)[None, :]
-    acc0 = tl.zeros([BB, BC], tl.float32)
+    acc0 = tl.zeros([BC, BB], tl.float32)
     acc1 = acc0
     acc2 = acc0
-    dbeta = tl.zeros([BM // 16, 8, BC], tl.float32)
+    dbeta = tl.zeros([BC, 4], tl.float32)
     dgamma = dbeta
     stored_beta = dbeta
     stored_gamma = dbeta
-    if SEEDED:
-        held = tl.load(g + in_g, (first + row < last)[:, None] & writable, 0.0)
-    for start in range(first, last, BM):
+    for start in tl.range(first, last, BM, num_stages=STAGES):
         valid = (start + row < last)[:, None]
+        if EVEN:
+            valid = tl.full([BM, 1], True, tl.int1)
         d0 = tl.load(dy + in_dy, valid & (b < B)[None, :], 0.0)
-        values = tl.load(x + in_x, valid & readable, 0.0).to(tl.float32)
-        if SEEDED:
-            old = held.to(tl.float32)
-            # the next rows are under way while these are answered
-            later = (start + BM + row < last)[:, None]
-            held = tl.load(g + BM * ldg + in_g, later & writable, 0.0)
-        da = tl.dot(d0, w0, input_precision=PRECISION)
+        values = tl.trans(tl.load(x + in_x, valid & readable, 0.0)).to(tl.float32)
+        da = tl.dot(w0, tl.trans(d0), input_precision=PRECISION)
         if BLOCKS > 1:
             d1 = tl.load(dy + BB + in_dy, valid & (b + BB < B)[None, :], 0.0)
-            da = tl.dot(d1, w1, da, PRECISION)
+            da = tl.dot(w1, tl.trans(d1), da, PRECISION)
         if BLOCKS > 2:
             d2 = tl.load(dy + 2 * BB + in_dy, valid & (b + 2 * BB < B)[None, :], 0.0)
-            da = tl.dot(d2, w2, da, PRECISION)
-        z = values * s[None, :] + t[None, :]
+            da = tl.dot(w2, tl.trans(d2), da, PRECISION)
+        z = values * s[:, None] + t[:, None]
         dx = tl.where(z <= 0.0, 0.0, da)
-        # one expression, so that what G took in is summed where the product left it: as a value of
-        # its own, s*dX would be laid out for the store, and the sums with it
         if SEEDED:
-            new = (old + s[None, :] * dx).to(g.dtype.element_ty)
+            old = tl.trans(tl.load(g + in_g, valid & writable, 0.0)).to(tl.float32)
+            new = (old + s[:, None] * dx).to(g.dtype.element_ty)
             taken = new.to(tl.float32) - old
         else:
-            new = (s[None, :] * dx).to(g.dtype.element_ty)
+            new = (s[:, None] * dx).to(g.dtype.element_ty)
             taken = new.to(tl.float32)
-        tl.store(g + in_g, new, valid & writable)
         if WEIGHT:
+            # never true, but so z stays in dA's layout, which is the operand's: no shared memory
+            z = tl.where(da > float("inf"), 0.0, z)
             z = relu(z).to(x.dtype.element_ty)
-            acc0 = tl.dot(tl.trans(d0), z, acc0, PRECISION)
+            acc0 = tl.dot(z, d0, acc0, PRECISION)
             if BLOCKS > 1:
-                acc1 = tl.dot(tl.trans(d1), z, acc1, PRECISION)
+                acc1 = tl.dot(z, d1, acc1, PRECISION)
             if BLOCKS > 2:
-                acc2 = tl.dot(tl.trans(d2), z, acc2, PRECISION)
-        centred = values - mu[None, :]
-        dbeta += _pairs(dx, BM, BC)
-        dgamma += _pairs(dx * centred, BM, BC)
+                acc2 = tl.dot(z, d2, acc2, PRECISION)
+        centred = values - mu[:, None]
+        dbeta += _quads(dx, BC, BM)
+        dgamma += _quads(dx * centred, BC, BM)
         if ROUNDS:
-            stored_beta += _pairs(taken, BM, BC)
-            stored_gamma += _pairs(taken * centred, BM, BC)
+            stored_beta += _quads(taken, BC, BM)
+            stored_gamma += _quads(taken * centred, BC, BM)
+        tl.store(g + in_g, tl.trans(new), valid & writable)
         dy += BM * ldy
         x += BM * ldx
         g += BM * ldg
     r = tl.rsqrt(tl.load(var + c, c < C, 0.0) + eps)
     store_sums(
-        partial, plane, _column_sums(dbeta), r * _column_sums(dgamma),
-        _column_sums(stored_beta), r * _column_sums(stored_gamma),
-        c, c < C, split, tl.num_programs(0) // across, ROUNDS,
+        partial, plane, tl.sum(dbeta, 1), r * tl.sum(dgamma, 1), tl.sum(stored_beta, 1),
+        r * tl.sum(stored_gamma, 1), c, c < C, split, tl.num_programs(0) // across, ROUNDS,
     )  # fmt: skip
     if WEIGHT:
         at = weights + split.to(tl.int64) * size + b[:, None] * C + c[None, :]
         inside = (c < C)[None, :]
-        tl.store(at, acc0, inside & (b < B)[:, None])
+        tl.store(at, tl.trans(acc0), inside & (b < B)[:, None])
         if BLOCKS > 1:
-            tl.store(at + BB * C, acc1, inside & (b + BB < B)[:, None])
+            tl.store(at + BB * C, tl.trans(acc1), inside & (b + BB < B)[:, None])
         if BLOCKS > 2:
-            tl.store(at + 2 * BB * C, acc2, inside & (b + 2 * BB < B)[:, None])
+            tl.store(at + 2 * BB * C, tl.trans(acc2), inside & (b + 2 * BB < B)[:, None])
 
 
 def blocks(columns: int, precise: str) -> tuple[int, int]:
     """(width, count) of the accumulators that hold ``columns``."""
     if columns <= 128:
-        return power(columns), 1
+        # 64 of them are a product's rows on Hopper's tensor cores
+        return power(columns, 16 if precise == "ieee" else 64), 1
     # without tensor cores a wider product does not fit the registers
     width = 64 if columns <= 192 or precise == "ieee" else 128
     return width, cdiv(columns, width)
@@ -206,17 +202,18 @@ def blocks(columns: int, precise: str) -> tuple[int, int]:
 
 def takes(dtype: torch.dtype, columns: int) -> bool:
     """Whether these kernels hold B = ``columns``."""
-    return blocks(columns, precision(dtype))[1] <= MAX_BLOCKS
+    width, count = blocks(columns, precision(dtype))
+    return count <= MAX_BLOCKS and width * count * dtype.itemsize <= 1024
 
 
 @cached
 def forward_configs(
-    dtype: torch.dtype, precise: str, m: int, b: int, hopper: bool
+    dtype: torch.dtype, precise: str, m: int, b: int, hopper: bool, processors: int
 ) -> tuple[Config, ...]:
     """Of :func:`forward_1x1`, the default first: rows, accumulator width, inner columns."""
     width, count = blocks(b, precise)
     if precise == "ieee":
-        return (Config(64 if count == 1 else 16, width, 32, 8, 2),)
+        return (Config(64 if count == 1 else 16, width, 32 if width < 128 else 16, 8, 2),)
     if dtype == torch.float32:
         low = Config(64, width, 32, 8, 2)
         return (Config(128, width, 32, 8, 2), low) if count == 1 else (low,)
@@ -224,28 +221,50 @@ def forward_configs(
         return Config(64, width, 32, 8, 3), Config(64, width, 32, 8, 2)
     if hopper:
         # With few warps a thread has more rows of a channel, whose vectors it makes for itself, and
-        # two programs share a multiprocessor. Measured on an H200 at B = 128.
-        tall, low = Config(128, width, 64, 4, 2), Config(64, width, 64, 4, 3)
-        return (tall, low) if m >= 512 * PROGRAMS else (low, tall)
+        # two programs share a multiprocessor. With three stages X is under way a step ahead.
+        tall = Config(128, width, 64, 4, 3), Config(128, width, 64, 4, 2)
+        if m % 128:
+            tall = (Config(128, width, 64, 8, 3),)  # masks of rows take registers
+        low = Config(64, width, 64, 4, 3)
+        return (*tall, low) if m >= 512 * processors else (low, *tall)
     # W is read once per tile: tall tiles, as long as there are enough to fill a GPU
     tall = Config(256, width, 32, 16, 3)
     low = Config(128, width, 32, 8 if width > 64 else 4, 3)
-    if m >= 512 * PROGRAMS:
+    if m >= 512 * processors:
         return tall, low
-    return (low, tall) if m >= 128 * PROGRAMS else (Config(64, width, 32, 8, 3), low)
+    return (low, tall) if m >= 128 * processors else (Config(64, width, 32, 8, 3), low)
+
+
+def roomy(m: int, dtype: torch.dtype) -> bool:
+    """Whether :func:`gradients_1x1` needs no masks of m rows and reads G in 16 bits."""
+    return m % 64 == 0 and dtype.itemsize == 2
 
 
 @cached
-def gradient_configs(dtype: torch.dtype, precise: str, b: int, hopper: bool) -> tuple[Config, ...]:
-    """Of :func:`gradients_1x1`: rows at a time, columns of X, width of dY's parts."""
+def gradient_configs(
+    dtype: torch.dtype, precise: str, b: int, hopper: bool, roomy: bool
+) -> tuple[Config, ...]:
+    """Of :func:`gradients_1x1`: rows at a time, columns of X, width of dY's parts. A program waits
+    at barriers for most of its time, so that several share a multiprocessor where registers allow;
+    ``roomy``: none go to masks of rows and to a G in 32 bits.
+    """
     width, count = blocks(b, precise)
+    wide = width * count
     if precise == "ieee":
-        return (Config(16, 32, width, 8, 1),)
-    columns = 32 if width * count <= 256 else 16  # registers hold so much of dW
-    if not hopper:
-        rows = 64 if count == 1 else 32 if columns == 32 else 16
-        return (Config(rows, columns, width, 8, 2),)
-    return (Config(64, 64 if count == 1 else columns, width, 8, 2),)
+        return (Config(16, 32 if count == 1 else 16, width, 8, 1),)
+    if dtype == torch.float32:
+        return (Config(32 if hopper else 16, 64, width, 8, 2),)
+    low = Config(32, 64, width, 4, 3, 2)
+    if hopper and count == 1:
+        tall = Config(64, 64, width, 4, 3, 2), Config(64, 64, width, 4, 2, 2)
+        return (*tall, low) if roomy else (low,)
+    if hopper:
+        return (Config(32, 128 if roomy and wide <= 256 else 64, width, 8, 2),)
+    if wide == 64:
+        return (Config(32, 64, width, 4, 2, 2),)
+    # warps stand above each other there, 16 channels each; registers hold so much of dW
+    tall = {128: (32 if roomy else 16, 128), 192: (16, 128), 256: (32, 64), 384: (64, 32)}
+    return (Config(*tall[wide], width, 8, 2),)
 
 
 @cached
@@ -257,16 +276,21 @@ def _forward_plan(
         forward_1x1,
         (tiles,),
         (m, c, readable(c, ldx), readable(c, ldw), b, ldx, ldw, eps, tiles, b * tiles),
-        (k.rows, k.columns, k.inner, blocks(b, precise)[1], precise),
+        (
+            k.rows, k.columns, k.inner, blocks(b, precise)[1], m % k.rows == 0,
+            readable(c, ldx) > c, precise,
+        ),
         k.warps,
         k.stages,
-    )
+        k.registers,
+    )  # fmt: skip
 
 
 def forward(x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None) -> Tensor:
     """Y of X (M, C) and W (B, C), and its statistics where ``moments`` (2, B) wants them."""
     (m, c), b, precise = x.shape, len(weight), precision(x.dtype)
-    candidates = forward_configs(x.dtype, precise, m, b, hopper(x.device))
+    device = x.device
+    candidates = forward_configs(x.dtype, precise, m, b, hopper(device), multiprocessors(device))
     k = choose("forward_1x1", x.dtype, (m, c, b), candidates)
     y = x.new_empty((m, b))
     partial = None if moments is None else moments_partial(x, b, cdiv(m, k.rows))
@@ -294,17 +318,21 @@ def _gradients_plan(
             m, c, readable(c, ldx), readable(c, ldw), writable, b, *strides, eps,
             across, cdiv(cdiv(m, splits), k.rows) * k.rows, c * splits, b * c,
         ),
-        (k.rows, k.columns, k.inner, count, need_weight, seeded, rounds, precise),
+        (
+            k.rows, k.columns, k.inner, count, need_weight, seeded, rounds, m % k.rows == 0,
+            precise, k.stages,
+        ),
         k.warps,
         k.stages,
+        k.registers,
     )  # fmt: skip
 
 
-def gradient_splits(k: Config, m: int, c: int) -> int:
+def gradient_splits(k: Config, m: int, c: int, processors: int) -> int:
     """How many programs share the rows: enough to fill a GPU, few enough to keep partial results
     small beside what they read.
     """
-    splits = max(1, min(PROGRAMS // cdiv(c, k.columns), m // SPLIT_ROWS))
+    splits = max(1, min(processors * k.resident // cdiv(c, k.columns), m // SPLIT_ROWS))
     share = cdiv(cdiv(m, splits), k.rows) * k.rows
     return cdiv(m, share)
 
@@ -322,9 +350,9 @@ def backward(
     """Into G; the reader's sums and dW (B, C) in float32."""
     (m, c), b, g, precise = x.shape, len(weight), into.g, precision(x.dtype)
     dy = dz if behind is None else normalised_(dz, y, behind)
-    candidates = gradient_configs(x.dtype, precise, b, hopper(x.device))
+    candidates = gradient_configs(x.dtype, precise, b, hopper(x.device), roomy(m, g.dtype))
     k = choose("gradients_1x1", x.dtype, (m, c, b), candidates)
-    splits = gradient_splits(k, m, c)
+    splits = gradient_splits(k, m, c, multiprocessors(x.device))
     partial = sums_partial(x, c, splits, into)
     weights = x.new_empty((splits, b, c), dtype=torch.float32) if need_weight else None
     plan = _gradients_plan(

@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry, Into, Reader, Sums
-from .conv1x1 import PROGRAMS, SPLIT_ROWS, Config
-from .launch import Plan, cached, cdiv, power, precision, readable
+from .launch import Plan, cached, cdiv, multiprocessors, power, precision, readable
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .shared import answer, norm_vectors, relu, store_moments, store_sums
+from .tuning import Config
+
+SPLIT_ROWS = 512  # the fewest that a split of the weight's gradient is worth
 
 
 @triton.jit
@@ -397,11 +399,11 @@ def _weight_plan(
     )  # fmt: skip
 
 
-def weight_splits(dtype: torch.dtype, precise: str, m: int, c: int, k: int) -> int:
+def weight_splits(dtype: torch.dtype, precise: str, m: int, c: int, k: int, processors: int) -> int:
     """How many programs share the rows, as for the 1x1."""
     config = weight_config(dtype, precise, c, k)
     programs = cdiv(c, config.columns) * cdiv(k, config.inner)
-    splits = max(1, min(PROGRAMS // programs, m // SPLIT_ROWS))
+    splits = max(1, min(processors // programs, m // SPLIT_ROWS))
     share = cdiv(cdiv(m, splits), config.rows) * config.rows
     return cdiv(m, share)
 
@@ -430,7 +432,7 @@ def backward(
     plan(dy, weight, x, read.mean, read.var, read.weight, read.bias, g, partial)
     weights = None
     if need_weight:
-        splits = weight_splits(x.dtype, precise, m, c, k)
+        splits = weight_splits(x.dtype, precise, m, c, k, multiprocessors(x.device))
         weights = x.new_empty((splits, k, c, 3, 3), dtype=torch.float32)
         plan = _weight_plan(
             x.dtype, precise, geometry, c, k, dilation, dy.stride(0), x.stride(0), read.eps, splits

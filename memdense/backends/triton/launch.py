@@ -88,7 +88,7 @@ class Plan:
         grid: how many programs, per axis.
         sizes: numbers known at run time.
         constants: the values of the kernel's ``tl.constexpr`` arguments, in order.
-        warps, stages: Triton's ``num_warps`` and ``num_stages``.
+        warps, stages, registers: Triton's ``num_warps``, ``num_stages`` and ``maxnreg``.
     """
 
     __slots__ = ("arguments", "compiled", "constants", "grid", "kernel", "options", "sizes")
@@ -101,13 +101,14 @@ class Plan:
         constants: tuple[Any, ...] = (),
         warps: int = 4,
         stages: int = 2,
+        registers: int | None = None,
     ) -> None:
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.sizes = sizes
         self.constants = constants
         self.arguments = (*sizes, *constants)
-        self.options = {"num_warps": warps, "num_stages": stages}
+        self.options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
         self.compiled: dict[tuple, Compiled] = {}
 
     @property
@@ -245,6 +246,14 @@ def hopper(device: torch.device) -> bool:
     cores, in the interpreter, as if.
     """
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cached
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; where there is none, those of a large one."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ import triton
 
 from ...buffers import Into, NormGradient, Reader, Sums
 from . import conv1x1
-from .launch import hopper, precision
+from .launch import hopper, multiprocessors, precision
 from .tuning import Config, bucket, device_name, forced, save
 
 # M, C, B: the blocks of an ImageNet network at batches 16, 64 and 256, and those of narrower and
@@ -46,6 +46,8 @@ def problems(
         return Reader(*torch.rand(4, channels, device=device), 1e-5, True)
 
     for m, c, b in sizes:
+        if not conv1x1.takes(dtype, b):
+            continue
         x, g = (torch.randn(m, c, device=device).to(dtype) for _ in range(2))
         dz, y = (torch.randn(m, b, device=device).to(dtype) for _ in range(2))
         weight, read = torch.randn(b, c, device=device).to(dtype), reader(c)
@@ -59,11 +61,10 @@ def problems(
         def backward(dz=dz, y=y, behind=behind, weight=weight, x=x, read=read, into=into) -> object:
             return conv1x1.backward(dz, y, behind, weight, x, read, into, True)
 
-        new = hopper(device)
-        kernels = (
-            ("forward_1x1", conv1x1.forward_configs(dtype, precise, m, b, new), forward),
-            ("gradients_1x1", conv1x1.gradient_configs(dtype, precise, b, new), backward),
-        )
+        new, processors = hopper(device), multiprocessors(device)
+        configs = conv1x1.forward_configs(dtype, precise, m, b, new, processors)
+        walks = conv1x1.gradient_configs(dtype, precise, b, new, conv1x1.roomy(m, dtype))
+        kernels = ("forward_1x1", configs, forward), ("gradients_1x1", walks, backward)
         for kernel, candidates, run in kernels:
             if len(candidates) >= least:
                 yield Problem(kernel, bucket(kernel, dtype, m, c, b), candidates, run)

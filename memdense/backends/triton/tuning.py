@@ -19,15 +19,25 @@ from typing import NamedTuple
 import torch
 import triton
 
+REGISTERS = 1 << 16  # of a multiprocessor
+
 
 class Config(NamedTuple):
-    """A tile's rows and columns, the columns of the product's inner dimension, and how it runs."""
+    """A tile's rows and columns, the columns of the product's inner dimension, and how it runs:
+    ``resident`` programs share a multiprocessor and its registers.
+    """
 
     rows: int
     columns: int
     inner: int
     warps: int
     stages: int
+    resident: int = 1
+
+    @property
+    def registers(self) -> int:
+        """Triton's ``maxnreg``; where none is named the compiler may spill to need fewer."""
+        return min(255, REGISTERS // (32 * self.warps * self.resident) // 8 * 8)
 
 
 def path() -> Path:
