@@ -18,7 +18,7 @@ from .shared import norm_vectors, relu, store_moments, store_sums
 from .tuning import Config, choose
 
 MAX_BLOCKS = 3  # accumulators side by side; a wider B takes another path
-SPLIT_ROWS = 1024  # the fewest that a split of the gradients is worth
+SPLIT_ROWS = 896  # the fewest that a split of the gradients is worth
 
 
 @triton.jit
