@@ -92,9 +92,11 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
             per channel.
 
     Raises:
-        TypeError: for a scripted or traced model, or no module at all.
+        TypeError: for a scripted or traced model, no module at all, or an input that is no tensor.
         ValueError: if no module inside holds dense blocks.
     """
+    if input is not None and not isinstance(input, Tensor):
+        raise TypeError(f"expected input to be a Tensor, but got {type(input).__name__}")
     rows: list[Row] = []
     notes: list[str] = []
     for name, stack in find_stacks(model):

@@ -70,7 +70,7 @@ def norm_relu_conv1x1(
     averages over it.
     """
     input, conv_weight = autocast(input, conv_weight)
-    _check(input, running_mean, running_var, weight, bias, conv_weight, training)
+    _check(input, running_mean, running_var, weight, bias, conv_weight, training, eps)
     if training and running_mean is not None and momentum is None and count is None:
         raise ValueError("bn_relu_conv1x1: expected a momentum, got None")
     if transformed():
@@ -118,6 +118,7 @@ def _check(
     bias: Tensor | None,
     conv: Tensor,
     training: bool,
+    eps: float,
 ) -> None:
     def expect(right: bool, what: str, found: object) -> None:
         if not right:
@@ -144,6 +145,7 @@ def _check(
     expect((running_mean is None) == (running_var is None),
            "both of running_mean and running_var, or neither", "one")  # fmt: skip
     expect(training or running_mean is not None, "running statistics in evaluation", None)
+    expect(eps >= 0, "an eps of at least 0", eps)
     if training and x.numel() == channels:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"

@@ -8,6 +8,7 @@ assumes.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from . import _extension
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .ledger import Machine, Network, Setting, read_network, replay
 from .memory import format_bytes
+from .spec import pair
 from .structure import Unsupported
 
 __all__ = ["ModelState", "Plan", "Scaling", "SettingPlan", "plan"]
@@ -483,7 +485,11 @@ def plan(
     height, width = _size(image, model)
     machine = _machine(device, backend, dtype)
     _check_choice("optimizer", optimizer, OPTIMIZERS)
+    if not isinstance(batch, Integral):
+        raise ValueError(f"batch must be a whole number, got {batch!r}")
     _check_positive(batch=batch, backward_share=backward_share, bucket_cap_mb=bucket_cap_mb)
+    if backward_share > 1:
+        raise ValueError(f"backward_share must be at most 1, got {backward_share}")
     _check_positive(**{f"devices[{i}]": n for i, n in enumerate(devices)})
     if (images_per_second is None) != (bandwidth is None):
         raise ValueError("images_per_second and bandwidth go together")
@@ -604,7 +610,10 @@ def _describe(network: Network) -> str:
 def _size(image: int | tuple[int, int] | None, model: DenseNet) -> tuple[int, int]:
     if image is None:
         image = 224 if hasattr(model.features, "pool0") else 32
-    height, width = (image, image) if isinstance(image, int) else image
+    try:
+        height, width = pair(image)
+    except (TypeError, ValueError):
+        raise ValueError(f"image must be a side or (height, width), got {image!r}") from None
     _check_positive(height=height, width=width)
     return height, width
 

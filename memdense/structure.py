@@ -120,6 +120,8 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
             raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
     if (weight is None) != (bias is None):
         raise Unsupported(f"{name} has only one of weight and bias")
+    if module.eps < 0:
+        raise Unsupported(f"{name} has an eps below 0, {module.eps}")
     spec = NormSpec(float(module.eps), batch, weight is not None)
     norm = Norm(spec, weight, bias, None if batch else mean, None if batch else var)
     return NormModule(module, norm, running)

@@ -85,6 +85,18 @@ def test_reason_is_the_warnings(spoil):
     assert said == [f"memdense runs denseblock1 and transition1 as plain modules: {why}"]
 
 
+def test_an_eps_below_0_is_left_to_the_modules():
+    model = converted()
+    model.features.denseblock1.denselayer1.norm1.eps = -1.0
+    why = "denseblock1.denselayer1.norm1 has an eps below 0, -1.0"
+    assert parts(model)["denseblock1"].why == why
+    with (
+        pytest.warns(MemdenseWarning, match=why),
+        pytest.raises(ValueError, match="batch_norm eps must be"),
+    ):
+        model(torch.randn(2, 3, 32, 32))
+
+
 def test_global_hook_reaches_everything():
     model = converted()
     with nn.modules.module.register_module_forward_hook(lambda *_: None):
@@ -210,3 +222,5 @@ def test_errors():
         memdense.explain(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"expected an nn\.Module, but got str"):
         memdense.explain("densenet121")
+    with pytest.raises(TypeError, match="expected input to be a Tensor, but got int"):
+        memdense.explain(memdense.DenseNet(4, (2, 2), 8), 3)

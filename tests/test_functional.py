@@ -150,6 +150,7 @@ def test_autocast() -> None:
         ({"bias": torch.zeros(3)}, r"bias of shape \(4,\), got \(3,\)"),
         ({"running_var": None}, "both of running_mean and running_var, or neither"),
         ({"running_mean": None, "running_var": None}, "running statistics in evaluation"),
+        ({"eps": -1.0}, "an eps of at least 0, got -1.0"),
         (
             {"input": torch.zeros(1, 4, 1, 1), "training": True},
             "Expected more than 1 value per channel when training, got input size",

@@ -411,6 +411,10 @@ def test_bandwidths() -> None:
         (dict(model="densenet121", optimizer="lion"), "none, sgd, momentum, adam, adamw"),
         (dict(model="densenet121", backend="native"), "triton, reference"),
         (dict(model="densenet121", batch=0), "batch must be positive"),
+        (dict(model="densenet121", batch=2.5), "batch must be a whole number, got 2.5"),
+        (dict(model="densenet121", image="224"), r"a side or \(height, width\), got '224'"),
+        (dict(model="densenet121", image=(3, 224, 224)), r"a side or \(height, width\), got"),
+        (dict(model="densenet121", backward_share=1.5), "backward_share must be at most 1"),
         (dict(model="densenet121", devices=(2,), bandwidth="1GB/s"), "go together"),
         (
             dict(model="densenet121", images_per_second=9.0, bandwidth="1GB/s"),
