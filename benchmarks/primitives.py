@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from measure import Clock, Run
 from torch import Tensor
 from torch.nn import functional as F
 
+from memdense import convolution as chosen
 from memdense import ops, use_backend
 from memdense.backends import backend_for
 from memdense.buffers import (
@@ -652,6 +654,14 @@ def cases(batch: int, every: bool = False, quick: bool = False) -> list[Case]:
 
 # ---- the dilated convolution on its own
 
+OWN = "memdense, its own kernels"
+
+
+def chooses_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ours leaves the plain convolution to cuDNN there."""
+    return device.type == "cuda" and dtype not in chosen._DTYPES["cuda"]
+
+
 CONVOLUTIONS = [(4, 128, 32, 28), (4, 128, 32, 56), (1, 256, 256, 28)]  # images, C, k, side
 
 
@@ -659,7 +669,7 @@ def convolution(
     x: Tensor, weight: Tensor, dy: Tensor, d: int
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Forward and backward of the plain convolution: PyTorch's in both layouts, as it comes and
-    deterministic, and ours, which always is.
+    deterministic, and ours, which always is, also on its own kernels where it would not take them.
     """
 
     def step(convolve: Callable, layout: torch.memory_format) -> Callable[[], tuple[Tensor, ...]]:
@@ -684,11 +694,17 @@ def convolution(
             torch.use_deterministic_algorithms(mode)
             filled.fill_uninitialized_memory = before
 
+    def own(run: Run) -> tuple[Tensor, ...]:
+        with mock.patch.dict(chosen._DTYPES, cuda=(x.dtype,)):
+            return run()
+
     found = {f"PyTorch, {name}": step(F.conv2d, layout) for name, layout in LAYOUTS.items()}
     for name, layout in LAYOUTS.items():
         run = step(F.conv2d, layout)
         found[f"PyTorch, {name}, deterministic"] = partial(deterministic, run)
     found["memdense"] = step(dilated_conv3x3, torch.channels_last)
+    if chooses_cudnn(x.device, x.dtype):
+        found[OWN] = partial(own, step(dilated_conv3x3, torch.channels_last))
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 from kernels import DILATIONS, convolutions, measure_case, measure_convolution
 from measure import Clock, Refused, ceilings
 from options import Options, options_of
-from primitives import LAYOUTS, Case, backends, cases
+from primitives import LAYOUTS, OWN, Case, backends, cases, chooses_cudnn
 
 SECONDS = 1.0
 PEERS = [f"PyTorch, {layout}" for layout in LAYOUTS]
@@ -27,6 +27,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("shape", shapes, ids=str)
         metafunc.parametrize("dilation", DILATIONS)
         variants = PEERS + [f"{peer}, deterministic" for peer in PEERS] + ["memdense"]
+        if chooses_cudnn(options.device, options.dtype):
+            variants.append(OWN)
         metafunc.parametrize("variant", variants)
 
 

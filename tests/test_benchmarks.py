@@ -1,5 +1,6 @@
 """The benchmark suite: what it refuses to time, what it counts and fits, reports and compares."""
 
+import copy
 import json
 import math
 import os
@@ -362,6 +363,11 @@ def test_tables_say_what_the_results_hold() -> None:
                           "33%"]  # fmt: skip
     assert row_of(report.convolutions(results), "4 x")[1:] == ["4.00 ms", "8.00 ms", "2.00 ms",
                                                              "2.00×", "4.00×"]  # fmt: skip
+    data = made_results()
+    own = copy.deepcopy(next(b for b in data["benchmarks"] if b["group"] == "convolution"))
+    own["extra_info"]["variant"] = "memdense, its own kernels"
+    data["benchmarks"].append(own)
+    assert row_of(report.convolutions(report.parse(data)), "4 x")[-1] == "4.00 ms"
     depth = row_of(report.growth(results), "depth")
     assert depth[1:5] == ["40 to 100", "memdense", "2.00 (1.000)", "1.00 (1.000)"]
     # 1 MiB and an image of 3 * 4 * 224^2 bytes each

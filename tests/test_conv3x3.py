@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 import memdense
-from memdense import DilatedConv2d, _extension, ops
+from memdense import DilatedConv2d, _extension, convolution, ops
 from memdense.backends import Reference
 from memdense.backends.native3x3 import NativeConv3x3
 from memdense.buffers import Geometry, Reader
@@ -636,6 +637,41 @@ def test_takes_what_conv2d_takes(shape, geometry):
         results.append((out.detach(), *torch.autograd.grad(out, leaves, dy)))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_on_pytorchs_own_kernels(layout, monkeypatch):
+    """As without the extension: PyTorch's numbers in the promised layout, without a copy where they
+    come in it.
+    """
+    x = torch.randn(2, 6, 9, 10).contiguous(memory_format=layout).requires_grad_()
+    leaves = x, torch.randn(4, 6, 3, 3).requires_grad_(), torch.randn(4).requires_grad_()
+
+    def step(convolve):
+        out = convolve(*leaves, 1, 2, 2)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    expected = step(F.conv2d)
+    peaks = [peak_memory(step, F.conv2d).peak]
+    monkeypatch.setattr(convolution, "_native", lambda x: False)
+    found = step(dilated_conv3x3)
+    peaks.append(peak_memory(step, dilated_conv3x3).peak)
+    assert peaks[0] == peaks[1]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert found[0].is_contiguous(memory_format=layout)
+    assert found[1].is_contiguous(memory_format=layout) and found[2].is_contiguous()
+    of_channels_last = leaves[1].detach().contiguous(memory_format=torch.channels_last)
+    assert dilated_conv3x3(x.detach(), of_channels_last).is_contiguous(memory_format=layout)
+
+
+def test_cudnn_is_held_to_its_deterministic_algorithms():
+    x = SimpleNamespace(is_cuda=True)
+    before = torch.backends.cudnn.deterministic
+    with pytest.raises(ZeroDivisionError), convolution._repeatable(x):
+        assert torch.backends.cudnn.deterministic
+        raise ZeroDivisionError
+    assert torch.backends.cudnn.deterministic == before
 
 
 def test_memory_does_not_grow_with_dilation():

@@ -15,7 +15,7 @@ from test_conv3x3 import CASES, everything, rms_error
 from torch import nn
 from torch.nn import functional as F
 
-from memdense import DilatedConv2d, _extension
+from memdense import DilatedConv2d, _extension, convolution
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,14 +52,18 @@ def test_plain(number):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dilation", [1, 2, 4])
-def test_no_worse_than_cudnn(kind, dilation, monkeypatch):
-    """The module, forward and every gradient, at a size that matters.
+@pytest.mark.parametrize("kernels", [True, False])
+def test_no_worse_than_cudnn(kind, dilation, kernels, monkeypatch):
+    """The module, forward and every gradient, at a size that matters; in all dtypes on the
+    extension's kernels, or as it chooses.
 
     In TF32 against exact products of rounded operands: cuDNN, allowed it, may do without. In
     float32 against oneDNN on the CPU too: either may cut sums into parts, and round less.
     """
     dtype, precision = kind.dtype, "tf32" if kind.tf32 else "ieee"
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+    if kernels:
+        monkeypatch.setitem(convolution._DTYPES, "cuda", (dtype,))
     ours = DilatedConv2d(128, 32, padding=dilation, dilation=dilation).cuda().to(dtype)
     x = torch.randn(4, 128, 28, 28, device="cuda").to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -83,6 +87,8 @@ def test_no_worse_than_cudnn(kind, dilation, monkeypatch):
     leaves = [x.requires_grad_(), ours.weight, ours.bias]
     out = ours(x)
     found = [out.detach(), *torch.autograd.grad(out, leaves, dy)]
+    again = torch.autograd.grad(ours(x), leaves, dy)
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], again, strict=True))
     for i, (a, c) in enumerate(zip(found, exact, strict=True)):
         floor = torch.finfo(dtype).eps * c.square().mean().sqrt().item()
         allowed = 1.5 * max(floor, *(rms_error(t[i], c) for t in theirs))
