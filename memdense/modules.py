@@ -173,9 +173,9 @@ class BNReLUConv1x1(nn.Module):
 
 
 class DilatedConv2d(nn.Conv2d):
-    """``nn.Conv2d`` with a 3x3 kernel and any dilation, which gives the same bits every time: on the
-    extension where it is built, in 16 bits on a GPU by cuDNN's deterministic algorithms, the faster
-    ones on an H200.
+    """``nn.Conv2d`` with a 3x3 kernel and any dilation, which gives the same bits every time: on
+    the extension where it is built, in 16 bits on a GPU by cuDNN's deterministic algorithms, the
+    faster ones on an H200.
 
     Takes and loads what ``nn.Conv2d(..., kernel_size=3)`` takes and loads.
 
