@@ -257,7 +257,8 @@ def gradient_configs(
     low = Config(32, 64, width, 4, 3, 2)
     if hopper and count == 1:
         tall = Config(64, 64, width, 4, 3, 2), Config(64, 64, width, 4, 2, 2)
-        return (*tall, low) if roomy else (low,)
+        # the last reads dY half as often
+        return (*tall, low, Config(32, 128, width, 8, 2)) if roomy else (low,)
     if hopper:
         return (Config(32, 128 if roomy and wide <= 256 else 64, width, 8, 2),)
     if wide == 64:
