@@ -29,10 +29,7 @@ inline bool amx_pays(const Geometry& g, int64_t channels, int64_t columns) {
   }
   int64_t inside = 1, all = 1;
   for (int a = 0; a < 2; ++a) {
-    const Axis axis = Axis::forward(g, a);
-    int64_t taps = 0;
-    for (const Tap& tap : axis.phases[0].tap) taps += std::max<int64_t>(0, tap.last - tap.first);
-    inside *= taps;
+    inside *= Axis::forward(g, a).inside();
     all *= 3 * g.out[a];
   }
   return 2 * inside > all;

@@ -151,6 +151,17 @@ struct Axis {
     p.tap[p.taps++] = {index, shift, first, last};
   }
 
+  // How many pairs of a destination and a tap read inside.
+  int64_t inside() const {
+    int64_t pairs = 0;
+    for (const Phase& phase : phases) {
+      for (int t = 0; t < phase.taps; ++t) {
+        pairs += std::max<int64_t>(0, phase.tap[t].last - phase.tap[t].first);
+      }
+    }
+    return pairs;
+  }
+
   // The sources that destinations [begin, end) touch, also beyond the edges, by taps that read
   // inside: [first, second).
   std::pair<int64_t, int64_t> reach(int64_t begin, int64_t end) const {

@@ -141,10 +141,7 @@ inline bool pays(const Geometry& g) {
   if (g.stride[0] != 1 || g.stride[1] != 1 || g.c < 16 || g.k < 8) return false;
   int64_t direct = g.n, tiles = g.n;
   for (int a = 0; a < 2; ++a) {
-    const Axis axis = Axis::forward(g, a);
-    int64_t taps = 0;
-    for (const Tap& tap : axis.phases[0].tap) taps += std::max<int64_t>(0, tap.last - tap.first);
-    direct *= taps;
+    direct *= Axis::forward(g, a).inside();
     tiles *= PairedAxis::forward(g, a, false).count();
   }
   const int64_t here = Work(g, false).multiplications;
