@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -236,6 +236,14 @@ def test_matches_the_reference_in_every_mode(options, dtype):
 
 def test_norms_without_parameters():
     case = Case.draw(40, 20, 12, affine=False)
+    exact = case.run(Reference(), torch.float64)
+    theirs = references(case.run, torch.float32)
+    assert_as_exact(case.run(Triton(), torch.float32), theirs, exact)
+
+
+def test_an_eps_of_0_makes_no_nan_of_what_is_not_there():
+    case = Case.draw(40, 20, 12)
+    case = replace(case, read=replace(case.read, eps=0.0))
     exact = case.run(Reference(), torch.float64)
     theirs = references(case.run, torch.float32)
     assert_as_exact(case.run(Triton(), torch.float32), theirs, exact)

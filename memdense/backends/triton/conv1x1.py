@@ -175,7 +175,7 @@ def gradients_1x1(
         dy += BM * ldy
         x += BM * ldx
         g += BM * ldg
-    r = tl.rsqrt(tl.load(var + c, c < C, 0.0) + eps)
+    r = tl.rsqrt(tl.load(var + c, c < C, 1.0) + eps)
     store_sums(
         partial, plane, tl.sum(dbeta, 1), r * tl.sum(dgamma, 1), tl.sum(stored_beta, 1),
         r * tl.sum(stored_gamma, 1), c, c < C, split, tl.num_programs(0) // across, ROUNDS,

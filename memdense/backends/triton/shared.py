@@ -13,7 +13,7 @@ import triton.language as tl
 def norm_vectors(mean, var, weight, bias, eps, c, inside):
     """s = weight*r, t = bias - mean*s, mean and r = 1/sqrt(var + eps) of channels c."""
     mu = tl.load(mean + c, inside, 0.0)
-    r = tl.rsqrt(tl.load(var + c, inside, 0.0) + eps)
+    r = tl.rsqrt(tl.load(var + c, inside, 1.0) + eps)  # finite without an eps too
     s = r
     if weight is not None:
         s = r * tl.load(weight + c, inside, 0.0).to(tl.float32)
