@@ -253,7 +253,7 @@ def gradient_configs(
     if precise == "ieee":
         return (Config(16, 32 if count == 1 else 16, width, 8, 1),)
     if dtype == torch.float32:
-        return (Config(32 if hopper else 16, 64, width, 8, 2),)
+        return (Config(32 if hopper and count == 1 else 16, 64, width, 8, 2),)
     low = Config(32, 64, width, 4, 3, 2)
     if hopper and count == 1:
         tall = Config(64, 64, width, 4, 3, 2), Config(64, 64, width, 4, 2, 2)
