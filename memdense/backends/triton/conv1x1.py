@@ -157,7 +157,7 @@ def gradients_1x1(
             new = (s[:, None] * dx).to(g.dtype.element_ty)
             taken = new.to(tl.float32)
         if WEIGHT:
-            # never true, but so z stays in dA's layout, which is the operand's: no shared memory
+            # never true, but so z stays in dA's layout, which in 16 bits is the operand's too
             z = tl.where(da > float("inf"), 0.0, z)
             z = relu(z).to(x.dtype.element_ty)
             acc0 = tl.dot(z, d0, acc0, PRECISION)
@@ -201,7 +201,9 @@ def blocks(columns: int, precise: str) -> tuple[int, int]:
 
 
 def takes(dtype: torch.dtype, columns: int) -> bool:
-    """Whether these kernels hold B = ``columns``."""
+    """Whether these kernels hold B = ``columns``: in float32, where dW takes the registers of two
+    values in 16 bits, up to 256.
+    """
     width, count = blocks(columns, precision(dtype))
     return count <= MAX_BLOCKS and width * count * dtype.itemsize <= 1024
 
