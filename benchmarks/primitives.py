@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from measure import Clock, Run
@@ -654,15 +653,13 @@ def cases(batch: int, every: bool = False, quick: bool = False) -> list[Case]:
 
 # ---- the dilated convolution on its own
 
+CONVOLUTIONS = [(4, 128, 32, 28), (4, 128, 32, 56), (1, 256, 256, 28)]  # images, C, k, side
 OWN = "memdense, its own kernels"
 
 
 def chooses_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ours leaves the plain convolution to cuDNN there."""
     return device.type == "cuda" and dtype not in chosen._DTYPES["cuda"]
-
-
-CONVOLUTIONS = [(4, 128, 32, 28), (4, 128, 32, 56), (1, 256, 256, 28)]  # images, C, k, side
 
 
 def convolution(
@@ -695,8 +692,11 @@ def convolution(
             filled.fill_uninitialized_memory = before
 
     def own(run: Run) -> tuple[Tensor, ...]:
-        with mock.patch.dict(chosen._DTYPES, cuda=(x.dtype,)):
+        before, chosen._DTYPES["cuda"] = chosen._DTYPES["cuda"], (x.dtype,)
+        try:
             return run()
+        finally:
+            chosen._DTYPES["cuda"] = before
 
     found = {f"PyTorch, {name}": step(F.conv2d, layout) for name, layout in LAYOUTS.items()}
     for name, layout in LAYOUTS.items():

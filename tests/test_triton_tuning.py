@@ -60,6 +60,14 @@ def test_forced_goes_before_all():
     assert choose("kernel", HALF, (8,), (A, B)) == B
 
 
+def test_large_tiles_are_for_large_shared_memory(monkeypatch):
+    """Not for 12.x, where a program has 99 KB."""
+    capabilities = {(8, 0): False, (8, 9): False, (9, 0): True, (10, 0): True, (12, 0): False}
+    for capability, expected in capabilities.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert launch.hopper.__wrapped__(torch.device("cuda")) == expected, capability
+
+
 @pytest.mark.skipif(not launch.INTERPRETED, reason="runs in Triton's interpreter")
 def test_every_candidate_is_timed_in_its_own_configuration():
     """A timer that counts launches of the kernel by its grid finds the candidates apart."""

@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, NormGradient, Reader, Sums
-from .launch import Plan, cached, cdiv, hopper, multiprocessors, power, precision, readable
+from .launch import (
+    Plan,
+    cached,
+    cdiv,
+    hopper,
+    multiprocessors,
+    power,
+    precision,
+    readable,
+    share_of,
+)
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .settle import normalised_
 from .shared import norm_vectors, relu, store_moments, store_sums
@@ -134,6 +144,7 @@ def gradients_1x1(
     dgamma = dbeta
     stored_beta = dbeta
     stored_gamma = dbeta
+    # stages by name, or else G, which no product reads, is not loaded ahead
     for start in tl.range(first, last, BM, num_stages=STAGES):
         valid = (start + row < last)[:, None]
         if EVEN:
@@ -256,18 +267,20 @@ def gradient_configs(
         return (Config(16, 32 if count == 1 else 16, width, 8, 1),)
     if dtype == torch.float32:
         return (Config(32 if hopper and count == 1 else 16, 64, width, 8, 2),)
-    low = Config(32, 64, width, 4, 3, 2)
     if hopper and count == 1:
+        low = Config(32, 64, width, 4, 3, 2)
+        if not roomy:
+            return (low,)
         tall = Config(64, 64, width, 4, 3, 2), Config(64, 64, width, 4, 2, 2)
         # the last reads dY half as often
-        return (*tall, low, Config(32, 128, width, 8, 2)) if roomy else (low,)
+        return (*tall, low, Config(32, 128, width, 8, 2))
     if hopper:
         return (Config(32, 128 if roomy and wide <= 256 else 64, width, 8, 2),)
     if wide == 64:
         return (Config(32, 64, width, 4, 2, 2),)
     # warps stand above each other there, 16 channels each; registers hold so much of dW
-    tall = {128: (32 if roomy else 16, 128), 192: (16, 128), 256: (32, 64), 384: (64, 32)}
-    return (Config(*tall[wide], width, 8, 2),)
+    tile = {128: (32 if roomy else 16, 128), 192: (16, 128), 256: (32, 64), 384: (64, 32)}
+    return (Config(*tile[wide], width, 8, 2),)
 
 
 @cached
@@ -297,9 +310,7 @@ def forward(x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None) -> 
     k = choose("forward_1x1", x.dtype, (m, c, b), candidates)
     y = x.new_empty((m, b))
     partial = None if moments is None else moments_partial(x, b, cdiv(m, k.rows))
-    plan = _forward_plan(
-        k, precise, m, c, b, x.stride(0), weight.stride(0), read.eps
-    )  # fmt: skip
+    plan = _forward_plan(k, precise, m, c, b, x.stride(0), weight.stride(0), read.eps)
     plan(x, weight, read.mean, read.var, read.weight, read.bias, y, partial)
     if moments is not None:
         merge(partial, moments, m, k.rows)
@@ -319,7 +330,7 @@ def _gradients_plan(
         (across * splits,),
         (
             m, c, readable(c, ldx), readable(c, ldw), writable, b, *strides, eps,
-            across, cdiv(cdiv(m, splits), k.rows) * k.rows, c * splits, b * c,
+            across, share_of(m, splits, k.rows), c * splits, b * c,
         ),
         (
             k.rows, k.columns, k.inner, count, need_weight, seeded, rounds, m % k.rows == 0,
@@ -336,8 +347,7 @@ def gradient_splits(k: Config, m: int, c: int, processors: int) -> int:
     small beside what they read.
     """
     splits = max(1, min(processors * k.resident // cdiv(c, k.columns), m // SPLIT_ROWS))
-    share = cdiv(cdiv(m, splits), k.rows) * k.rows
-    return cdiv(m, share)
+    return cdiv(m, share_of(m, splits, k.rows))
 
 
 def backward(

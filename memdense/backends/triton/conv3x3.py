@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry, Into, Reader, Sums
-from .launch import Plan, cached, cdiv, multiprocessors, power, precision, readable
+from .launch import Plan, cached, cdiv, multiprocessors, power, precision, readable, share_of
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .shared import answer, norm_vectors, relu, store_moments, store_sums
 from .tuning import Config
@@ -384,7 +384,7 @@ def _weight_plan(
 ) -> Plan:  # fmt: skip
     config = weight_config(dtype, precise, c, k)
     _, h, w = geometry
-    share = cdiv(cdiv(geometry.rows, splits), config.rows) * config.rows
+    share = share_of(geometry.rows, splits, config.rows)
     return Plan(
         weight_gradient_3x3,
         (cdiv(c, config.columns), cdiv(k, config.inner), splits),
@@ -404,8 +404,7 @@ def weight_splits(dtype: torch.dtype, precise: str, m: int, c: int, k: int, proc
     config = weight_config(dtype, precise, c, k)
     programs = cdiv(c, config.columns) * cdiv(k, config.inner)
     splits = max(1, min(processors // programs, m // SPLIT_ROWS))
-    share = cdiv(cdiv(m, splits), config.rows) * config.rows
-    return cdiv(m, share)
+    return cdiv(m, share_of(m, splits, config.rows))
 
 
 def backward(

@@ -186,6 +186,11 @@ def readable(channels: int, stride: int) -> int:
     return wide if wide <= stride else channels
 
 
+def share_of(rows: int, programs: int, height: int) -> int:
+    """The rows of each of ``programs`` that share ``rows``: whole tiles of ``height``."""
+    return cdiv(cdiv(rows, programs), height) * height
+
+
 class Tiling(NamedTuple):
     """Tiles over a (M, C) matrix: one's rows and columns, and how many programs that makes, one a
     tile.
@@ -228,7 +233,7 @@ def walk(rows: int, channels: int) -> Walk:
     height = min(TILE // 4 // columns, power(rows))
     across = cdiv(channels, columns)
     walkers = min(cdiv(rows, height), max(1, WALKERS // across))
-    share = cdiv(cdiv(rows, walkers), height) * height
+    share = share_of(rows, walkers, height)
     return Walk(height, columns, across, cdiv(rows, share), share)
 
 
