@@ -70,8 +70,10 @@ class Emulation:
         """``order`` of a block's threads: 0 ascending, 1 descending, others a shuffle."""
         self.machine.configure(multiprocessors, shared, order)
 
-    def counters(self) -> tuple[int, int, int]:
-        """Launches, 8x8 matrices read from shared memory and the cycles that takes, till here."""
-        counts = (ctypes.c_int64 * 3)()
+    def counters(self) -> tuple[int, int, int, int]:
+        """Launches, 8x8 matrices read from shared memory, the cycles that takes and threads that
+        came to a barrier of a part of their block, till here.
+        """
+        counts = (ctypes.c_int64 * 4)()
         self.machine.counters(counts)
         return tuple(counts)

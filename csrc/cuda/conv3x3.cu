@@ -206,7 +206,8 @@ float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_
 
 // ---- launches
 
-// The convolution of a's tensors, which `a` describes but for its walk; returns its blocks.
+// The convolution of a's tensors, which `a` describes but for its walk; returns how many partial
+// results it leaves.
 template <typename Scratch>
 int convolve(Kind kind, Mode mode, Convolution& a, const Geometry& p, bool backward,
              const Place& place, const Scratch& partials) {
@@ -216,13 +217,15 @@ int convolve(Kind kind, Mode mode, Convolution& a, const Geometry& p, bool backw
                        kind != Kind::kFloat, mode, place.properties());
   a.walk = plan.walk;
   a.resident = plan.resident;
-  a.partials = partials(plan.grid.x);
+  a.teams = plan.teams;
+  const int walkers = plan.teams * plan.grid.x;
+  a.partials = partials(walkers);
   const auto launcher = kind == Kind::kHalf       ? convolve_half
                         : kind == Kind::kBFloat16 ? convolve_bfloat16
                         : kind == Kind::kTf32     ? convolve_tf32
                                                   : convolve_float;
   launcher(a, mode, plan.columns, plan.grid, place.stream());
-  return plan.grid.x;
+  return walkers;
 }
 
 float* no_partials(int) { return nullptr; }

@@ -82,6 +82,7 @@ struct Convolution {
   bool weight_vectors;
   bool columns_inner, taps_inner;  // the order in which it is read
   bool resident;                   // all of it stays in shared memory
+  int teams;                       // of a block's warps: two only with a resident weight
 
   int columns;
   Strides place;  // the target's pixel (n, h, w) is number n * place.n + ...
@@ -168,35 +169,39 @@ constexpr int kWarp = 32;
 // Rows of a tile's matrix that a warp multiplies.
 constexpr int kWarpPixels = 32;
 // Of a block of `convolve`, and of those together on a multiprocessor: as many as the registers
-// allow, which are 128 a thread, 168 or 255.
+// allow, which are 128 a thread, 144, 168 or 255.
 MEMDENSE_BOTH constexpr int max_convolution_threads(int columns, bool tensor_cores) {
-  return !tensor_cores ? 256 : columns < 64 ? 512 : 384;
+  return !tensor_cores ? 256 : columns < 32 ? 512 : columns < 64 ? 448 : 384;
 }
 
 // Slots of tables: of the present tile, of the next one, which is being staged, and of the one
 // after it, which is being filled in meanwhile.
 constexpr int kTables = 3;
 
-// Shared memory of `convolve`, as offsets in bytes.
+// Shared memory of `convolve`, as offsets in bytes: the weight, vectors, and of each team its halo
+// (twice), scratch and tables.
 struct ConvolutionMemory {
-  int weights, scratch, vectors, sources, targets, places, bytes;
+  int vectors, teams, bytes;
+  int scratch, sources, targets, places, team;  // from where a team's begins
 
   MEMDENSE_BOTH static constexpr int padded(int columns) { return columns + 8; }
 
   MEMDENSE_BOTH ConvolutionMemory(int halo, int pixels, int columns, int channels, int value_bytes,
-                                  bool resident, Mode mode) {
+                                  bool resident, int teams_count, Mode mode) {
+    constexpr int kLine = 128;  // of banks
     const int chunk = kRowBytes / value_bytes, chunks = (channels + chunk - 1) / chunk;
     const int slots = resident ? chunks : 2;
     const int vectors_count = mode == Mode::kForward    ? 2 * chunks * chunk
-                              : mode == Mode::kGradient ? 3 * columns
+                              : mode == Mode::kGradient ? 3 * padded(columns)
                                                         : 0;
-    weights = 2 * halo * kRowBytes;
-    scratch = weights + slots * kTaps * columns * kRowBytes;
-    vectors = scratch + pixels / kWarpPixels * 16 * padded(columns) * 4;
-    sources = vectors + vectors_count * 4;
+    vectors = slots * kTaps * columns * kRowBytes;
+    teams = (vectors + vectors_count * 4 + kLine - 1) / kLine * kLine;
+    scratch = 2 * halo * kRowBytes;
+    sources = scratch + pixels / kWarpPixels * 16 * padded(columns) * 4;
     targets = sources + kTables * halo * 8;
     places = targets + kTables * pixels * 8;
-    bytes = places + kTables * pixels * 4;
+    team = (places + kTables * pixels * 4 + kLine - 1) / kLine * kLine;
+    bytes = teams + teams_count * team;
   }
 };
 

@@ -1,8 +1,8 @@
 // The kernels of conv3x3.h's problems, and their launchers. Included by one .cu a type of value.
 //
-// Blocks stay: each walks every blocks()-th tile and loads the next chunk of channels while it
-// multiplies the present one. Sums and statistics stay in registers until a block is through and
-// leave it as one partial result a column; nothing is added atomically.
+// Blocks stay: each team of their warps walks every walkers()-th tile and loads the next chunk of
+// channels while it multiplies the present one. Sums and statistics stay in registers until a team
+// is through and leave it as one partial result a column; nothing is added atomically.
 #pragma once
 
 #include "conv3x3.h"
@@ -45,6 +45,44 @@ MEMDENSE_DEVICE void round_fragment(uint32_t (&words)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[i] = round_tf32(words[i]);
   }
+}
+
+// ---- teams
+
+// Threads of a block that walk over tiles of their own and wait for each other alone. Of two teams
+// one begins when the other multiplies, so that one prepares what it multiplies next, or finishes,
+// while the other keeps the tensor cores busy.
+struct Team {
+  int number, count;
+  int thread, threads;
+
+  MEMDENSE_DEVICE int walker() const { return number * blocks() + block(); }
+  MEMDENSE_DEVICE int walkers() const { return count * blocks(); }
+
+  MEMDENSE_DEVICE void synchronize() const {
+    if (number == 0) {
+      synchronize_threads<kFirst>(threads);
+    } else {
+      synchronize_threads<kSecond>(threads);
+    }
+  }
+  // The first one says once that the second may begin.
+  MEMDENSE_DEVICE void wait_for_turn() const {
+    if (number == 1) synchronize_threads<kTurn>(2 * threads);
+  }
+  MEMDENSE_DEVICE void give_turn() const {
+    if (number + 1 < count) arrive_threads<kTurn>(2 * threads);
+  }
+
+ private:
+  static constexpr int kFirst = 1, kSecond = 2, kTurn = 3;  // barriers; 0 is the block's
+};
+
+MEMDENSE_DEVICE Team all_threads() { return {0, 1, thread(), threads()}; }
+
+MEMDENSE_DEVICE Team team_of(int count) {
+  const int each = threads() >> (count - 1), number = thread() < each ? 0 : 1;
+  return {number, count, thread() - number * each, each};
 }
 
 // ---- rows of 16-byte pieces in shared memory
@@ -158,9 +196,28 @@ MEMDENSE_DEVICE void store_eight(V* to, int64_t stride, bool vectors, int count,
     for (int i = 0; i < kEight / kPer; ++i) store_piece<V>(to + i * kPer, values + i * kPer);
   } else {
 #pragma unroll
-    for (int e = 0; e < kEight; ++e) {
-      if (e < count) to[e * stride] = values[e];
+    for (int e = 0; e < kEight; ++e, to += stride) {
+      if (e < count) *to = values[e];
     }
+  }
+}
+
+// Where a row of floats keeps column 8 * eight + j: the first four of all eights, then the others,
+// so that neighbouring lanes read neighbouring pieces.
+template <int kColumns>
+MEMDENSE_DEVICE int float_at(int eight, int j) {
+  return j / 4 * (ConvolutionMemory::padded(kColumns) / 2) + eight * 4 + j % 4;
+}
+
+// Eight columns of such a row.
+template <int kColumns>
+MEMDENSE_DEVICE void load_floats(const float* row, int eight, float (&to)[kEight]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float four[4];
+    load_piece<float>(row + float_at<kColumns>(eight, half * 4), four);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[half * 4 + e] = four[e];
   }
 }
 
@@ -188,13 +245,26 @@ MEMDENSE_DEVICE ScaleShift scale_shift(const Norm& norm, int c) {
 // scale[c], shift[c] for c < `count` from channel `first` on; nothing comes of what is beyond.
 template <typename V>
 MEMDENSE_DEVICE void fill_vectors(const Norm& norm, int first, int channels, int count,
-                                  float* scale, float* shift, float* mean) {
+                                  float* scale, float* shift) {
   for (int i = thread(); i < count; i += threads()) {
     const bool exists = first + i < channels;
     const ScaleShift pair = exists ? scale_shift<V>(norm, first + i) : ScaleShift{0.f, 0.f};
     scale[i] = pair.scale;
     shift[i] = pair.shift;
-    if (mean) mean[i] = exists ? norm.mean[first + i] : 0.f;
+  }
+}
+
+// The same of a block's columns, with their means, as three rows of floats.
+template <typename V, int kColumns>
+MEMDENSE_DEVICE void fill_rows(const Norm& norm, int first, int columns, float* rows) {
+  constexpr int kPadded = ConvolutionMemory::padded(kColumns);
+  for (int i = thread(); i < kColumns; i += threads()) {
+    const bool exists = first + i < columns;
+    const ScaleShift pair = exists ? scale_shift<V>(norm, first + i) : ScaleShift{0.f, 0.f};
+    float* to = rows + float_at<kColumns>(i / kEight, i % kEight);
+    to[0] = pair.scale;
+    to[kPadded] = pair.shift;
+    to[2 * kPadded] = exists ? norm.mean[first + i] : 0.f;
   }
 }
 
@@ -224,9 +294,9 @@ MEMDENSE_DEVICE int after(int slot) { return slot + 1 < kTables ? slot + 1 : 0; 
 // sources[i]: offset of the i-th pixel of the halo, -1 for a zero, with its turn. targets[i]:
 // number of the tile's i-th output, -1 if there is none. places[i]: its first tap in the halo, with
 // turn.
-MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& source,
-                                 const Strides& target, int64_t* sources, int64_t* targets,
-                                 int* places) {
+MEMDENSE_DEVICE void fill_tables(const Team& team, const Walk& walk, int tile,
+                                 const Strides& source, const Strides& target, int64_t* sources,
+                                 int64_t* targets, int* places) {
   const Axis &y = walk.y, &x = walk.x;
   const Division place = divide(tile, walk.by_across);
   const Division across = divide(place.remainder, walk.by_widths);
@@ -238,7 +308,7 @@ MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& sour
   const int first = y.steps - step_y;
   const int first_halo = (first < walk.height ? first : walk.height) * y.stride + 3 - y.stride;
 
-  for (int i = thread(); i < walk.halo; i += threads()) {
+  for (int i = team.thread; i < walk.halo; i += team.threads) {
     const Division at = divide(i, walk.by_halo_width);
     const int row = at.quotient, column = at.remainder;
     const bool later = row >= first_halo;
@@ -254,7 +324,7 @@ MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& sour
         with_turn<int64_t>(exists ? n.quotient * source.n + h * source.h + w * source.w : -1,
                            row + segment * walk.width);
   }
-  for (int i = thread(); i < walk.pixels; i += threads()) {
+  for (int i = team.thread; i < walk.pixels; i += team.threads) {
     const Division at = divide(i, walk.by_width);
     const int row = at.quotient, column = at.remainder;
     const bool later = row >= first;
@@ -279,15 +349,15 @@ MEMDENSE_DEVICE void fill_tables(const Walk& walk, int tile, const Strides& sour
 // Channels `first`.. of the halo's pixels as rows of 64 bytes. Without 16-byte accesses a thread
 // gathers its pieces value by value, so any strides are right.
 template <typename K>
-MEMDENSE_DEVICE void stage_halo(const void* source, int64_t channel_stride, bool vectors,
-                                int channels, int first, const int64_t* sources, int halo,
-                                char* rows) {
+MEMDENSE_DEVICE void stage_halo(const Team& team, const void* source, int64_t channel_stride,
+                                bool vectors, int channels, int first, const int64_t* sources,
+                                int halo, char* rows) {
   using V = Value<K>;
   const V* data = static_cast<const V*>(source);
   if (vectors) {
-    const int piece = thread() % kRowPieces, c = first + piece * kPerPiece<K>;
+    const int piece = team.thread % kRowPieces, c = first + piece * kPerPiece<K>;
 #pragma unroll 2
-    for (int row = thread() / kRowPieces; row < halo; row += threads() / kRowPieces) {
+    for (int row = team.thread / kRowPieces; row < halo; row += team.threads / kRowPieces) {
       const int64_t pixel = sources[row], offset = number_of(pixel);
       const bool exists = offset >= 0 && c < channels;
       copy_async(rows + halo_piece_at(row, piece, turn_of(pixel)),
@@ -297,7 +367,7 @@ MEMDENSE_DEVICE void stage_halo(const void* source, int64_t channel_stride, bool
   }
   // neighbouring threads take neighbouring values, of a pixel or of a channel
   const bool by_pixel = channel_stride != 1;
-  for (int i = thread(); i < halo * kRowPieces; i += threads()) {
+  for (int i = team.thread; i < halo * kRowPieces; i += team.threads) {
     const int row = by_pixel ? i % halo : i / kRowPieces;
     const int piece = by_pixel ? i / halo : i % kRowPieces;
     const int64_t pixel = sources[row], offset = number_of(pixel);
@@ -314,17 +384,17 @@ MEMDENSE_DEVICE void stage_halo(const void* source, int64_t channel_stride, bool
 // relu(s*x + t) in place, by the threads that staged the pieces; a zero of the padding stays zero.
 // A NaN passes, as it does PyTorch's relu.
 template <typename K>
-MEMDENSE_DEVICE void normalise_halo(const float* scale, const float* shift, const int64_t* sources,
-                                    int halo, char* rows) {
+MEMDENSE_DEVICE void normalise_halo(const Team& team, const float* scale, const float* shift,
+                                    const int64_t* sources, int halo, char* rows) {
   using V = Value<K>;
-  const int piece = thread() % kRowPieces;  // the same in every round
+  const int piece = team.thread % kRowPieces;  // the same in every round
   float s[kPerPiece<K>], t[kPerPiece<K>];
 #pragma unroll
   for (int e = 0; e < kPerPiece<K>; ++e) {
     s[e] = scale[piece * kPerPiece<K> + e];
     t[e] = shift[piece * kPerPiece<K> + e];
   }
-  for (int row = thread() / kRowPieces; row < halo; row += threads() / kRowPieces) {
+  for (int row = team.thread / kRowPieces; row < halo; row += team.threads / kRowPieces) {
     const int64_t pixel = sources[row];
     if (pixel < 0) continue;
     char* at = rows + halo_piece_at(row, piece, turn_of(pixel));
@@ -342,8 +412,8 @@ MEMDENSE_DEVICE void normalise_halo(const float* scale, const float* shift, cons
 // Of a power of two.
 MEMDENSE_DEVICE constexpr int exponent(int n) { return n > 1 ? 1 + exponent(n / 2) : 0; }
 
-// Rows [tap, column] of a chunk's channels.
-template <typename K, int kColumns>
+// Rows [tap, column] of a chunk's channels; without 16-byte accesses, kLoads values at a time.
+template <typename K, int kColumns, int kLoads>
 MEMDENSE_DEVICE void stage_weight(const Convolution& a, int first_column, int chunk, char* rows) {
   using V = Value<K>;
   const V* data = static_cast<const V*>(a.weight);
@@ -361,10 +431,9 @@ MEMDENSE_DEVICE void stage_weight(const Convolution& a, int first_column, int ch
     return;
   }
   constexpr int kColumnBits = exponent(kColumns), kChannelBits = exponent(kChunk<K>);
-  // shifts for divisions, and as many loads under way as registers allow: nothing begins before all
-  // is here
+  // shifts for divisions
   const int bits = a.columns_inner ? kColumnBits : kChannelBits, mask = (1 << bits) - 1;
-#pragma unroll(kColumns < 64 && sizeof(V) == 2 ? 8 : 4)
+#pragma unroll(kLoads)
   for (int i = thread(); i < kTaps * kColumns * kChunk<K>; i += threads()) {
     const int line = a.taps_inner ? i / kTaps : i >> bits;
     const int tap = a.taps_inner ? i % kTaps : line % kTaps;
@@ -393,9 +462,9 @@ struct LanePlaces {
 };
 
 template <typename K>
-MEMDENSE_DEVICE LanePlaces lane_places(const int* places) {
+MEMDENSE_DEVICE LanePlaces lane_places(int warp, const int* places) {
   const int lane = thread() % kWarp;
-  const int* mine = places + thread() / kWarp * kWarpPixels;
+  const int* mine = places + warp * kWarpPixels;
   if constexpr (K::kTensorCores) {
     return {{mine[lane % 16], mine[16 + lane % 16], 0, 0}};
   } else {
@@ -404,7 +473,8 @@ MEMDENSE_DEVICE LanePlaces lane_places(const int* places) {
   }
 }
 
-template <typename K, int kColumns>
+// kRoom: whether registers are left for a step's operands beside those of the last one.
+template <typename K, int kColumns, bool kRoom>
 MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int channels, char* halo,
                               char* weight, Accumulators<kColumns>& sum) {
   using V = Value<K>;
@@ -451,9 +521,8 @@ MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int chan
         }
       }
     };
-    // without branches in between, a step's operands are loaded while the last one is multiplied;
-    // where there are registers for it
-    if (kColumns < 64 && sizeof(V) == 2 && steps == 2) {
+    // without branches in between, a step's operands are loaded while the last one is multiplied
+    if (kRoom && steps == 2) {
       multiply_taps.template operator()<true>();
     } else {
       multiply_taps.template operator()<false>();
@@ -500,7 +569,7 @@ MEMDENSE_DEVICE void multiply(const LanePlaces& places, int halo_width, int chan
   }
 }
 
-// ---- sums over a block's pixels
+// ---- sums over a team's pixels
 
 // What a thread knows of eight columns: mean and m2 of `count` values, or dbeta and dgamma.
 struct Sums {
@@ -533,11 +602,12 @@ MEMDENSE_DEVICE void add(Sums& a, const Sums& b, bool moments) {
   a.count = count;
 }
 
-// The block's partial results: lanes of a warp as a tree, then the warps in their order.
+// The team's partial results: lanes of a warp as a tree, then the warps in their order.
 template <int kColumns>
-MEMDENSE_DEVICE void leave_partials(const Convolution& a, Sums sums, float* shared, bool moments) {
+MEMDENSE_DEVICE void leave_partials(const Team& team, const Convolution& a, Sums sums,
+                                    float* shared, bool moments) {
   constexpr int kLanes = kColumns / kEight;  // of a row
-  const int lane = thread() % kWarp, warp = thread() / kWarp;
+  const int lane = thread() % kWarp, warp = team.thread / kWarp;
 #pragma unroll
   for (int mask = kWarp / 2; mask >= kLanes; mask /= 2) {
     Sums other;
@@ -549,7 +619,7 @@ MEMDENSE_DEVICE void leave_partials(const Convolution& a, Sums sums, float* shar
     other.count = exchange(sums.count, mask);
     add(sums, other, moments);
   }
-  const int warps = threads() / kWarp;
+  const int warps = team.threads / kWarp;
   float *first = shared, *second = first + warps * kColumns, *counts = second + warps * kColumns;
   if (lane < kLanes) {
 #pragma unroll
@@ -559,8 +629,8 @@ MEMDENSE_DEVICE void leave_partials(const Convolution& a, Sums sums, float* shar
     }
     if (lane == 0) counts[warp] = sums.count;
   }
-  synchronize_block();
-  const int column = thread(), j = block_row() * kColumns + column;
+  team.synchronize();
+  const int column = team.thread, j = block_row() * kColumns + column;
   if (column >= kColumns || j >= a.columns) return;
   float count = counts[0], x = first[column], y = second[column];
   for (int w = 1; w < warps; ++w) {
@@ -572,20 +642,25 @@ MEMDENSE_DEVICE void leave_partials(const Convolution& a, Sums sums, float* shar
       y += y2;
     }
   }
-  const int64_t plane = static_cast<int64_t>(a.columns) * blocks();
-  const int64_t at = static_cast<int64_t>(j) * blocks() + block();
+  const int64_t plane = static_cast<int64_t>(a.columns) * team.walkers();
+  const int64_t at = static_cast<int64_t>(j) * team.walkers() + team.walker();
   a.partials[at] = x;
   a.partials[plane + at] = y;
-  if (moments && j == 0) a.partials[2 * plane + block()] = count;
+  if (moments && j == 0) a.partials[2 * plane + team.walker()] = count;
 }
 
 // ---- the convolution
 
-// A row's eight columns from `column` on, as the mode finishes them; `y` is kGradient's.
+// Of a thread's eight columns.
+struct Vectors {
+  float scale[kEight], shift[kEight], mean[kEight];
+};
+
+// A row's eight columns from `column` on, as the mode finishes them; `y` and `norm` are
+// kGradient's.
 template <typename K, Mode kMode>
-MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column, int local,
-                                float (&x)[kEight], const Eight<Value<K>>& y, const float* vectors,
-                                int padded_columns, Sums& sums) {
+MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column, float (&x)[kEight],
+                                const Eight<Value<K>>& y, const Vectors& norm, Sums& sums) {
   using V = Value<K>;
   const int count = a.columns - column < kEight ? a.columns - column : kEight;
   V stored[kEight];
@@ -601,15 +676,13 @@ MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column,
       for (int e = 0; e < kEight; ++e) x[e] = e < count && keep[e] ? x[e] * a.factor : 0.f;
     }
   } else {
-    const float *scale = vectors + local, *shift = scale + padded_columns,
-                *mean = shift + padded_columns;
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
       const float y_e = to_float(y.values[e]);
-      const float z = fused_multiply_add(scale[e], y_e, shift[e]);
+      const float z = fused_multiply_add(norm.scale[e], y_e, norm.shift[e]);
       if (z <= 0.f) x[e] = 0.f;
       sums.first[e] += x[e];
-      sums.second[e] = fused_multiply_add(x[e], y_e - mean[e], sums.second[e]);
+      sums.second[e] = fused_multiply_add(x[e], y_e - norm.mean[e], sums.second[e]);
     }
   }
 #pragma unroll
@@ -634,127 +707,167 @@ MEMDENSE_KERNEL(max_convolution_threads(kColumns, K::kTensorCores), 1)
 convolve(const Convolution a) {
   using V = Value<K>;
   const ConvolutionMemory at(a.walk.halo, a.walk.pixels, kColumns, a.channels, sizeof(V),
-                             a.resident, kMode);
+                             a.resident, a.teams, kMode);
+  // what registers allow beside a tile's and a block's sums; before there are any, 8 loads
+  constexpr int kLoads = kMode == Mode::kGradient ? 1 : 4;
+  constexpr bool kRoom =
+      sizeof(V) == 2 && (kColumns < 32 || (kColumns == 32 && kMode != Mode::kGradient));
   constexpr int kWeightBytes = kTaps * kColumns * kRowBytes;
   constexpr int kPadded = ConvolutionMemory::padded(kColumns);
   constexpr bool kSums = kMode != Mode::kPlain;
-  char* const memory = shared_memory();
-  float* const vectors = reinterpret_cast<float*>(memory + at.vectors);
-  int64_t* const sources = reinterpret_cast<int64_t*>(memory + at.sources);
-  int64_t* const targets = reinterpret_cast<int64_t*>(memory + at.targets);
-  int* const places = reinterpret_cast<int*>(memory + at.places);
+  const Team team = team_of(a.teams);
+  char* const weights = shared_memory();
+  float* const vectors = reinterpret_cast<float*>(weights + at.vectors);
+  char* const own = weights + at.teams + team.number * at.team;
+  int64_t* const sources = reinterpret_cast<int64_t*>(own + at.sources);
+  int64_t* const targets = reinterpret_cast<int64_t*>(own + at.targets);
+  int* const places = reinterpret_cast<int*>(own + at.places);
   const int halo = a.walk.halo, pixels = a.walk.pixels;
   const int chunks = (a.channels + kChunk<K> - 1) / kChunk<K>;
   const int first_column = block_row() * kColumns;
-  const int lane = thread() % kWarp, warp = thread() / kWarp;
+  const int lane = thread() % kWarp, warp = team.thread / kWarp;
 
+  // a weight that does not stay is that of the only team
   const auto stage = [&](int slot, int chunk, int buffer) {
-    stage_halo<K>(a.source, a.source_strides.c, a.source_vectors, a.channels, chunk * kChunk<K>,
-                  sources + slot * halo, halo, memory + buffer * halo * kRowBytes);
+    stage_halo<K>(team, a.source, a.source_strides.c, a.source_vectors, a.channels,
+                  chunk * kChunk<K>, sources + slot * halo, halo, own + buffer * halo * kRowBytes);
     if (!a.resident) {
-      stage_weight<K, kColumns>(a, first_column, chunk,
-                                memory + at.weights + buffer * kWeightBytes);
+      stage_weight<K, kColumns, kLoads>(a, first_column, chunk, weights + buffer * kWeightBytes);
     }
   };
   const auto fill = [&](int slot, int tile) {
     if (tile >= a.walk.tiles) return;
-    fill_tables(a.walk, tile, a.source_strides, a.place, sources + slot * halo,
+    fill_tables(team, a.walk, tile, a.source_strides, a.place, sources + slot * halo,
                 targets + slot * pixels, places + slot * pixels);
   };
 
   if constexpr (kMode == Mode::kForward) {
     fill_vectors<V>(a.norm, 0, a.channels, chunks * kChunk<K>, vectors,
-                    vectors + chunks * kChunk<K>, nullptr);
+                    vectors + chunks * kChunk<K>);
   } else if constexpr (kMode == Mode::kGradient) {
-    fill_vectors<V>(a.norm, first_column, a.columns, kColumns, vectors, vectors + kColumns,
-                    vectors + 2 * kColumns);
+    fill_rows<V, kColumns>(a.norm, first_column, a.columns, vectors);
   }
   if (a.resident) {
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      stage_weight<K, kColumns>(a, first_column, chunk, memory + at.weights + chunk * kWeightBytes);
+      stage_weight<K, kColumns, 8>(a, first_column, chunk, weights + chunk * kWeightBytes);
     }
   }
   int slot = 0, buffer = 0;
-  fill(slot, block());
-  fill(after(slot), block() + blocks());
+  fill(slot, team.walker());
+  fill(after(slot), team.walker() + team.walkers());
+  team.synchronize();
+  if (team.walker() < a.walk.tiles) stage(slot, 0, buffer);
+  // what everybody staged
+  wait_async();
   synchronize_block();
-  stage(slot, 0, buffer);
+  team.wait_for_turn();
 
   // At the end a thread handles eight columns of kRows rows of each fragment, through shared
   // memory.
   constexpr int kLanes = kColumns / kEight, kRows = 16 * kLanes / kWarp;
-  const int local = lane % kLanes * kEight, column = first_column + local;
-  float* const scratch = reinterpret_cast<float*>(memory + at.scratch) + warp * 16 * kPadded;
-  const auto row_of = [&](int i) { return lane / kLanes + i * (kWarp / kLanes); };
-  const auto pixel_of = [&](int m, int i) {
-    return targets[slot * pixels + warp * kWarpPixels + m * 16 + row_of(i)];
+  const auto column_of = [&](int lane) { return first_column + lane % kLanes * kEight; };
+  const auto row_of = [](int lane, int i) { return lane / kLanes + i * (kWarp / kLanes); };
+  const auto pixel_of = [&](int lane, int m, int i) {
+    return targets[slot * pixels + warp * kWarpPixels + m * 16 + row_of(lane, i)];
   };
-  // kGradient's y comes from far: it is loaded a fragment ahead, where registers allow
+  // kGradient's y comes from far: a tile's begins to move before its products, and is loaded a
+  // fragment ahead where registers allow
   constexpr bool kAhead = sizeof(V) == 2;
-  Eight<V> y[kRows];
-  const auto load_y = [&](int m, int i) {
+  const auto y_of = [&](int lane, int64_t pixel) {
+    return static_cast<const V*>(a.y) + pixel * a.y_row + column_of(lane);
+  };
+  const auto fetch_y = [&](int lane, int m, int i) {
+    const int64_t pixel = pixel_of(lane, m, i);
+    if (pixel >= 0 && column_of(lane) < a.columns) prefetch(y_of(lane, pixel));
+  };
+  const auto load_y = [&](Eight<V>& y, int lane, int m, int i) {
     if constexpr (kMode != Mode::kGradient) return;
-    if (const int64_t pixel = pixel_of(m, i); pixel >= 0 && column < a.columns) {
-      y[i] = load_eight(static_cast<const V*>(a.y) + pixel * a.y_row + column, a.y_vectors,
-                        a.columns - column < kEight ? a.columns - column : kEight);
+    const int64_t pixel = pixel_of(lane, m, i);
+    const int count = a.columns - column_of(lane);
+    if (pixel >= 0 && count > 0) {
+      y = load_eight(y_of(lane, pixel), a.y_vectors, count < kEight ? count : kEight);
     }
   };
 
   Sums sums = {};
-  for (int tile = block(); tile < a.walk.tiles; tile += blocks()) {
+  for (int tile = team.walker(); tile < a.walk.tiles; tile += team.walkers()) {
+    if (kMode == Mode::kGradient && lane % kLanes * kEight * sizeof(V) % kSectorBytes == 0) {
+      for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int i = 0; i < kRows && kAhead; ++i) load_y(0, i);
-    const LanePlaces mine = lane_places<K>(places + slot * pixels);
+        for (int i = 0; i < kRows; ++i) fetch_y(lane, m, i);
+      }
+    }
+    const LanePlaces mine = lane_places<K>(warp, places + slot * pixels);
     Accumulators<kColumns> sum = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      char* const rows = memory + buffer * halo * kRowBytes;
+      char* const rows = own + buffer * halo * kRowBytes;
       wait_async();
       if constexpr (kMode == Mode::kForward) {
         const float* scale = vectors + chunk * kChunk<K>;
-        normalise_halo<K>(scale, scale + chunks * kChunk<K>, sources + slot * halo, halo, rows);
+        normalise_halo<K>(team, scale, scale + chunks * kChunk<K>, sources + slot * halo, halo,
+                          rows);
       }
       // all see this chunk, and none still reads the last one
-      synchronize_block();
+      team.synchronize();
+      if (tile == team.walker() && chunk == 0) team.give_turn();
       if (chunk + 1 < chunks) {
         stage(slot, chunk + 1, buffer ^ 1);
       } else {
-        if (tile + blocks() < a.walk.tiles) stage(after(slot), 0, buffer ^ 1);
-        fill(after(after(slot)), tile + 2 * blocks());
+        const int next = tile + team.walkers();
+        if (next < a.walk.tiles) stage(after(slot), 0, buffer ^ 1);
+        fill(after(after(slot)), next + team.walkers());
       }
-      multiply<K, kColumns>(mine, a.walk.halo_width, a.channels - chunk * kChunk<K>, rows,
-                            memory + at.weights + (a.resident ? chunk : buffer) * kWeightBytes,
-                            sum);
+      multiply<K, kColumns, kRoom>(mine, a.walk.halo_width, a.channels - chunk * kChunk<K>, rows,
+                                   weights + (a.resident ? chunk : buffer) * kWeightBytes, sum);
       buffer ^= 1;
     }
 
+    // anew for each tile: addresses in registers would be in the products' way
+    const int lane = opaque(thread() % kWarp), eight = lane % kLanes, column = column_of(lane);
+    float* const scratch = reinterpret_cast<float*>(own + at.scratch) + warp * 16 * kPadded;
+    Eight<V> y[kAhead ? kRows : 1];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
-      for (int i = 0; i < kRows && !kAhead; ++i) load_y(m, i);
+      for (int i = 0; i < kRows && kAhead && m == 0; ++i) load_y(y[i], lane, 0, i);
       synchronize_warp();
 #pragma unroll
       for (int f = 0; f < kColumns / 8; ++f) {
-        float* to = scratch + lane / 4 * kPadded + f * 8 + lane % 4 * 2;
+        float* to = scratch + lane / 4 * kPadded + float_at<kColumns>(f, lane % 4 * 2);
         store_pair(to, sum[m][f][0], sum[m][f][1]);
         store_pair(to + 8 * kPadded, sum[m][f][2], sum[m][f][3]);
       }
       synchronize_warp();
+      Vectors norm;
+      // once for many rows; there are no registers for the mean
+      constexpr bool kOnce = kColumns == 64 && kAhead;
+      const auto load_norm = [&] {
+        load_floats<kColumns>(vectors, eight, norm.scale);
+        load_floats<kColumns>(vectors + kPadded, eight, norm.shift);
+      };
+      if constexpr (kMode == Mode::kGradient && kOnce) load_norm();
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int64_t pixel = pixel_of(m, i);
+        if (!kAhead) load_y(y[0], lane, m, i);
+        const int64_t pixel = pixel_of(lane, m, i);
         if (pixel >= 0 && column < a.columns) {
-          Eight<float> x = load_eight(scratch + row_of(i) * kPadded + local, true, kEight);
-          finish_row<K, kMode>(a, pixel, column, local, x.values, y[i], vectors, kColumns, sums);
+          if constexpr (kMode == Mode::kGradient) {
+            if (!kOnce) load_norm();
+            load_floats<kColumns>(vectors + 2 * kPadded, eight, norm.mean);
+          }
+          float x[kEight];
+          load_floats<kColumns>(scratch + row_of(lane, i) * kPadded, eight, x);
+          finish_row<K, kMode>(a, pixel, column, x, y[kAhead ? i : 0], norm, sums);
         }
-        if (kAhead && m == 0) load_y(1, i);
+        if (kAhead && m == 0) load_y(y[i], lane, 1, i);
       }
     }
     slot = after(slot);
   }
   if (kSums && a.partials) {
     // the halo's memory is free once all have multiplied
-    synchronize_block();
-    leave_partials<kColumns>(a, sums, reinterpret_cast<float*>(memory), kMode == Mode::kForward);
+    team.synchronize();
+    leave_partials<kColumns>(team, a, sums, reinterpret_cast<float*>(own), kMode == Mode::kForward);
   }
 }
 
@@ -917,21 +1030,22 @@ weight_gradient(const WeightGradient a) {
   const int first_column = block_row() / chunks * kColumns;
   const int lane = thread() % kWarp, tap_y = thread() / kWarp % 3, half = thread() / kWarp / 3;
   const int used = (a.walk.height * a.walk.width + 15) / 16 * 16;
+  const Team team = all_threads();
 
   const auto fill = [&](int slot, int tile) {
     if (tile >= a.walk.tiles) return;
-    fill_tables(a.walk, tile, a.source_strides, a.dy_strides, sources + slot * halo,
+    fill_tables(team, a.walk, tile, a.source_strides, a.dy_strides, sources + slot * halo,
                 targets + slot * pixels, places + slot * pixels);
   };
   const auto stage = [&](int slot, int buffer) {
-    stage_halo<K>(a.source, a.source_strides.c, a.source_vectors, a.channels, first_channel,
+    stage_halo<K>(team, a.source, a.source_strides.c, a.source_vectors, a.channels, first_channel,
                   sources + slot * halo, halo, memory + buffer * halo * kRowBytes);
     stage_dy<K, kColumns>(a, first_column, targets + slot * pixels,
                           memory + at.dy + buffer * pixels * kColumns * sizeof(V));
   };
 
   if (a.norm.mean) {
-    fill_vectors<V>(a.norm, first_channel, a.channels, kChunk<K>, scale, shift, nullptr);
+    fill_vectors<V>(a.norm, first_channel, a.channels, kChunk<K>, scale, shift);
   }
   int slot = 0, buffer = 0;
   fill(slot, block());
@@ -943,7 +1057,7 @@ weight_gradient(const WeightGradient a) {
   for (int tile = block(); tile < a.walk.tiles; tile += blocks()) {
     char* const rows = memory + buffer * halo * kRowBytes;
     wait_async();
-    if (a.norm.mean) normalise_halo<K>(scale, shift, sources + slot * halo, halo, rows);
+    if (a.norm.mean) normalise_halo<K>(team, scale, shift, sources + slot * halo, halo, rows);
     synchronize_block();
     if (tile + blocks() < a.walk.tiles) stage(after(slot), buffer ^ 1);
     fill(after(after(slot)), tile + 2 * blocks());

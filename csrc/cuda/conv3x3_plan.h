@@ -103,8 +103,8 @@ constexpr int kHaloFactor = 3;
 // Bytes of shared memory that the system takes of every block.
 constexpr int kReserved = 1024;
 
-// Costs beside `4 * pixels + halo` of a tile, in its unit, some ten cycles: what a block waits for
-// a tile, and what it needs for each channel of a column to begin.
+// Costs beside `4 * pixels + halo` of a tile, in its unit, some ten cycles: what a team waits for a
+// tile, and what a block needs for each channel of a column to begin.
 constexpr double kWaiting = 800, kSetup = .2;
 
 // Of a pixel of the halo in shared memory.
@@ -114,6 +114,7 @@ struct ConvolutionPlan {
   Walk walk;
   int columns;  // of a block
   bool resident;
+  int teams;  // of a block
   Grid grid;
 };
 
@@ -129,34 +130,38 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
       const int max_threads = max_convolution_threads(width, tensor_cores);
       ConvolutionPlan best{};
       double least = std::numeric_limits<double>::max();
-      for (const int warps : {16, 14, 12, 10, 8, 6, 4, 2}) {
-        const int pixels = warps * kWarpPixels, threads = warps * kWarp;
-        if (threads > max_threads) continue;
-        const ConvolutionMemory fixed(0, pixels, width, channels, value_bytes, resident, mode);
-        const int64_t room = (device.shared_per_block - fixed.bytes) / kHaloBytes;
-        // without room for the halo of ordinary tiles, less of the weight had better stay
-        if (room < pixels * 4 / 3 + 32) continue;
-        const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
-        const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
-        if (walk.tiles == 0) continue;
-        const int bytes =
-            ConvolutionMemory(walk.halo, pixels, width, channels, value_bytes, resident, mode)
-                .bytes;
-        const int fitting =
-            std::max(1, std::min(device.shared_per_multiprocessor / (bytes + kReserved),
-                                 max_threads / threads));
-        const int most = std::max(1, device.multiprocessors * fitting / across);
-        const int rounds = static_cast<int>(quotient_up(walk.tiles, most));
-        const int blocks = static_cast<int>(quotient_up(walk.tiles, rounds));
-        // the time of the busiest multiprocessor: its blocks wait at the same time, but multiply
-        // one after another
-        const int64_t together = quotient_up(int64_t{blocks} * across, device.multiprocessors);
-        const double work = 4. * pixels + walk.halo;
-        const double time = rounds * std::max(kWaiting + work, together * work) +
-                            together * kSetup * channels * width;
-        if (time >= least) continue;
-        least = time;
-        best = {walk, width, resident, {blocks, across, threads, bytes}};
+      for (const int teams : {1, 2}) {
+        if (teams > 1 && !resident) continue;
+        for (const int warps : {16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2}) {
+          const int pixels = warps * kWarpPixels, threads = teams * warps * kWarp;
+          if (threads > max_threads) continue;
+          const ConvolutionMemory fixed(0, pixels, width, channels, value_bytes, resident, teams,
+                                        mode);
+          const int64_t room = (device.shared_per_block - fixed.bytes) / (teams * kHaloBytes);
+          // without room for the halo of ordinary tiles, less of the weight had better stay
+          if (room < pixels * 4 / 3 + 32) continue;
+          const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
+          const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
+          if (walk.tiles == 0) continue;
+          const int bytes = ConvolutionMemory(walk.halo, pixels, width, channels, value_bytes,
+                                              resident, teams, mode)
+                                .bytes;
+          const int fitting =
+              std::max(1, std::min(device.shared_per_multiprocessor / (bytes + kReserved),
+                                   max_threads / threads));
+          const int most = std::max(1, device.multiprocessors * fitting / across);
+          const int rounds = static_cast<int>(quotient_up(walk.tiles, most * teams));
+          const int blocks = static_cast<int>(quotient_up(quotient_up(walk.tiles, rounds), teams));
+          // the time of the busiest multiprocessor: its teams wait at the same time, but multiply
+          // one after another
+          const int64_t together = quotient_up(int64_t{blocks} * across, device.multiprocessors);
+          const double work = 4. * pixels + walk.halo;
+          const double time = rounds * std::max(kWaiting + work, together * teams * work) +
+                              together * kSetup * channels * width;
+          if (time >= least) continue;
+          least = time;
+          best = {walk, width, resident, teams, {blocks, across, threads, bytes}};
+        }
       }
       if (best.walk.tiles > 0) return best;
     }

@@ -57,9 +57,27 @@ MEMDENSE_DEVICE int block() { return blockIdx.x; }
 MEMDENSE_DEVICE int blocks() { return gridDim.x; }
 MEMDENSE_DEVICE int block_row() { return blockIdx.y; }
 
+// The same number, of which the compiler does not know that it is: nothing made of it is kept.
+MEMDENSE_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- waiting for others
 
 MEMDENSE_DEVICE void synchronize_block() { __syncthreads(); }
+
+// Until so many threads of a block have come to one of its barriers, 1 to 15; to arrive is not to
+// wait.
+template <int kBarrier>
+MEMDENSE_DEVICE void synchronize_threads(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+template <int kBarrier>
+MEMDENSE_DEVICE void arrive_threads(int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+
 MEMDENSE_DEVICE void synchronize_warp() { __syncwarp(); }
 
 MEMDENSE_DEVICE float exchange(float value, int mask) {
@@ -78,6 +96,14 @@ MEMDENSE_DEVICE char* shared_memory() {
 
 MEMDENSE_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Bytes of device memory that travel together.
+constexpr int kSectorBytes = 32;
+
+// The sector of an address into the L2 cache.
+MEMDENSE_DEVICE void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 // 16 bytes into shared memory, in flight until wait_async(); zeros where not `valid`.

@@ -59,7 +59,7 @@ class Machine {
   // ---- settings and counters of the tests
   Properties properties{3, 101376, 102400};
   int order = 0;  // of threads: 0 ascending, 1 descending, otherwise a shuffle's seed
-  int64_t launches = 0, matrix_reads = 0, bank_cycles = 0;
+  int64_t launches = 0, matrix_reads = 0, bank_cycles = 0, partial_barriers = 0;
 
   // ---- a launch
   void run(const std::function<void()>& kernel, const Grid& grid) {
@@ -92,13 +92,21 @@ class Machine {
     return static_cast<uint32_t>(offset);
   }
 
-  void barrier() {
-    if (++at_barrier_ == threads_) {
-      at_barrier_ = 0;
-      for (Fiber& fiber : fibers_) fiber.ready = true;
-      return;
+  // Of barrier `number`, which `threads` have to come to.
+  void barrier(int number, int threads, bool waits) {
+    Barrier& barrier = barriers_[number];
+    if (threads % kLanes || threads > threads_) fail("a barrier of an odd number of threads");
+    if (barrier.arrived > 0 && barrier.threads != threads) fail("threads disagree about a barrier");
+    barrier.threads = threads;
+    if (threads < threads_) ++partial_barriers;
+    if (++barrier.arrived == threads) {
+      barrier.arrived = 0;
+      for (const int waiting : barrier.waiting) fibers_[waiting].ready = true;
+      barrier.waiting.clear();
+    } else if (waits) {
+      barrier.waiting.push_back(current_);
+      wait();
     }
-    wait();
   }
 
   void warp(const Exchange& exchange) {
@@ -140,6 +148,11 @@ class Machine {
     jmp_buf place;
     bool started, ready, done;
     std::vector<std::pair<char*, const void*>> copies;
+  };
+
+  struct Barrier {
+    int arrived = 0, threads = 0;
+    std::vector<int> waiting;
   };
 
   static void enter() {
@@ -190,7 +203,8 @@ class Machine {
     fibers_.resize(threads_);
     exchanges_.resize(threads_);
     arrived_.assign(threads_ / kLanes, 0);
-    at_barrier_ = finished_ = 0;
+    for (Barrier& barrier : barriers_) barrier = {};
+    finished_ = 0;
     error_.clear();
     for (Fiber& fiber : fibers_) {
       getcontext(&fiber.start);
@@ -344,7 +358,8 @@ class Machine {
 
   const std::function<void()>* kernel_ = nullptr;
   int threads_ = 0, grid_x_ = 0, block_x_ = 0, block_y_ = 0, current_ = 0;
-  int at_barrier_ = 0, finished_ = 0;
+  int finished_ = 0;
+  Barrier barriers_[16];
   int64_t shared_bytes_ = 0;
   std::vector<char> memory_;
   Shared shared_;
@@ -362,7 +377,17 @@ inline int threads() { return machine().threads(); }
 inline int block() { return machine().block(); }
 inline int blocks() { return machine().blocks(); }
 inline int block_row() { return machine().block_row(); }
-inline void synchronize_block() { machine().barrier(); }
+inline int opaque(int x) { return x; }
+
+inline void synchronize_block() { machine().barrier(0, machine().threads(), true); }
+template <int kBarrier>
+inline void synchronize_threads(int threads) {
+  machine().barrier(kBarrier, threads, true);
+}
+template <int kBarrier>
+inline void arrive_threads(int threads) {
+  machine().barrier(kBarrier, threads, false);
+}
 
 inline void synchronize_warp() { machine().warp({.operation = kSynchronize}); }
 
@@ -373,6 +398,9 @@ inline double exchange(double value, int mask) {
 inline float exchange(float value, int mask) {
   return static_cast<float>(exchange(static_cast<double>(value), mask));
 }
+
+constexpr int kSectorBytes = 32;
+inline void prefetch(const void*) {}
 
 inline char* shared_memory() { return machine().shared(); }
 inline uint32_t shared_address(const void* pointer) { return machine().address(pointer, 0); }
