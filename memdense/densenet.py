@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .modules import DenseBlock, Transition
-from .stage import Features
+from .stage import Features, pools_unseen
 
 _HUB = "https://download.pytorch.org/models/"
 _URLS = {
@@ -159,12 +159,10 @@ class DenseNet(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.features.efficient:
-            pooled = self.features.pooled(x)
-        else:
-            features = F.relu(self.features(x), inplace=True)
-            pooled = torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1)
-        return self.classifier(pooled)
+        if pools_unseen(self.features):
+            return self.classifier(self.features.pooled(x))
+        features = F.relu(self.features(x), inplace=True)
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1))
 
     def extract_features(self, x: Tensor) -> list[Tensor]:
         """The output of each dense block, for segmentation and detection necks.
@@ -174,7 +172,13 @@ class DenseNet(nn.Module):
             ``output_stride``). They are the concatenations as the blocks leave them, before the
             next norm, and share their memory with what is kept
         for backward: changing them in place makes backward raise.
+
+        Raises:
+            TypeError: where ``features`` was replaced by another kind of module.
         """
+        if not isinstance(self.features, Features):
+            kind = type(self.features).__name__
+            raise TypeError(f"extract_features needs features to be a Features, but it is a {kind}")
         return self.features.block_outputs(x)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

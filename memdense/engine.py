@@ -32,18 +32,20 @@ Backend = Any
 
 class Forward(NamedTuple):
     out: Tensor  # the tail's output; empty without tail
-    features: Tensor  # X as images (N, C_max, H, W), channels last
+    features: Tensor  # X as images (N, C_max, H, W), channels last; empty without layers
     statistics: Tensor  # (2, columns): see StatisticsTable
     bottlenecks: list[Tensor]  # each layer's Y (M, B), where they are kept
 
 
 def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> Forward:
-    """Run a stage on x (N, C_0, H, W); ``mask`` is dropout's, (M, L*k), True for what is kept."""
+    """Run a stage on x (N, C_0, H, W); ``mask`` is dropout's, (M, L*k), True for what is kept.
+
+    Without layers X is x, read where it lies.
+    """
     n, channels, h, w = x.shape
     geometry = Geometry(n, h, w)
     stage = _in_dtype(stage, x.dtype, backend, backward=False)
     last = channels + sum(layer.growth for layer in stage.layers)
-    X = FeatureBuffer(matrix_like(x.new_empty(geometry.rows, 0), last), geometry)
     table = StatisticsTable(stage, channels, like=x)
     table.keep_running(stage)
     shared = needs_statistics(stage)
@@ -52,6 +54,12 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     def moments(columns: slice, wanted: bool) -> Tensor | None:
         return table.of(columns) if wanted else None
 
+    if not stage.layers:
+        X = FeatureBuffer(as_rows(x), geometry)
+        if shared:
+            backend.statistics(X.matrix, table.of(slice(0, channels)))
+        return Forward(_tail_forward(X, stage, table, backend), x.new_empty(0), table.table, kept)
+    X = FeatureBuffer(matrix_like(x.new_empty(geometry.rows, 0), last), geometry)
     backend.pack(x, X.slice(0, channels), geometry, moments(slice(0, channels), shared))
 
     c = channels
@@ -145,7 +153,7 @@ def backward(
     """Walk a stage backwards, from the last layer to the first.
 
     ``dout`` answers its tail's output, ``dfeatures`` its features; either may be None. Gradients
-    come where ``need_x`` and ``need`` ask for them.
+    come where ``need_x`` and ``need`` ask for them. Without layers ``features`` is x.
     """
     n, last, h, w = features.shape
     geometry = Geometry(n, h, w)

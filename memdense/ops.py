@@ -52,7 +52,8 @@ def _stage(
     """(out, features, statistics, bottlenecks) of a stage; see :class:`memdense.engine.Forward`.
 
     Args:
-        x: (N, C, H, W), in the dtype to compute in.
+        x: (N, C, H, W), in the dtype to compute in; channels last where there are no layers, or it
+            is copied.
         tensors, running: parameters and running statistics, as :func:`memdense.spec.flatten` orders
             them.
         mask: dropout's, (M, L*k) bool, or None.
@@ -95,7 +96,9 @@ def _(x, tensors, running, mask, spec, double_backward):
         else []
     )
     statistics = StatisticsTable(s, c, like=x).table
-    features = _images(x, n, last, h, w, row_stride(last, x.device))
+    features = x.new_empty(0)
+    if s.layers:
+        features = _images(x, n, last, h, w, row_stride(last, x.device))
     return _fake_out(x, s, last), features, statistics, kept
 
 
@@ -177,6 +180,8 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.backend = chosen()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, *bottlenecks)
+    if not StageSpec.decode(ctx.spec).layers:
+        features = x
     ctx.kept = len(bottlenecks)
     # no gradient for running statistics, mask, spec and switch
     ctx.rest = [None] * len(running), None, None, None
@@ -192,8 +197,11 @@ def _gradients(
     features, statistics, mask, x, *rest = ctx.saved_tensors
     bottlenecks, tensors = rest[: ctx.kept], rest[ctx.kept :]
     spec = StageSpec.decode(ctx.spec)
+    # the answers to empty outputs
     if spec.tail is None:
-        dout = None  # the answer to an empty output
+        dout = None
+    if not spec.layers:
+        dfeatures = None
     if dout is None and dfeatures is None:
         return None, [None] * len(tensors)
     if dout is None:

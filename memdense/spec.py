@@ -27,8 +27,9 @@ class NormSpec:
     affine: bool
 
 
-def _values(norm: NormSpec) -> tuple[float, bool, bool]:
-    return norm.eps, norm.batch, norm.affine
+def _text(norm: NormSpec | None) -> str:
+    # formatting takes torch.compile's symbolic numbers too, repr() does not
+    return "None" if norm is None else f"({norm.eps}, {norm.batch}, {norm.affine})"
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,13 @@ class StageSpec:
         return 2 * self.tail.norm.affine + (self.tail.kind == "transition")
 
     def encode(self) -> str:
-        layers = [(_values(x.norm1), x.norm2 and _values(x.norm2), x.dilation) for x in self.layers]
-        tail = self.tail and (
-            self.tail.kind,
-            _values(self.tail.norm),
-            self.tail.relu,
-            self.tail.pool,
+        layers = "".join(
+            f"({_text(x.norm1)}, {_text(x.norm2)}, ({x.dilation[0]}, {x.dilation[1]})), "
+            for x in self.layers
         )
-        return repr((layers, tail, self.drop_rate, self.keep_bottlenecks))
+        t = self.tail
+        tail = t and f"('{t.kind}', {_text(t.norm)}, {t.relu}, {t.pool})"
+        return f"([{layers}], {tail}, {self.drop_rate}, {self.keep_bottlenecks})"
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -99,8 +99,8 @@ class StemSpec:
     recompute: bool
 
     def encode(self) -> str:
-        rest = self.stride, self.padding, self.dilation, self.recompute
-        return repr((_values(self.norm), *rest))
+        pairs = "".join(f"({h}, {w}), " for h, w in (self.stride, self.padding, self.dilation))
+        return f"({_text(self.norm)}, {pairs}{self.recompute})"
 
     @staticmethod
     @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 modules allow it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from .convolution import layout_of
 from .direct import autocast, transformed
 from .spec import Stage, StemSpec
 from .structure import (
+    HOOKS,
     OWN_TYPES,
     Moving,
     Snapshot,
@@ -28,12 +29,13 @@ from .structure import (
     misfit,
     read_stage,
     read_stem,
+    read_tail,
 )
 
 
 class Step(NamedTuple):
-    """Children of a feature stack that run together: a "stem", a "stage" (block and tail) or a
-    single "module".
+    """Children of a feature stack that run together: a "stem", a "stage" (block and tail), a "tail"
+    of its own or a single "module".
     """
 
     kind: str
@@ -109,9 +111,11 @@ class Features(nn.Sequential):
         return _mean(F.relu(self(x), inplace=True))
 
     def block_outputs(self, x: Tensor) -> list[Tensor]:
-        """(N, C_in, H, W) to the output of each dense block."""
+        """(N, C_in, H, W) to the output of each dense block, from which the later ones are computed
+        (to autograd too).
+        """
         if self._runs_efficiently(x):
-            return self._run(x, self._steps(None), self._layout(x))[1]
+            return self._run(x, _apart(self._steps(None)), self._layout(x))[1]
         outputs = []
         for step in self._steps(None):
             for name in step.names:
@@ -146,7 +150,7 @@ class Features(nn.Sequential):
         return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
     def _run(
-        self, x: Tensor, steps: list[Step], layout: torch.memory_format
+        self, x: Tensor, steps: Iterable[Step], layout: torch.memory_format
     ) -> tuple[Tensor, list[Tensor]]:
         outputs = []
         for step in steps:
@@ -162,6 +166,11 @@ class Features(nn.Sequential):
             (x,) = autocast(x)
             if step.kind == "stem":
                 x = _stem_or_modules(x, found, modules, self.recompute_stem)
+            elif step.kind == "tail":
+                if found is None or not _fits(x, found):
+                    x = modules[step.names[0]](x.contiguous(memory_format=layout))
+                else:
+                    x, _ = run_stage(x, found, self.double_backward, layout)
             elif found is None or not _fits(x, found):
                 # modules see, and draw dropout in, the layout the caller's images have
                 x, features = _run_modules(x.contiguous(memory_format=layout), modules, step.tail)
@@ -193,6 +202,9 @@ class Features(nn.Sequential):
     def _read(self, step: Step, keep_bottlenecks: bool) -> StageModules | StemModules:
         if step.kind == "stem":
             return read_stem({name: self._modules[name] for name in step.names})
+        if step.kind == "tail":
+            (name,) = step.names
+            return read_tail(self._modules[name], name, step.tail or "", self._types)
         name, *tail = step.names
         tail_name = tail[0] if tail else ""
         return read_stage(
@@ -250,14 +262,37 @@ def _steps(children: dict[str, nn.Module], last_tail: str | None) -> Iterator[St
             yield Step("stage", (here,))
 
 
+def _apart(steps: list[Step]) -> Iterator[Step]:
+    """Blocks and their tails as steps of their own."""
+    for step in steps:
+        if step.kind != "stage" or step.tail is None:
+            yield step
+        else:
+            block, tail = step.names
+            yield Step("stage", (block,))
+            yield Step("tail", (tail,), step.tail)
+
+
+def pools_unseen(features: nn.Module) -> bool:
+    """Whether a model may call ``features.pooled`` in place of the module: it runs efficiently and
+    nothing hangs on the call.
+    """
+    if not isinstance(features, Features) or not features.efficient or global_hooks():
+        return False
+    own = features.__dict__
+    return not (any(map(own.get, HOOKS)) or "forward" in own or own.get("_compiled_call_impl"))
+
+
 def _mean(features: Tensor) -> Tensor:
     return torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1)
 
 
 def _fits(x: Tensor, found: StageModules) -> bool:
     """Whether the stage can take x; where it cannot, the modules say why."""
-    layers = found.stage.layers
+    layers, tail = found.stage.layers, found.stage.tail
     weights = [w for layer in layers for w in (layer.conv1, layer.conv2) if w is not None]
+    if not layers and tail.conv is not None:
+        weights.append(tail.conv)
     return not misfit(x, found.stage) and convolution_dtype_fits(x, weights)
 
 

@@ -10,6 +10,7 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
@@ -108,10 +109,12 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
         check(module.act, f"{name}.act", (nn.ReLU,), "a ReLU")
     # a module's own attribute access takes longer than all else here; DataParallel's replicas have
     # plain attributes
-    found = module._parameters or module.__dict__
-    weight, bias = found["weight"], found["bias"]
-    buffers = module._buffers
-    mean, var = buffers["running_mean"], buffers["running_var"]
+    found, buffers = module._parameters or module.__dict__, module._buffers
+    try:
+        weight, bias = found["weight"], found["bias"]
+        mean, var = buffers["running_mean"], buffers["running_var"]
+    except KeyError as missing:
+        raise Unsupported(f"{name} has no {missing} among its parameters or buffers") from None
     training, running = module.training, None
     batch = training or mean is None
     if training and module.track_running_stats and mean is not None:
@@ -120,8 +123,8 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
             raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
     if (weight is None) != (bias is None):
         raise Unsupported(f"{name} has only one of weight and bias")
-    if module.eps < 0:
-        raise Unsupported(f"{name} has an eps below 0, {module.eps}")
+    if module.eps <= 0:
+        raise Unsupported(f"{name} has an eps that is not positive, {module.eps}")
     spec = NormSpec(float(module.eps), batch, weight is not None)
     norm = Norm(spec, weight, bias, None if batch else mean, None if batch else var)
     return NormModule(module, norm, running)
@@ -159,6 +162,20 @@ def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d:
     return module
 
 
+def check_fits(norm: NormModule, name: str, channels: int, values: Tensor) -> None:
+    """Raise :class:`Unsupported` unless a norm has so many channels, in a dtype that may stand
+    beside ``values``. Running modules tell better what is wrong.
+    """
+    for tensor in (norm.module.weight, norm.module.running_mean, norm.module.running_var):
+        if tensor is None:
+            continue
+        if tensor.shape != (channels,):
+            raise Unsupported(f"{name} is not for the {channels} channels of its convolution")
+        narrow = values.element_size() == 2 and tensor.dtype == torch.float32
+        if tensor.dtype != values.dtype and not narrow:
+            raise Unsupported(f"{name} is {tensor.dtype}, its convolution {values.dtype}")
+
+
 class LayerModules(NamedTuple):
     layer: Layer
     norms: list[NormModule]
@@ -182,8 +199,11 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
     norm1 = read_norm(children["norm1"], f"{name}.norm1")
     read_relu(parts, "relu1", norm1.module, name)
     rate = float(getattr(module, "drop_rate", 0.0)) if module.training else 0.0
+    if not 0 <= rate <= 1:
+        raise Unsupported(f"{name} has a drop_rate that is no probability, {rate}")
     if "conv2" not in children:
         conv1 = read_conv(children["conv1"], f"{name}.conv1", 3)
+        check_fits(norm1, f"{name}.norm1", conv1.weight.shape[1], conv1.weight)
         return LayerModules(
             Layer(norm1.norm, conv1.weight, None, None, pair(conv1.dilation)), [norm1], rate
         )
@@ -191,6 +211,8 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
     norm2 = read_norm(children["norm2"], f"{name}.norm2")
     read_relu(parts, "relu2", norm2.module, name)
     conv2 = read_conv(children["conv2"], f"{name}.conv2", 3)
+    check_fits(norm1, f"{name}.norm1", conv1.weight.shape[1], conv1.weight)
+    check_fits(norm2, f"{name}.norm2", conv2.weight.shape[1], conv2.weight)
     layer = Layer(norm1.norm, conv1.weight, norm2.norm, conv2.weight, pair(conv2.dilation))
     return LayerModules(layer, [norm1, norm2], rate)
 
@@ -258,6 +280,7 @@ def _read_tail(
     norm = read_norm(children["norm"], f"{name}.norm")
     read_relu(module, "relu", norm.module, name)
     conv = read_conv(children["conv"], f"{name}.conv", 1)
+    check_fits(norm, f"{name}.norm", conv.weight.shape[1], conv.weight)
     pool = children.get("pool")
     if pool is not None:
         check(pool, f"{name}.pool", (nn.AvgPool2d,), "an AvgPool2d")
@@ -271,6 +294,14 @@ def _read_tail(
             raise Unsupported(f"{name}.pool has ceil_mode or divisor_override")
     spec = TailSpec("transition", norm.norm.spec, True, 1 if pool is None else 2)
     return Tail(spec, norm.norm, conv.weight), norm
+
+
+def read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) -> StageModules:
+    """What follows a dense block, alone: a stage without layers. Raises as :func:`read_stage`."""
+    check_global_hooks()
+    tail, norm = _read_tail(module, name, kind, types)
+    stage = Stage([], tail, 0.0, False)
+    return StageModules(stage, *flatten(stage), spec_of(stage).encode(), moving([norm]))
 
 
 class StemModules(NamedTuple):
@@ -381,14 +412,17 @@ class Snapshot:
 
 def misfit(x: Tensor, stage: Stage) -> bool:
     """Whether x is not what the modules would take: they say best what is wrong with it."""
-    first = stage.layers[0].conv1
-    if x.shape[1] != first.shape[1] or x.device != first.device or not x.numel():
+    if not x.numel():
         return True
     channels = x.shape[1]
     for layer in stage.layers:
         if layer.conv1.shape[1] != channels or layer.conv1.device != x.device:
             return True
         channels += layer.growth
+    if not stage.layers:
+        conv = stage.tail.conv
+        if conv.shape[1] != channels or conv.device != x.device:
+            return True
     norms = [n for layer in stage.layers for n in (layer.norm1, layer.norm2) if n is not None]
     if stage.tail is not None:
         norms.append(stage.tail.norm)

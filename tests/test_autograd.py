@@ -12,6 +12,8 @@ from torch.nn.utils import prune as prune_module
 from torch.utils.checkpoint import checkpoint
 
 import memdense
+from memdense import ops
+from memdense.structure import OWN_TYPES, read_tail
 
 ARGS = dict(growth_rate=4, block_config=(2, 2), num_init_features=6, bn_size=2, num_classes=3)
 
@@ -141,6 +143,70 @@ def test_features_and_output_may_both_be_used() -> None:
 
     assert_same_step(found, expected, images(), every_output)
     assert_same_step(found, expected, images(), first_output)
+
+
+@pytest.mark.parametrize("double_backward", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, dict(output_stride=8)], ids=str)
+def test_later_blocks_are_computed_from_earlier_outputs(
+    kwargs: dict, double_backward: bool
+) -> None:
+    """What autograd sees at a block's output holds what comes back through the later blocks."""
+    kwargs = dict(block_config=(2, 2, 1, 2)) | kwargs
+    found, expected = pair(**kwargs, double_backward=double_backward)
+    found.features.transition2.norm.eval()
+    expected.features.transition2.norm.eval()
+
+    def watched_outputs(model: nn.Module, x: Tensor) -> Tensor:
+        outputs = model.extract_features(x)
+        for o in outputs:
+            o.retain_grad()
+        outputs[1].register_hook(lambda g: 2 * g)
+        (outputs[0].sin().sum() + outputs[-1].square().sum()).backward()
+        return torch.cat([o.grad.flatten() for o in outputs])
+
+    def between(model: nn.Module, x: Tensor) -> Tensor:
+        first, *_, last = model.extract_features(x)
+        (g,) = torch.autograd.grad(last.square().sum(), first, create_graph=double_backward)
+        (g.square().sum() if double_backward else last.sum()).backward()
+        return g
+
+    assert_same_step(found, expected, images(size=64), watched_outputs)
+    if double_backward:
+        assert_same_step(found, expected, images(size=64), between)
+
+
+@pytest.mark.parametrize("tail", ["transition", "dilated transition"])
+def test_tail_gradcheck(tail: str) -> None:
+    """A tail alone, of images in any layout."""
+    module = memdense.Transition(5, 3, pool=tail == "transition").double()
+    randomise(module, torch.Generator().manual_seed(3))
+    found = read_tail(module, "transition1", "transition", OWN_TYPES)
+
+    def function(x: Tensor, *tensors: Tensor) -> Tensor:
+        return ops.run_stage(x, tensors, found.running, None, found.spec, False, None)[0]
+
+    x = torch.randn(2, 5, 5, 3, dtype=torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=layout).requires_grad_()
+        torch.testing.assert_close(function(given, *found.tensors), module(x))
+        assert torch.autograd.gradcheck(function, (given, *found.tensors))
+
+
+def test_plain_forward_then_efficient_forward_then_backward() -> None:
+    """Running statistics move as F.batch_norm moves them, which had saved them."""
+    found, expected = pair()
+
+    def both(model: nn.Module, x: Tensor) -> Tensor:
+        hook = model.features.denseblock2.register_forward_hook(lambda *_: None)
+        first = model(x)
+        hook.remove()
+        second = model(x.flip(0) + 1)
+        (first.sum() + second.square().sum()).backward()
+        return torch.cat([first, second])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", memdense.MemdenseWarning)
+        assert_same_step(found, expected, images(), both)
 
 
 def test_extract_features_shapes() -> None:

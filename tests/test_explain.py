@@ -85,10 +85,11 @@ def test_reason_is_the_warnings(spoil):
     assert said == [f"memdense runs denseblock1 and transition1 as plain modules: {why}"]
 
 
-def test_an_eps_below_0_is_left_to_the_modules():
+@pytest.mark.parametrize("eps", [-1.0, 0.0])
+def test_an_eps_that_is_not_positive_is_left_to_the_modules(eps):
     model = converted()
-    model.features.denseblock1.denselayer1.norm1.eps = -1.0
-    why = "denseblock1.denselayer1.norm1 has an eps below 0, -1.0"
+    model.features.denseblock1.denselayer1.norm1.eps = eps
+    why = f"denseblock1.denselayer1.norm1 has an eps that is not positive, {eps}"
     assert parts(model)["denseblock1"].why == why
     with (
         pytest.warns(MemdenseWarning, match=why),

@@ -438,3 +438,84 @@ def test_forward_mode() -> None:
             found = torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent
         expected = torch.autograd.forward_ad.unpack_dual(theirs(dual)).tangent
     torch.testing.assert_close(found, expected)
+
+
+HOOKED = {
+    "pre-hook": lambda f: f.register_forward_pre_hook(lambda m, args: (args[0].abs(),)),
+    "hook": lambda f: f.register_forward_hook(lambda m, args, out: out - 0.5),
+    "replaced forward": lambda f: setattr(f, "forward", lambda x: type(f).forward(f, x) + 0.5),
+}
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+@pytest.mark.parametrize("how", HOOKED)
+def test_what_hangs_on_features_runs(how: str, efficient: bool) -> None:
+    theirs = tv.DenseNet(**NET).double()
+    ours = memdense.DenseNet(**NET, efficient=efficient).double()
+    x = torch.randn(2, 3, 40, 40).double()
+    before = theirs(x)
+    for model in (ours, theirs):
+        HOOKED[how](model.features)
+    assert not torch.allclose(theirs(x), before)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_step(ours, theirs, x)
+
+
+def test_compiled_features_are_called() -> None:
+    model, graphs = memdense.DenseNet(**NET).eval(), []
+    x = torch.randn(2, 3, 40, 40)
+    expected = model(x)
+    model.features.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    torch.testing.assert_close(model(x), expected)
+    assert graphs
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda f: nn.Sequential(f, nn.Identity()), lambda f: nn.Sequential(*f), nn.DataParallel],
+    ids=["Sequential of it", "its children", "DataParallel"],
+)
+def test_features_may_be_replaced(wrap) -> None:
+    theirs, ours = tv.DenseNet(**NET).double(), memdense.DenseNet(**NET).double()
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours, theirs):
+        model.features = wrap(model.features)
+    assert_same_step(ours, theirs, torch.randn(2, 3, 40, 40).double())
+    with pytest.raises(TypeError, match="extract_features needs features to be a Features"):
+        ours.extract_features(torch.randn(2, 3, 40, 40))
+
+
+MISFITS = {
+    "size": (lambda n: setattr(n, "weight", nn.Parameter(torch.ones(3))), "should contain"),
+    "dtype": (lambda n: n.double(), "dtype"),
+    "drop_rate": (None, "between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_modules_say_what_does_not_fit(what: str) -> None:
+    change, message = MISFITS[what]
+    model = memdense.DenseNet(**NET)
+    if change is None:
+        model.features.denseblock1.denselayer2.drop_rate = 1.5
+    else:
+        change(model.features.denseblock1.denselayer2.norm1)
+        change(model.features.transition1.norm)
+    with (
+        pytest.warns(memdense.MemdenseWarning, match="denseblock1"),
+        pytest.raises((RuntimeError, ValueError), match=message),
+    ):
+        model(torch.randn(2, 3, 40, 40))
+
+
+def test_norm_with_plain_tensors() -> None:
+    """As hand-written meta-learning leaves it."""
+    theirs, ours = tv.DenseNet(**NET).double(), memdense.DenseNet(**NET).double()
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours, theirs):
+        norm = model.features.denseblock2.denselayer2.norm1
+        weight = norm.weight.detach() * 2
+        del norm.weight
+        norm.weight = weight
+    with pytest.warns(memdense.MemdenseWarning, match="no 'weight' among"):
+        assert_same_step(ours, theirs, torch.randn(2, 3, 40, 40).double())

@@ -13,7 +13,7 @@ import memdense
 from memdense import ops
 from memdense.direct import watched
 from memdense.spec import flatten, spec_of
-from memdense.structure import OWN_TYPES, read_stage
+from memdense.structure import OWN_TYPES, read_stage, read_tail
 
 
 def stage_arguments(kind: str, frozen: bool, bn_size: int | None) -> tuple:
@@ -38,6 +38,21 @@ def stage_arguments(kind: str, frozen: bool, bn_size: int | None) -> tuple:
 @pytest.mark.parametrize("bn_size", [None, 2])
 def test_stage(kind: str, frozen: bool, bn_size: int | None) -> None:
     opcheck(ops.stage, stage_arguments(kind, frozen, bn_size))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tail_alone(frozen: bool) -> None:
+    """A stage without layers reads x where it lies, and does not give it back."""
+    tail = memdense.Transition(5, 4).train(not frozen)
+    found = read_tail(tail, "tail", "transition", OWN_TYPES)
+    x = torch.randn(2, 5, 6, 7, requires_grad=True)
+    arguments = x, found.tensors, found.running, None, found.spec, False
+    opcheck(ops.stage, arguments)
+    out, features, statistics, _ = ops.stage(*arguments)
+    assert not features.numel()
+    tensors = [t.detach() for t in found.tensors]
+    answers = torch.randn_like(out), None, x.detach(), statistics, [], tensors, None, found.spec
+    opcheck(ops.stage_backward, (*answers, True, [True] * len(tensors)))
 
 
 def test_stage_backward() -> None:
@@ -124,6 +139,17 @@ def test_compiling_warns_of_nothing_and_breaks_no_graph() -> None:
     out.sum().backward()
     assert model.features.conv0.weight.grad.isfinite().all()
     assert model.features.norm5.num_batches_tracked == 1
+
+
+def test_compiling_for_sizes_that_change() -> None:
+    """With every number symbolic, eps too: it is read again where it changed."""
+    model = memdense.DenseNet(4, (2, 2), 6, 2, 0, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n, size, eps in ((2, 32, 1e-5), (3, 40, 1e-5), (3, 40, 0.5)):
+        model.features.norm0.eps = model.features.denseblock2.denselayer1.norm2.eps = eps
+        x = torch.randn(n, 3, size, size)
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def run_network(model: nn.Module, x: Tensor) -> list[Tensor]:

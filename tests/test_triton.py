@@ -213,13 +213,15 @@ def test_moves_running_statistics_in_one_launch(dtype, counted):
         assert not counted or counts[i] == i * 3 + 1
 
 
-def test_running_statistics_say_that_they_moved():
-    """What saved them for its backward must not find others there."""
+def test_autograd_hears_of_counts_only():
+    """As of a BatchNorm: its plain form may have saved mean and var, which it reads in evaluation
+    only.
+    """
     mean, var, count = torch.rand(3).float(), torch.rand(3).float(), torch.tensor(0)
     arguments = [mean], [var], [count], torch.rand(2, 3).float(), [0], [0.1], 5
     with recorded() as launches:
         Triton().update_running(*arguments)
-    assert len(launches) == 1 and min(t._version for t in (mean, var, count)) > 0
+    assert len(launches) == 1 and [t._version for t in (mean, var, count)] == [0, 0, 1]
     with torch.inference_mode():
         Triton().update_running([mean.clone()], *arguments[1:])
 

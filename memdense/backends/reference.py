@@ -152,6 +152,8 @@ class Reference:
                     self, [mean], [var], step, statistics, [start], [momentum], rows
                 )
             return
+        # as F.batch_norm does it: autograd does not hear of it
+        means, variances = [m.data for m in means], [v.data for v in variances]
         mean, var = statistics.unbind()
         parts = [slice(s, s + len(m)) for s, m in zip(starts, means, strict=True)]
         unbiased = torch._foreach_mul([var[part] for part in parts], rows / (rows - 1))

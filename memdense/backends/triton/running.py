@@ -138,6 +138,6 @@ def update(
         return False
     keep_if_captured(table)
     _plan(len(means), statistics.shape[1], rows)(table, statistics)
-    # whoever saved them for a backward must hear of it
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    # as BatchNorm does it: autograd hears of its counts, not of what F.batch_norm moves
+    torch.autograd.graph.increment_version([t for t in counts if not t.is_inference()])
     return True
