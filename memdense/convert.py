@@ -35,7 +35,8 @@ def convert(
     number of times. It becomes a :class:`memdense.Features` and stays the same object with the same
     children: parameters, ``state_dict`` keys, hooks and references to it remain as they were. What
     looks different is left alone, or runs as plain modules block by block; a report on stderr, and
-    :func:`memdense.explain` at any time, say why.
+    :func:`memdense.explain` at any time, say why. A model whose forward calls the stack's children
+    one by one gains nothing until it calls the stack, or its ``block_outputs``.
 
     Args:
         model: any module. Wrappers (``DataParallel``, ``torch.compile``, ...) are looked into.
@@ -66,7 +67,8 @@ def convert(
             report.append(f"{name}: left alone: {reason}")
             continue
         become_features(stack, keep_bottlenecks, recompute_stem, double_backward)
-        report.append(f"{name}: converted{'' if check else ', unchecked'}")
+        unchecked = "" if check else ", unchecked"
+        report.append(f"{name}: converted{unchecked}; efficient where it is called as a whole")
         report += [
             f"  {' and '.join(step.names)} as plain modules for now: {reason}"
             for step, reason in obstacles(stack).items()

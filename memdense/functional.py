@@ -73,6 +73,8 @@ def norm_relu_conv1x1(
     _check(input, running_mean, running_var, weight, bias, conv_weight, training, eps)
     if training and running_mean is not None and momentum is None and count is None:
         raise ValueError("bn_relu_conv1x1: expected a momentum, got None")
+    if momentum is not None and momentum < 0:
+        raise ValueError(f"bn_relu_conv1x1: expected a momentum of at least 0, got {momentum}")
     if transformed():
         if training and count is not None:
             count.add_(1)

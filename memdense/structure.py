@@ -121,6 +121,8 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
         running = Running(mean, var, buffers["num_batches_tracked"], module.momentum)
         if running.count is None:
             raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
+        if module.momentum is not None and module.momentum < 0:
+            raise Unsupported(f"{name} has a momentum below 0, {module.momentum}")
     if (weight is None) != (bias is None):
         raise Unsupported(f"{name} has only one of weight and bias")
     if module.eps <= 0:

@@ -98,6 +98,14 @@ def test_an_eps_that_is_not_positive_is_left_to_the_modules(eps):
         model(torch.randn(2, 3, 32, 32))
 
 
+def test_a_momentum_below_0_is_left_to_the_modules():
+    model = converted()
+    model.features.denseblock1.denselayer1.norm1.momentum = -0.5
+    why = "denseblock1.denselayer1.norm1 has a momentum below 0, -0.5"
+    assert parts(model)["denseblock1"].why == why
+    assert not parts(model.eval())["denseblock1"].why
+
+
 def test_global_hook_reaches_everything():
     model = converted()
     with nn.modules.module.register_module_forward_hook(lambda *_: None):

@@ -235,6 +235,7 @@ def test_what_is_refused() -> None:
         ((None, None, None, None, conv[:0], True), "a conv_weight that is not empty"),
         ((None, None, None, None, conv.to("meta"), True), "conv_weight on cpu, got meta"),
         ((*running, None, None, conv, True, None), "expected a momentum, got None"),
+        ((*running, None, None, conv, True, -0.1), "expected a momentum of at least 0, got -0.1"),
     ):
         with pytest.raises(ValueError, match=message):
             bn_relu_conv1x1(x, *arguments)
