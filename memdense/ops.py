@@ -236,7 +236,19 @@ def _gradients(
             )
         )
     dx = next(found) if need_x else None
-    return dx, [next(found) if n else None for n in need]
+    return dx, [
+        _laid_out(next(found), t) if n else None for n, t in zip(need, tensors, strict=True)
+    ]
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient with its parameter's strides, where they say the same of a 1x1 convolution's: DDP
+    warns of others.
+    """
+    shape, strides = parameter.shape, parameter.stride()
+    if shape[2:] == (1, 1) and strides[:2] == (shape[1], 1) and gradient.stride() != strides:
+        return gradient.as_strided(shape, strides)
+    return gradient
 
 
 def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) -> tuple:

@@ -440,6 +440,14 @@ def test_forward_mode() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_gradients_have_their_parameters_strides() -> None:
+    """Of a channels-last model, as DDP and optimizers want them."""
+    model = memdense.DenseNet(**NET).to(memory_format=torch.channels_last)
+    model(torch.randn(2, 3, 40, 40)).sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad.stride() == p.stride(), name
+
+
 HOOKED = {
     "pre-hook": lambda f: f.register_forward_pre_hook(lambda m, args: (args[0].abs(),)),
     "hook": lambda f: f.register_forward_hook(lambda m, args, out: out - 0.5),
