@@ -11,6 +11,7 @@ from collections.abc import Callable
 import peers
 import pytest
 import torch
+import torchvision
 from exactness import answered, assert_close, assert_same_step, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -514,3 +515,33 @@ def test_errors():
         memdense.convert(traced)
     with pytest.raises(ValueError, match="found no DenseNet feature stack in Sequential"):
         memdense.convert(nn.Sequential(traced))
+
+
+class Encoder(nn.Module):
+    """A U-Net's: its forward takes what it wants from between the stack's children."""
+
+    def __init__(self, features: nn.Sequential, sliced: bool) -> None:
+        super().__init__()
+        self.features, self.sliced = features, sliced
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for start, stop in ((0, 3), (3, 4), (4, 6), (6, 8), (8, 10), (10, None)):
+            if self.sliced:
+                x = self.features[start:stop](x)
+            else:
+                for module in list(self.features)[start:stop]:
+                    x = module(x)
+            skips.append(x.flatten(1))
+        return torch.cat(skips, 1)
+
+
+def test_slices_of_a_converted_stack_run_efficiently() -> None:
+    plain = Encoder(
+        prepared(lambda: torchvision.models.DenseNet(4, (2, 2, 2, 2), 8)).features, False
+    )
+    found = Encoder(memdense.convert(copy.deepcopy(plain.features), verbose=False), True)
+    x = images(2, 3, 64, 64)
+    assert_same_step(found, plain, x)
+    kept = [saved_bytes(m, x, exclude=(m, x)) for m in (found, plain)]
+    assert kept[0] < 0.4 * kept[1], kept
