@@ -279,7 +279,8 @@ def gradient_configs(
     if wide == 64:
         return (Config(32, 64, width, 4, 2, 2),)
     # warps stand above each other there, 16 channels each; registers hold so much of dW
-    tile = {128: (32 if roomy else 16, 128), 192: (16, 128), 256: (32, 64), 384: (64, 32)}
+    tile = {128: (32 if roomy else 16, 128), 192: (16, 128),
+            256: (32, 64) if roomy else (64, 32), 384: (64, 32)}  # fmt: skip
     return (Config(*tile[wide], width, 8, 2),)
 
 
