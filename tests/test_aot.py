@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have
+# bytes that a program may have; 8.6, 8.9 and 12.x take the tiles of 8.0, which has more
+SHARED = {80: 99 << 10, 90: 227 << 10}
 
 
 @pytest.mark.slow
