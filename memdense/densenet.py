@@ -170,8 +170,8 @@ class DenseNet(nn.Module):
         Shape: ``(N, in_channels, H, W)`` to one ``(N, C_b, H_b, W_b)`` per block: for DenseNet-121
             256, 512, 1024 and 1024 channels at a 4th, 8th, 16th and 32nd of the resolution (see
             ``output_stride``). They are the concatenations as the blocks leave them, before the
-            next norm, and share their memory with what is kept
-        for backward: changing them in place makes backward raise.
+            next norm, and share their memory with what is kept for backward: changing them in
+            place makes backward raise.
 
         Raises:
             TypeError: where ``features`` was replaced by another kind of module.

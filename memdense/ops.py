@@ -246,7 +246,11 @@ def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     warns of others.
     """
     shape, strides = parameter.shape, parameter.stride()
-    if shape[2:] == (1, 1) and strides[:2] == (shape[1], 1) and gradient.stride() != strides:
+    if (
+        shape[2:] == (1, 1)
+        and gradient.stride() != strides
+        and gradient.stride()[:2] == strides[:2] == (shape[1], 1)
+    ):
         return gradient.as_strided(shape, strides)
     return gradient
 

@@ -83,13 +83,15 @@ class Features(nn.Sequential):
         self._warned: set[str] = set()
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """As a ``Sequential``'s; a slice keeps the switches."""
+        """As a ``Sequential``'s; a slice keeps the switches and shares what was read and said."""
         found = super().__getitem__(index)
         if isinstance(index, slice):
             found._switches(
                 self.efficient, self.keep_bottlenecks, self.recompute_stem, self.double_backward
             )
-            found._types = self._types
+            found._types, found._warned = self._types, self._warned
+            # a slice may be made at every call
+            _readings[found] = _readings.setdefault(self, {})
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -280,6 +282,8 @@ def pools_unseen(features: nn.Module) -> bool:
     if not isinstance(features, Features) or not features.efficient or global_hooks():
         return False
     own = features.__dict__
+    if type(features).forward is not Features.forward:
+        return False
     return not (any(map(own.get, HOOKS)) or "forward" in own or own.get("_compiled_call_impl"))
 
 

@@ -168,14 +168,15 @@ def check_fits(norm: NormModule, name: str, channels: int, values: Tensor) -> No
     """Raise :class:`Unsupported` unless a norm has so many channels, in a dtype that may stand
     beside ``values``. Running modules tell better what is wrong.
     """
-    for tensor in (norm.module.weight, norm.module.running_mean, norm.module.running_var):
+    module = norm.module
+    for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
         if tensor is None:
             continue
         if tensor.shape != (channels,):
-            raise Unsupported(f"{name} is not for the {channels} channels of its convolution")
+            raise Unsupported(f"{name} is not for the {channels} channels beside it")
         narrow = values.element_size() == 2 and tensor.dtype == torch.float32
         if tensor.dtype != values.dtype and not narrow:
-            raise Unsupported(f"{name} is {tensor.dtype}, its convolution {values.dtype}")
+            raise Unsupported(f"{name} is {tensor.dtype}, convolutions beside it {values.dtype}")
 
 
 class LayerModules(NamedTuple):
@@ -261,6 +262,8 @@ def read_stage(
     if tail is not None:
         end, norm = _read_tail(tail, tail_name, tail_kind, types)
         norms.append(norm)
+        first = layers[0].conv1
+        check_fits(norm, tail_name, first.shape[1] + sum(x.growth for x in layers), first)
     stage = Stage(layers, end, rates.pop(), keep_bottlenecks)
     return StageModules(stage, *flatten(stage), spec_of(stage).encode(), moving(norms))
 
@@ -337,6 +340,7 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
     shape = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
     if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or pool.ceil_mode or pool.return_indices:
         raise Unsupported(f"{names[-1]} is not a 3x3 maximum of stride 2 and padding 1")
+    check_fits(norm, names[1], len(conv.weight), conv.weight)
     geometry = pair(conv.stride), pair(conv.padding), pair(conv.dilation)
     return StemModules(conv, geometry, norm.norm, moving([norm]))
 
@@ -412,6 +416,15 @@ class Snapshot:
         return state == self._state and all(map(is_, objects, self._objects))
 
 
+def _norm_misfits(norm: Norm, channels: int, x: Tensor) -> bool:
+    """Of what may change behind a parameter's ``data``, unseen by a :class:`Snapshot`."""
+    weight = norm.weight
+    if weight is None:
+        return False
+    wide = x.dtype == torch.float64
+    return weight.shape[0] != channels or (weight.dtype == torch.float64) != wide
+
+
 def misfit(x: Tensor, stage: Stage) -> bool:
     """Whether x is not what the modules would take: they say best what is wrong with it."""
     if not x.numel():
@@ -420,7 +433,13 @@ def misfit(x: Tensor, stage: Stage) -> bool:
     for layer in stage.layers:
         if layer.conv1.shape[1] != channels or layer.conv1.device != x.device:
             return True
+        if _norm_misfits(layer.norm1, channels, x):
+            return True
+        if layer.norm2 is not None and _norm_misfits(layer.norm2, layer.bottleneck, x):
+            return True
         channels += layer.growth
+    if stage.tail is not None and _norm_misfits(stage.tail.norm, channels, x):
+        return True
     if not stage.layers:
         conv = stage.tail.conv
         if conv.shape[1] != channels or conv.device != x.device:

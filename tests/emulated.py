@@ -70,6 +70,14 @@ class Emulation:
         """``order`` of a block's threads: 0 ascending, 1 descending, others a shuffle."""
         self.machine.configure(multiprocessors, shared, order)
 
+    def planned(self, *arguments: int) -> tuple[int, int, int, int]:
+        """Blocks, teams, tiles and bytes of shared memory of a convolution: images, their side,
+        dilation, channels, columns, bytes of a value, whether of the gradient.
+        """
+        found = (ctypes.c_int64 * 4)()
+        self.machine.planned(*arguments, found)
+        return tuple(found)
+
     def counters(self) -> tuple[int, int, int, int]:
         """Launches, 8x8 matrices read from shared memory, the cycles that takes and threads that
         came to a barrier of a part of their block, till here.

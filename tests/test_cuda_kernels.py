@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,23 @@ def test_two_teams(emulation, kind, multiprocessors):
         for order in (1, 2, 3):
             emulation.configure(multiprocessors, 227 * 1024, order)
             assert_same_bits(found, layer.run(emulation.op, False, torch.channels_last))
+
+
+@pytest.mark.parametrize(("multiprocessors", "shared"), [(132, 227), (108, 163), (82, 99)])
+def test_plans(emulation, multiprocessors, shared):
+    """No more shared memory than there is, a tile for each block, and both numbers of teams."""
+    emulation.configure(multiprocessors, shared * 1024)
+    teams = set()
+    for gradient, size, growth in product((0, 1), (2, 4), (12, 16, 32, 48, 64)):
+        channels, columns = (growth, 4 * growth) if gradient else (4 * growth, growth)
+        for side, dilation, n in product(
+            (7, 8, 14, 24, 28, 40, 56), (1, 2, 4), (1, 8, 32, 96, 256)
+        ):
+            shape = n, side, dilation, channels, columns, size, gradient
+            blocks, found, tiles, used = emulation.planned(*shape)
+            assert 0 < blocks <= tiles and used <= shared * 1024, shape
+            teams.add(found)
+    assert teams == {1, 2}
 
 
 def test_without_what_is_optional(emulation):

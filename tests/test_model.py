@@ -422,6 +422,18 @@ def test_slices_keep_switches_and_trust() -> None:
     assert isinstance(model.features[0], nn.Conv2d)
 
 
+def test_slices_made_at_every_call_warn_once() -> None:
+    model, x = memdense.DenseNet(**NET), torch.randn(2, 3, 40, 40)
+    model.features.denseblock2.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", memdense.MemdenseWarning)
+        for _ in range(3):
+            model.features[6:](model.features[:6](x))
+    assert [str(w.message).split(" as")[0] for w in caught] == [
+        "memdense runs denseblock2 and norm5"
+    ]
+
+
 def test_meta() -> None:
     out = memdense.DenseNet(**NET).to("meta")(torch.empty(2, 3, 40, 40, device="meta"))
     assert out.is_meta and out.shape == (2, 3)
@@ -496,24 +508,53 @@ def test_features_may_be_replaced(wrap) -> None:
 MISFITS = {
     "size": (lambda n: setattr(n, "weight", nn.Parameter(torch.ones(3))), "should contain"),
     "dtype": (lambda n: n.double(), "dtype"),
-    "drop_rate": (None, "between 0 and 1"),
 }
+NORMS = ["norm0", "denseblock1.denselayer2.norm1", "denseblock2.denselayer1.norm2"]
 
 
+@pytest.mark.parametrize("where", [*NORMS, "transition1.norm", "norm5"])
 @pytest.mark.parametrize("what", MISFITS)
-def test_modules_say_what_does_not_fit(what: str) -> None:
+def test_modules_say_what_does_not_fit(what: str, where: str) -> None:
     change, message = MISFITS[what]
     model = memdense.DenseNet(**NET)
-    if change is None:
-        model.features.denseblock1.denselayer2.drop_rate = 1.5
-    else:
-        change(model.features.denseblock1.denselayer2.norm1)
-        change(model.features.transition1.norm)
+    change(model.features.get_submodule(where))
     with (
-        pytest.warns(memdense.MemdenseWarning, match="denseblock1"),
-        pytest.raises((RuntimeError, ValueError), match=message),
+        pytest.warns(memdense.MemdenseWarning, match=where),
+        pytest.raises(RuntimeError, match=message),
     ):
         model(torch.randn(2, 3, 40, 40))
+
+
+@pytest.mark.parametrize("where", [*NORMS[1:], "transition1.norm", "norm5"])
+def test_what_changes_behind_a_parameter_is_seen(where: str) -> None:
+    model, x = memdense.DenseNet(**NET), torch.randn(2, 3, 40, 40)
+    model(x)
+    weight = model.features.get_submodule(where).weight
+    weight.data = torch.ones(3)
+    with pytest.raises(RuntimeError, match="should contain"):
+        model(x)
+
+
+def test_modules_say_that_a_drop_rate_is_none() -> None:
+    model = memdense.DenseNet(**NET)
+    model.features.denseblock1.denselayer2.drop_rate = 1.5
+    with (
+        pytest.warns(memdense.MemdenseWarning, match="no probability, 1.5"),
+        pytest.raises(ValueError, match="between 0 and 1"),
+    ):
+        model(torch.randn(2, 3, 40, 40))
+
+
+def test_forward_of_a_kind_of_features_runs() -> None:
+    class Louder(memdense.Features):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = memdense.DenseNet(**NET).eval()
+    x = torch.randn(2, 3, 40, 40)
+    quiet = model(x) - model.classifier.bias
+    model.features.__class__ = Louder
+    torch.testing.assert_close(model(x) - model.classifier.bias, 2 * quiet)
 
 
 def test_norm_with_plain_tensors() -> None:

@@ -348,14 +348,15 @@ void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
   set_weight(a, weight, false, bytes);
   set_target(a, out, p, p.out, bytes);
   Tensor partials;
-  const int blocks = convolve(kind, Mode::kForward, a, p, false, place, [&](int blocks) -> float* {
-    if (!a.statistics) return nullptr;
-    partials = scratch(blocks * (2 * p.k + 1), y);
-    return floats(partials);
-  });
+  const int walkers =
+      convolve(kind, Mode::kForward, a, p, false, place, [&](int walkers) -> float* {
+        if (!a.statistics) return nullptr;
+        partials = scratch(walkers * (2 * p.k + 1), y);
+        return floats(partials);
+      });
   if (a.statistics) {
     float* mean_out = floats(*moments);
-    merge_moments(Merge{a.partials, a.columns, blocks, mean_out, mean_out + moments->stride(0)},
+    merge_moments(Merge{a.partials, a.columns, walkers, mean_out, mean_out + moments->stride(0)},
                   place.stream());
   }
 }
@@ -398,10 +399,11 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
   a.y_vectors = aligned(input.data, {input.strides.w}, bytes);
   Tensor sums, partials;
   Reduction reduction{};
-  reduction.blocks = convolve(kind, Mode::kGradient, a, p, true, place, [&](int blocks) -> float* {
-    sums = scratch(2 * p.c * blocks, y);
-    return floats(sums);
-  });
+  reduction.walkers =
+      convolve(kind, Mode::kGradient, a, p, true, place, [&](int walkers) -> float* {
+        sums = scratch(2 * p.c * walkers, y);
+        return floats(sums);
+      });
   reduction.sums = a.partials;
   if (dweight) {
     partials = weight_partials(kind, p, input, gradient, norm, y, place, reduction.splits);

@@ -99,8 +99,8 @@ struct Convolution {
   const void* y;  // kGradient
   int64_t y_row;
   bool y_vectors;
-  // kForward: [mean, m2][column][block] and [block] counts; kGradient: [dbeta,
-  // dgamma][column][block]
+  // kForward: [mean, m2][column][walker] and [walker] counts; kGradient: [dbeta,
+  // dgamma][column][walker]
   float* partials;
 
   static constexpr auto pointers() {
@@ -144,8 +144,8 @@ struct Reduction {
   int splits, columns, channels;
   float* dweight;  // [columns, channels, 9]
 
-  const float* sums;  // [dbeta, dgamma][channel][block], or null
-  int blocks;
+  const float* sums;  // [dbeta, dgamma][channel][walker], or null
+  int walkers;
   const float* var;
   float eps;
   float *dbeta, *dgamma;
@@ -169,9 +169,9 @@ constexpr int kWarp = 32;
 // Rows of a tile's matrix that a warp multiplies.
 constexpr int kWarpPixels = 32;
 // Of a block of `convolve`, and of those together on a multiprocessor: as many as the registers
-// allow, which are 128 a thread, 144, 168 or 255.
+// allow, which are 128 a thread, 168 or 255.
 MEMDENSE_BOTH constexpr int max_convolution_threads(int columns, bool tensor_cores) {
-  return !tensor_cores ? 256 : columns < 32 ? 512 : columns < 64 ? 448 : 384;
+  return !tensor_cores ? 256 : columns < 64 ? 512 : 384;
 }
 
 // Slots of tables: of the present tile, of the next one, which is being staged, and of the one
@@ -184,11 +184,17 @@ struct ConvolutionMemory {
   int vectors, teams, bytes;
   int scratch, sources, targets, places, team;  // from where a team's begins
 
+  static constexpr int kLine = 128;  // of banks
+
   MEMDENSE_BOTH static constexpr int padded(int columns) { return columns + 8; }
+
+  // What so many bytes leave each team.
+  MEMDENSE_BOTH int of_a_team(int all, int teams_count) const {
+    return (all - teams) / teams_count / kLine * kLine;
+  }
 
   MEMDENSE_BOTH ConvolutionMemory(int halo, int pixels, int columns, int channels, int value_bytes,
                                   bool resident, int teams_count, Mode mode) {
-    constexpr int kLine = 128;  // of banks
     const int chunk = kRowBytes / value_bytes, chunks = (channels + chunk - 1) / chunk;
     const int slots = resident ? chunks : 2;
     const int vectors_count = mode == Mode::kForward    ? 2 * chunks * chunk
@@ -228,7 +234,7 @@ struct WeightGradientMemory {
 // mean and biased variance of each column from kForward's partials.
 struct Merge {
   const float* partials;
-  int columns, blocks;
+  int columns, walkers;
   float *mean, *var;
 
   static constexpr auto pointers() {

@@ -1,4 +1,4 @@
-// The second steps: what blocks left behind, put together in their order.
+// The second steps: what teams left behind, put together in their order.
 #include "conv3x3.h"
 
 namespace memdense::conv3x3 {
@@ -8,12 +8,12 @@ using namespace device;
 
 constexpr int kWarps = 8;
 
-// Chan's formula over a column's blocks: a lane takes every 32nd, then lanes pair up.
+// Chan's formula over a column's walkers: a lane takes every 32nd, then lanes pair up.
 MEMDENSE_KERNEL(kWarps* kWarp, 1) merge_columns(const Merge a) {
   const int column = block() * kWarps + thread() / kWarp, lane = thread() % kWarp;
   if (column >= a.columns) return;
-  const int64_t plane = static_cast<int64_t>(a.columns) * a.blocks;
-  const float* means = a.partials + static_cast<int64_t>(column) * a.blocks;
+  const int64_t plane = static_cast<int64_t>(a.columns) * a.walkers;
+  const float* means = a.partials + static_cast<int64_t>(column) * a.walkers;
   const float *m2s = means + plane, *counts = a.partials + 2 * plane;
   double count = 0, mean = 0, m2 = 0;
   const auto take = [&](double b_count, double b_mean, double b_m2) {
@@ -23,7 +23,7 @@ MEMDENSE_KERNEL(kWarps* kWarp, 1) merge_columns(const Merge a) {
     mean += delta * b_count / total;
     count = total;
   };
-  for (int i = lane; i < a.blocks; i += kWarp) take(counts[i], means[i], m2s[i]);
+  for (int i = lane; i < a.walkers; i += kWarp) take(counts[i], means[i], m2s[i]);
   for (int mask = kWarp / 2; mask >= 1; mask /= 2) {
     const double other = exchange(count, mask), other_mean = exchange(mean, mask);
     take(other, other_mean, exchange(m2, mask));
@@ -48,9 +48,9 @@ MEMDENSE_KERNEL(kWarps* kWarp, 1) reduce(const Reduction a) {
   }
   const int row = (block() - a.weight_blocks) * kWarps + thread() / kWarp, lane = thread() % kWarp;
   if (row >= 2 * a.channels) return;
-  const float* values = a.sums + static_cast<int64_t>(row) * a.blocks;
+  const float* values = a.sums + static_cast<int64_t>(row) * a.walkers;
   double sum = 0;
-  for (int i = lane; i < a.blocks; i += kWarp) sum += values[i];
+  for (int i = lane; i < a.walkers; i += kWarp) sum += values[i];
   for (int mask = kWarp / 2; mask >= 1; mask /= 2) sum += exchange(sum, mask);
   if (lane > 0) return;
   if (row < a.channels) {

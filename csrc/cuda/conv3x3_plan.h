@@ -137,7 +137,8 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
           if (threads > max_threads) continue;
           const ConvolutionMemory fixed(0, pixels, width, channels, value_bytes, resident, teams,
                                         mode);
-          const int64_t room = (device.shared_per_block - fixed.bytes) / (teams * kHaloBytes);
+          const int64_t room =
+              (fixed.of_a_team(device.shared_per_block, teams) - fixed.team) / kHaloBytes;
           // without room for the halo of ordinary tiles, less of the weight had better stay
           if (room < pixels * 4 / 3 + 32) continue;
           const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));

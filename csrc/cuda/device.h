@@ -113,7 +113,7 @@ MEMDENSE_DEVICE void copy_async(char* to, const void* from, bool valid) {
                : "memory");
 }
 
-// For this thread's copies only: others see them after synchronize_block().
+// For this thread's copies only: others see them after a barrier.
 MEMDENSE_DEVICE void wait_async() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- matrix fragments: of a warp, four 8x8 matrices of 16-bit values or 8x4 of 32-bit ones

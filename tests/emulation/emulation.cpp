@@ -1,5 +1,5 @@
 // The settings and counters of the emulated machine, for ctypes.
-#include "device.h"
+#include "conv3x3_plan.h"
 
 using memdense::device::machine;
 
@@ -9,6 +9,21 @@ __attribute__((visibility("default"))) void configure(int multiprocessors, int s
                                                       int order) {
   machine().properties = {multiprocessors, shared_per_block, shared_per_block + 1024};
   machine().order = order;
+}
+
+// The blocks and teams of a convolution, and the bytes of shared memory that it asks for.
+__attribute__((visibility("default"))) void planned(int images, int side, int dilation,
+                                                    int channels, int columns, int value_bytes,
+                                                    int gradient, int64_t* to) {
+  namespace conv3x3 = memdense::conv3x3;
+  const auto axis = conv3x3::axis(side, side, 1, 1, dilation, -dilation);
+  const auto mode = gradient ? conv3x3::Mode::kGradient : conv3x3::Mode::kForward;
+  const auto plan = conv3x3::plan_convolution(images, axis, axis, channels, columns, value_bytes,
+                                              true, mode, machine().properties);
+  to[0] = plan.grid.x;
+  to[1] = plan.teams;
+  to[2] = plan.walk.tiles;
+  to[3] = plan.grid.shared;
 }
 
 // Since the last call: launches, 8x8 matrices read, the cycles that took, and threads that came to
