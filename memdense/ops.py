@@ -245,12 +245,10 @@ def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient with its parameter's strides, where they say the same of a 1x1 convolution's: DDP
     warns of others.
     """
+    if parameter.dim() != 4 or gradient.stride() == parameter.stride():
+        return gradient
     shape, strides = parameter.shape, parameter.stride()
-    if (
-        shape[2:] == (1, 1)
-        and gradient.stride() != strides
-        and gradient.stride()[:2] == strides[:2] == (shape[1], 1)
-    ):
+    if shape[2:] == (1, 1) and gradient.stride()[:2] == strides[:2] == (shape[1], 1):
         return gradient.as_strided(shape, strides)
     return gradient
 
