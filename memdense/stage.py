@@ -17,13 +17,14 @@ from .convolution import layout_of
 from .direct import autocast, transformed
 from .spec import Stage, StemSpec
 from .structure import (
-    HOOKS,
     OWN_TYPES,
     Moving,
     Snapshot,
     StageModules,
     StemModules,
     Unsupported,
+    check,
+    check_global_hooks,
     convolution_dtype_fits,
     global_hooks,
     misfit,
@@ -168,17 +169,13 @@ class Features(nn.Sequential):
             (x,) = autocast(x)
             if step.kind == "stem":
                 x = _stem_or_modules(x, found, modules, self.recompute_stem)
-            elif step.kind == "tail":
-                if found is None or not _fits(x, found):
-                    x = modules[step.names[0]](x.contiguous(memory_format=layout))
-                else:
-                    x, _ = run_stage(x, found, self.double_backward, layout)
-            elif found is None or not _fits(x, found):
+                continue
+            if found is None or not _fits(x, found):
                 # modules see, and draw dropout in, the layout the caller's images have
                 x, features = _run_modules(x.contiguous(memory_format=layout), modules, step.tail)
-                outputs.append(features)
             else:
                 x, features = run_stage(x, found, self.double_backward, layout)
+            if step.kind == "stage":
                 outputs.append(features)
         return x, outputs
 
@@ -279,12 +276,12 @@ def pools_unseen(features: nn.Module) -> bool:
     """Whether a model may call ``features.pooled`` in place of the module: it runs efficiently and
     nothing hangs on the call.
     """
-    if not isinstance(features, Features) or not features.efficient or global_hooks():
+    try:
+        check_global_hooks()
+        check(features, "features", (Features,), "a Features")
+    except Unsupported:
         return False
-    own = features.__dict__
-    if type(features).forward is not Features.forward:
-        return False
-    return not (any(map(own.get, HOOKS)) or "forward" in own or own.get("_compiled_call_impl"))
+    return features.efficient and features.__dict__.get("_compiled_call_impl") is None
 
 
 def _mean(features: Tensor) -> Tensor:
@@ -303,7 +300,7 @@ def _fits(x: Tensor, found: StageModules) -> bool:
 def _run_modules(
     x: Tensor, modules: dict[str, nn.Module], tail: str | None
 ) -> tuple[Tensor, Tensor]:
-    """(output, block's features) of a block and its tail as modules."""
+    """(output, block's features) of a block and its tail, or of one of them, as modules."""
     block, *rest = modules.values()
     features = block(x)
     if not rest:
