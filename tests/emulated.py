@@ -72,10 +72,12 @@ class Emulation:
 
     def planned(self, *arguments: int) -> tuple[int, int, int, int]:
         """Blocks, teams, tiles and bytes of shared memory of a convolution: images, their side,
-        dilation, channels, columns, bytes of a value, whether of the gradient.
+        dilation, channels, columns, bytes of a value, whether of the gradient. Without the latter,
+        of the weight's gradient: splits, a block's chunks of channels, tiles and bytes.
         """
         found = (ctypes.c_int64 * 4)()
-        self.machine.planned(*arguments, found)
+        plan = self.machine.planned if len(arguments) == 7 else self.machine.planned_weight
+        plan(*arguments, found)
         return tuple(found)
 
     def counters(self) -> tuple[int, int, int, int]:

@@ -238,9 +238,9 @@ Tensor weight_partials(Kind kind, const Geometry& p, const Images& x, const Imag
                            static_cast<int>(p.k), value_bytes(kind), place.properties());
   splits = plan.grid.x;
   const Tensor partials = scratch(splits * kTaps * p.k * p.c, like);
-  const WeightGradient a{plan.walk,  x.data,  x.strides,       static_cast<int>(p.c),
-                         x.vectors,  dy.data, dy.strides,      static_cast<int>(p.k),
-                         dy.vectors, norm,    floats(partials)};
+  const WeightGradient a{plan.walk,  x.data,      x.strides,  static_cast<int>(p.c),
+                         x.vectors,  dy.data,     dy.strides, static_cast<int>(p.k),
+                         dy.vectors, plan.chunks, norm,       floats(partials)};
   const auto launcher = kind == Kind::kHalf       ? weight_gradient_half
                         : kind == Kind::kBFloat16 ? weight_gradient_bfloat16
                         : kind == Kind::kTf32     ? weight_gradient_tf32

@@ -127,6 +127,8 @@ struct WeightGradient {
   int columns;
   bool dy_vectors;
 
+  int chunks;  // a block's: one or two
+
   Norm norm;  // mean is null without one
   float* partials;
 
@@ -211,20 +213,27 @@ struct ConvolutionMemory {
   }
 };
 
-// Blocks of `weight_gradient` together on a multiprocessor: as many as the registers allow, of six
-// warps or, for values of four bytes, three.
-MEMDENSE_BOTH constexpr int weight_blocks(int columns, int value_bytes) {
-  return columns < 64 ? (value_bytes == 2 ? 3 : 4) : value_bytes / 2;
+// Warps of a block of `weight_gradient` whose tiles serve so many chunks of channels: one for each
+// of them, each line of taps and each 32 columns.
+MEMDENSE_BOTH constexpr int weight_warps(int columns, int chunks) {
+  return 3 * chunks * (columns < 64 ? 1 : 2);
+}
+constexpr int kMaxChunks = 2;
+
+// Such blocks together on a multiprocessor: as many as the registers allow, of 168 a thread.
+MEMDENSE_BOTH constexpr int weight_blocks(int columns, int chunks) {
+  return 12 / weight_warps(columns, chunks);
 }
 
 // Shared memory of `weight_gradient`, likewise.
 struct WeightGradientMemory {
   int dy, vectors, sources, targets, places, bytes;
 
-  MEMDENSE_BOTH WeightGradientMemory(int halo, int pixels, int columns, int value_bytes) {
-    dy = 2 * halo * kRowBytes;
+  MEMDENSE_BOTH WeightGradientMemory(int halo, int pixels, int columns, int value_bytes,
+                                     int chunks) {
+    dy = 2 * chunks * halo * kRowBytes;
     vectors = dy + 2 * pixels * columns * value_bytes;
-    sources = vectors + 2 * kRowBytes / value_bytes * 4;
+    sources = vectors + 2 * chunks * kRowBytes / value_bytes * 4;
     targets = sources + kTables * halo * 8;
     places = targets + kTables * pixels * 8;
     bytes = places + kTables * pixels * 4;

@@ -132,14 +132,9 @@ MEMDENSE_DEVICE const V* halo_value_at(const char* rows, int row, int column, in
 
 template <typename V>
 MEMDENSE_DEVICE void load_piece(const void* from, float (&to)[16 / sizeof(V)]) {
-  constexpr int kCount = 16 / sizeof(V);
-  union {
-    Piece piece;
-    V values[kCount];
-  };
-  piece = *static_cast<const Piece*>(from);
+  const Piece piece = *static_cast<const Piece*>(from);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = to_float(values[i]);
+  for (int i = 0; i < 4; ++i) unpack(V{}, piece.words[i], to + i * 4 / sizeof(V));
 }
 
 template <typename V>
@@ -189,17 +184,39 @@ MEMDENSE_DEVICE Eight<V> load_eight(const V* from, bool vectors, int count) {
 
 template <typename V>
 MEMDENSE_DEVICE void store_eight(V* to, int64_t stride, bool vectors, int count,
-                                 const V (&values)[kEight]) {
+                                 const Eight<V>& from) {
   if (vectors && count == kEight) {
     constexpr int kPer = 16 / sizeof(V);
 #pragma unroll
-    for (int i = 0; i < kEight / kPer; ++i) store_piece<V>(to + i * kPer, values + i * kPer);
+    for (int i = 0; i < kEight / kPer; ++i) {
+      *reinterpret_cast<Piece*>(to + i * kPer) = from.pieces[i];
+    }
   } else {
 #pragma unroll
     for (int e = 0; e < kEight; ++e, to += stride) {
-      if (e < count) *to = values[e];
+      if (e < count) *to = from.values[e];
     }
   }
+}
+
+template <typename V>
+MEMDENSE_DEVICE void unpack_eight(const Eight<V>& from, float (&to)[kEight]) {
+  constexpr int kPer = 4 / sizeof(V);
+#pragma unroll
+  for (int i = 0; i < kEight / kPer; ++i) {
+    unpack(V{}, from.pieces[i / 4].words[i % 4], to + i * kPer);
+  }
+}
+
+template <typename V>
+MEMDENSE_DEVICE Eight<V> pack_eight(const float (&from)[kEight]) {
+  constexpr int kPer = 4 / sizeof(V);
+  Eight<V> to;
+#pragma unroll
+  for (int i = 0; i < kEight / kPer; ++i) {
+    to.pieces[i / 4].words[i % 4] = pack(V{}, from + i * kPer);
+  }
+  return to;
 }
 
 // Where a row of floats keeps column 8 * eight + j: the first four of all eights, then the others,
@@ -663,7 +680,6 @@ MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column,
                                 const Eight<Value<K>>& y, const Vectors& norm, Sums& sums) {
   using V = Value<K>;
   const int count = a.columns - column < kEight ? a.columns - column : kEight;
-  V stored[kEight];
   if constexpr (kMode == Mode::kPlain) {
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
@@ -676,28 +692,29 @@ MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column,
       for (int e = 0; e < kEight; ++e) x[e] = e < count && keep[e] ? x[e] * a.factor : 0.f;
     }
   } else {
+    float y_of[kEight];
+    unpack_eight<V>(y, y_of);
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
-      const float y_e = to_float(y.values[e]);
-      const float z = fused_multiply_add(norm.scale[e], y_e, norm.shift[e]);
+      const float z = fused_multiply_add(norm.scale[e], y_of[e], norm.shift[e]);
       if (z <= 0.f) x[e] = 0.f;
       sums.first[e] += x[e];
-      sums.second[e] = fused_multiply_add(x[e], y_e - norm.mean[e], sums.second[e]);
+      sums.second[e] = fused_multiply_add(x[e], y_of[e] - norm.mean[e], sums.second[e]);
     }
   }
-#pragma unroll
-  for (int e = 0; e < kEight; ++e) stored[e] = round_to(V{}, x[e]);
+  const Eight<V> stored = pack_eight<V>(x);
   store_eight<V>(static_cast<V*>(a.target) + pixel * a.target_row + column * a.target_column,
                  a.target_column, a.target_vectors, count, stored);
   if constexpr (kMode == Mode::kForward) {
     if (!a.statistics) return;
     sums.count += 1.f;
     const float share = quotient(1.f, sums.count);
+    unpack_eight<V>(stored, x);
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
-      const float value = to_float(stored[e]), delta = value - sums.first[e];
+      const float delta = x[e] - sums.first[e];
       sums.first[e] = fused_multiply_add(delta, share, sums.first[e]);
-      sums.second[e] = fused_multiply_add(delta, value - sums.first[e], sums.second[e]);
+      sums.second[e] = fused_multiply_add(delta, x[e] - sums.first[e], sums.second[e]);
     }
   }
 }
@@ -873,9 +890,10 @@ convolve(const Convolution a) {
 
 // ---- the weight's gradient
 
-// Warps of a block: one a line of taps and 16 channels of the chunk.
-template <typename K>
-constexpr int kWeightWarps = 3 * kChunk<K> / 16;
+// A warp has a line of taps, a chunk of channels and up to 32 columns, whose sums its registers
+// hold.
+template <int kColumns>
+constexpr int kWarpColumns = kColumns < 32 ? kColumns : 32;
 
 // dy's columns `first`.. of the tile's pixels, as rows of kColumns values.
 template <typename K, int kColumns>
@@ -885,11 +903,11 @@ MEMDENSE_DEVICE void stage_dy(const WeightGradient& a, int first, const int64_t*
   constexpr int kPieces = kColumns / kPerPiece<K>;
   const V* data = static_cast<const V*>(a.dy);
   if (a.dy_vectors) {
-    for (int i = thread(); i < a.walk.pixels * kPieces; i += threads()) {
-      const int row = i / kPieces, piece = i % kPieces, j = first + piece * kPerPiece<K>;
-      const bool exists = targets[row] >= 0 && j < a.columns;
-      copy_async(rows + piece_at<kPieces>(row, piece), exists ? data + targets[row] + j : data,
-                 exists);
+    const int piece = thread() % kPieces, j = first + piece * kPerPiece<K>;
+    for (int row = thread() / kPieces; row < a.walk.pixels; row += threads() / kPieces) {
+      const int64_t offset = targets[row];
+      const bool exists = offset >= 0 && j < a.columns;
+      copy_async(rows + piece_at<kPieces>(row, piece), exists ? data + offset + j : data, exists);
     }
     return;
   }
@@ -908,42 +926,71 @@ MEMDENSE_DEVICE void stage_dy(const WeightGradient& a, int first, const int64_t*
   }
 }
 
-// For the warp's line of taps: 3 taps, kColumns outputs in 16s, 16 channels as two fragments.
-template <int kColumns>
-using WeightAccumulators = float[3][kColumns / 16][2][4];
-
-// sum[tap][j, c] += dy[pixel, j] * z[pixel + tap, c] over 16 pixels from `first` on.
+// A warp's sums at a tap, and at its three: columns in 16s by channels in 8s.
 template <typename K, int kColumns>
-MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, int halo_width,
-                                     int half, char* halo, char* dy,
-                                     WeightAccumulators<kColumns>& sum) {
-  using V = Value<K>;
+using TapSums = float[kWarpColumns<kColumns> / 16][kChunk<K> / 8][4];
+template <typename K, int kColumns>
+using WeightSums = TapSums<K, kColumns>[3];
+
+// What a warp multiplies: a tile's places, its chunk's halo and dy, at its taps and from its first
+// column on.
+struct TileOperands {
+  const int* places;
+  char *halo, *dy;
+  int halo_width, tap_y, first_column;
+};
+
+// Of 16 pixels: dy by columns in 16s, z at a tap by channels in 16s.
+template <int kColumns>
+using DyFragments = uint32_t[kWarpColumns<kColumns> / 16][4];
+template <typename K>
+using ZFragments = uint32_t[kChunk<K> / 16][4];
+
+// Lane 8i + r gives row r of matrix i.
+template <typename K, int kColumns>
+MEMDENSE_DEVICE void load_dy(const TileOperands& from, int first, DyFragments<kColumns>& to) {
   constexpr int kPieces = kColumns / kPerPiece<K>;
+  const int matrix = thread() % kWarp / 8, row = thread() % 8;
+  // sixteen rows further on, pieces are permuted in the same way
+  const uint32_t at =
+      shared_address(from.dy) + first * kPieces * 16 +
+      piece_at<kPieces>(matrix / 2 * 8 + row, from.first_column / kPerPiece<K> + matrix % 2);
+#pragma unroll
+  for (int m = 0; m < kWarpColumns<kColumns> / 16; ++m) {
+    load_matrices_transposed(to[m], at ^ m * kStepBytes);
+  }
+}
+
+template <typename K>
+MEMDENSE_DEVICE void load_z(const TileOperands& from, int place, int tap, ZFragments<K>& to) {
+  const int row = number_of(place) + from.tap_y * from.halo_width + tap;
+  const int turn = turn_of(place) + from.tap_y, piece = thread() % kWarp / 16;
+  const uint32_t at = shared_address(from.halo) + halo_piece_at(row, piece, turn);
+#pragma unroll
+  for (int c = 0; c < kChunk<K> / 16; ++c) load_matrices_transposed(to[c], at ^ c * kStepBytes);
+}
+
+template <typename K, int kColumns>
+MEMDENSE_DEVICE void multiply_tap(const DyFragments<kColumns>& dy, const ZFragments<K>& z,
+                                  TapSums<K, kColumns>& sum) {
+#pragma unroll
+  for (int c = 0; c < kChunk<K> / 16; ++c) {
+#pragma unroll
+    for (int m = 0; m < kWarpColumns<kColumns> / 16; ++m) {
+      multiply_add(Value<K>{}, sum[m][2 * c], dy[m], z[c][0], z[c][1]);
+      multiply_add(Value<K>{}, sum[m][2 * c + 1], dy[m], z[c][2], z[c][3]);
+    }
+  }
+}
+
+// The same of 16 pixels of four bytes, which ldmatrix does not transpose: lanes read their own.
+template <typename K, int kColumns>
+MEMDENSE_DEVICE void multiply_pixels(const TileOperands& from, int first,
+                                     WeightSums<K, kColumns>& sum) {
+  using V = Value<K>;
+  constexpr int kPieces = kColumns / kPerPiece<K>, kOurs = kWarpColumns<kColumns>;
   const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
-  if constexpr (sizeof(V) == 2) {
-    const int matrix = lane / 8, row = lane % 8;
-    uint32_t a[kColumns / 16][4];
-#pragma unroll
-    for (int m = 0; m < kColumns / 16; ++m) {
-      const int pixel = first + matrix / 2 * 8 + row;
-      load_matrices_transposed(a[m],
-                               shared_address(dy) + piece_at<kPieces>(pixel, 2 * m + matrix % 2));
-    }
-    const int packed = places[first + matrix % 2 * 8 + row];
-    const int place = number_of(packed) + tap_y * halo_width, turn = turn_of(packed) + tap_y;
-#pragma unroll
-    for (int tap = 0; tap < 3; ++tap) {
-      uint32_t b[4];
-      load_matrices_transposed(
-          b, shared_address(halo) + halo_piece_at(place + tap, half * 2 + matrix / 2, turn));
-#pragma unroll
-      for (int m = 0; m < kColumns / 16; ++m) {
-        multiply_add(V{}, sum[tap][m][0], a[m], b[0], b[1]);
-        multiply_add(V{}, sum[tap][m][1], a[m], b[2], b[3]);
-      }
-    }
-  } else if constexpr (K::kTensorCores) {
-    // ldmatrix transposes 16-bit values only: lanes read their own
+  if constexpr (K::kTensorCores) {
     union Word {
       float value;
       uint32_t bits;
@@ -956,25 +1003,27 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, in
 #pragma unroll
     for (int step = 0; step < 16; step += 8) {
       const int pixel = first + step + t;
-      uint32_t a[kColumns / 16][4];
+      uint32_t a[kOurs / 16][4];
 #pragma unroll
-      for (int m = 0; m < kColumns / 16; ++m) {
+      for (int m = 0; m < kOurs / 16; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          a[m][i] = tf32(value_at<V, kPieces>(dy, pixel + i / 2 * 4, m * 16 + g + i % 2 * 8));
+          a[m][i] = tf32(value_at<V, kPieces>(from.dy, pixel + i / 2 * 4,
+                                              from.first_column + m * 16 + g + i % 2 * 8));
         }
       }
-      const int packed = places[pixel], packed4 = places[pixel + 4];
-      const int place = number_of(packed) + tap_y * halo_width, turn = turn_of(packed) + tap_y;
-      const int place4 = number_of(packed4) + tap_y * halo_width, turn4 = turn_of(packed4) + tap_y;
+      const auto z = [&](int packed, int tap, int c) {
+        const int row = number_of(packed) + from.tap_y * from.halo_width + tap;
+        return tf32(halo_value_at<V>(from.halo, row, c, turn_of(packed) + from.tap_y));
+      };
+      const int packed = from.places[pixel], packed4 = from.places[pixel + 4];
 #pragma unroll
       for (int tap = 0; tap < 3; ++tap) {
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
-          const uint32_t b0 = tf32(halo_value_at<V>(halo, place + tap, f * 8 + g, turn));
-          const uint32_t b1 = tf32(halo_value_at<V>(halo, place4 + tap, f * 8 + g, turn4));
+          const uint32_t b0 = z(packed, tap, f * 8 + g), b1 = z(packed4, tap, f * 8 + g);
 #pragma unroll
-          for (int m = 0; m < kColumns / 16; ++m) multiply_add(V{}, sum[tap][m][f], a[m], b0, b1);
+          for (int m = 0; m < kOurs / 16; ++m) multiply_add(V{}, sum[tap][m][f], a[m], b0, b1);
         }
       }
     }
@@ -982,18 +1031,21 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, in
 #pragma unroll
     for (int tap = 0; tap < 3; ++tap) {
       // a sum of sums: short ones round less
-      float part[kColumns / 16][2][4] = {};
+      float part[kOurs / 16][2][4] = {};
       for (int pixel = first; pixel < first + 16; ++pixel) {
-        const int place = number_of(places[pixel]) + tap_y * halo_width + tap;
-        const int turn = turn_of(places[pixel]) + tap_y;
-        float a[kColumns / 8];
+        const int packed = from.places[pixel];
+        const int row = number_of(packed) + from.tap_y * from.halo_width + tap;
+        float a[kOurs / 8];
 #pragma unroll
-        for (int m = 0; m < kColumns / 8; ++m) a[m] = *value_at<V, kPieces>(dy, pixel, m * 8 + g);
+        for (int m = 0; m < kOurs / 8; ++m) {
+          a[m] = *value_at<V, kPieces>(from.dy, pixel, from.first_column + m * 8 + g);
+        }
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
-          const float* b = halo_value_at<V>(halo, place, f * 8 + 2 * t, turn);
+          const float* b =
+              halo_value_at<V>(from.halo, row, f * 8 + 2 * t, turn_of(packed) + from.tap_y);
 #pragma unroll
-          for (int m = 0; m < kColumns / 8; ++m) {
+          for (int m = 0; m < kOurs / 8; ++m) {
             float* to = part[m / 2][f] + m % 2 * 2;
             to[0] = fused_multiply_add(a[m], b[0], to[0]);
             to[1] = fused_multiply_add(a[m], b[1], to[1]);
@@ -1001,7 +1053,7 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, in
         }
       }
 #pragma unroll
-      for (int m = 0; m < kColumns / 16; ++m) {
+      for (int m = 0; m < kOurs / 16; ++m) {
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
 #pragma unroll
@@ -1012,40 +1064,87 @@ MEMDENSE_DEVICE void multiply_pixels(int first, const int* places, int tap_y, in
   }
 }
 
-// Block (split, chunk and columns): its tiles' share of 16 to 64 rows of dW by a chunk of channels.
+// sum[tap][j, c] += dy[pixel, j] * z[pixel + tap, c] over a tile's pixels, `used` of them in 32s.
 template <typename K, int kColumns>
-MEMDENSE_KERNEL(kWarp* kWeightWarps<K>, weight_blocks(kColumns, sizeof(Value<K>)))
+MEMDENSE_DEVICE void multiply_tile(const TileOperands& from, int used,
+                                   WeightSums<K, kColumns>& sum) {
+  if constexpr (sizeof(Value<K>) == 2) {
+    // a tap's operands are loaded while the last one's are multiplied
+    const int* const mine = from.places + thread() % 16;
+    DyFragments<kColumns> dy[2];
+    ZFragments<K> z[2];
+    int place = mine[0];
+    load_dy<K, kColumns>(from, 0, dy[0]);
+    load_z<K>(from, place, 0, z[0]);
+    for (int first = 0; first < used; first += 32) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int next = first + half * 16 + 16;
+        const int next_place = next < used ? mine[next] : place;
+        load_z<K>(from, place, 1, z[half ^ 1]);
+        multiply_tap<K, kColumns>(dy[half], z[half], sum[0]);
+        load_z<K>(from, place, 2, z[half]);
+        multiply_tap<K, kColumns>(dy[half], z[half ^ 1], sum[1]);
+        place = next_place;
+        if (next < used) {
+          load_dy<K, kColumns>(from, next, dy[half ^ 1]);
+          load_z<K>(from, place, 0, z[half ^ 1]);
+        }
+        multiply_tap<K, kColumns>(dy[half], z[half], sum[2]);
+      }
+    }
+  } else {
+    for (int first = 0; first < used; first += 16) multiply_pixels<K, kColumns>(from, first, sum);
+  }
+}
+
+// Block (split, channels and columns): its tiles' share of 16 to 64 rows of dW, by one or two
+// chunks of channels.
+template <typename K, int kColumns>
+MEMDENSE_KERNEL(kWarp* weight_warps(kColumns, kMaxChunks), weight_blocks(kColumns, kMaxChunks))
 weight_gradient(const WeightGradient a) {
   using V = Value<K>;
-  const WeightGradientMemory at(a.walk.halo, a.walk.pixels, kColumns, sizeof(V));
+  const WeightGradientMemory at(a.walk.halo, a.walk.pixels, kColumns, sizeof(V), a.chunks);
   char* const memory = shared_memory();
   float* const scale = reinterpret_cast<float*>(memory + at.vectors);
-  float* const shift = scale + kChunk<K>;
+  float* const shift = scale + a.chunks * kChunk<K>;
   int64_t* const sources = reinterpret_cast<int64_t*>(memory + at.sources);
   int64_t* const targets = reinterpret_cast<int64_t*>(memory + at.targets);
   int* const places = reinterpret_cast<int*>(memory + at.places);
   const int halo = a.walk.halo, pixels = a.walk.pixels;
-  const int chunks = (a.channels + kChunk<K> - 1) / kChunk<K>;
-  const int first_channel = block_row() % chunks * kChunk<K>;
-  const int first_column = block_row() / chunks * kColumns;
-  const int lane = thread() % kWarp, tap_y = thread() / kWarp % 3, half = thread() / kWarp / 3;
-  const int used = (a.walk.height * a.walk.width + 15) / 16 * 16;
+  const int all_chunks = (a.channels + kChunk<K> - 1) / kChunk<K>;
+  const int groups = (all_chunks + a.chunks - 1) / a.chunks;
+  const int first_chunk = block_row() % groups * a.chunks;
+  const int first_column = block_row() / groups * kColumns;
+  const int left = all_chunks - first_chunk, chunks = left < a.chunks ? left : a.chunks;
+  const int used = (a.walk.height * a.walk.width + 31) / 32 * 32;
+  // the warp's
+  const int tap_y = thread() / kWarp % 3, chunk = thread() / kWarp / 3 % a.chunks;
+  const int our_column = thread() / kWarp / 3 / a.chunks * kWarpColumns<kColumns>;
   const Team team = all_threads();
 
+  const auto halo_of = [&](int buffer, int chunk) {
+    return memory + (buffer * a.chunks + chunk) * halo * kRowBytes;
+  };
+  const auto dy_of = [&](int buffer) {
+    return memory + at.dy + buffer * pixels * kColumns * static_cast<int>(sizeof(V));
+  };
   const auto fill = [&](int slot, int tile) {
     if (tile >= a.walk.tiles) return;
     fill_tables(team, a.walk, tile, a.source_strides, a.dy_strides, sources + slot * halo,
                 targets + slot * pixels, places + slot * pixels);
   };
   const auto stage = [&](int slot, int buffer) {
-    stage_halo<K>(team, a.source, a.source_strides.c, a.source_vectors, a.channels, first_channel,
-                  sources + slot * halo, halo, memory + buffer * halo * kRowBytes);
-    stage_dy<K, kColumns>(a, first_column, targets + slot * pixels,
-                          memory + at.dy + buffer * pixels * kColumns * sizeof(V));
+    for (int i = 0; i < chunks; ++i) {
+      stage_halo<K>(team, a.source, a.source_strides.c, a.source_vectors, a.channels,
+                    (first_chunk + i) * kChunk<K>, sources + slot * halo, halo, halo_of(buffer, i));
+    }
+    stage_dy<K, kColumns>(a, first_column, targets + slot * pixels, dy_of(buffer));
   };
 
   if (a.norm.mean) {
-    fill_vectors<V>(a.norm, first_channel, a.channels, kChunk<K>, scale, shift);
+    fill_vectors<V>(a.norm, first_chunk * kChunk<K>, a.channels, a.chunks * kChunk<K>, scale,
+                    shift);
   }
   int slot = 0, buffer = 0;
   fill(slot, block());
@@ -1053,36 +1152,39 @@ weight_gradient(const WeightGradient a) {
   synchronize_block();
   stage(slot, buffer);
 
-  WeightAccumulators<kColumns> sum = {};
+  WeightSums<K, kColumns> sum = {};
   for (int tile = block(); tile < a.walk.tiles; tile += blocks()) {
-    char* const rows = memory + buffer * halo * kRowBytes;
     wait_async();
-    if (a.norm.mean) normalise_halo<K>(team, scale, shift, sources + slot * halo, halo, rows);
+    for (int i = 0; i < chunks && a.norm.mean; ++i) {
+      normalise_halo<K>(team, scale + i * kChunk<K>, shift + i * kChunk<K>, sources + slot * halo,
+                        halo, halo_of(buffer, i));
+    }
     synchronize_block();
     if (tile + blocks() < a.walk.tiles) stage(after(slot), buffer ^ 1);
     fill(after(after(slot)), tile + 2 * blocks());
-    for (int first = 0; first < used; first += 16) {
-      multiply_pixels<K, kColumns>(first, places + slot * pixels, tap_y, a.walk.halo_width, half,
-                                   rows, memory + at.dy + buffer * pixels * kColumns * sizeof(V),
-                                   sum);
+    if (chunk < chunks) {
+      multiply_tile<K, kColumns>({places + slot * pixels, halo_of(buffer, chunk), dy_of(buffer),
+                                  a.walk.halo_width, tap_y, our_column},
+                                 used, sum);
     }
     slot = after(slot);
     buffer ^= 1;
   }
 
+  const int lane = thread() % kWarp;
   const int64_t plane = static_cast<int64_t>(a.columns) * a.channels;
   float* const to = a.partials + block() * kTaps * plane;
 #pragma unroll
   for (int tap = 0; tap < 3; ++tap) {
 #pragma unroll
-    for (int m = 0; m < kColumns / 16; ++m) {
+    for (int m = 0; m < kWarpColumns<kColumns> / 16; ++m) {
 #pragma unroll
-      for (int f = 0; f < 2; ++f) {
+      for (int f = 0; f < kChunk<K> / 8; ++f) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int j = first_column + m * 16 + lane / 4 + i / 2 * 8;
-          const int c = first_channel + half * 16 + f * 8 + lane % 4 * 2 + i % 2;
-          if (j < a.columns && c < a.channels) {
+          const int j = first_column + our_column + m * 16 + lane / 4 + i / 2 * 8;
+          const int c = (first_chunk + chunk) * kChunk<K> + f * 8 + lane % 4 * 2 + i % 2;
+          if (chunk < chunks && j < a.columns && c < a.channels) {
             to[(tap_y * 3 + tap) * plane + static_cast<int64_t>(j) * a.channels + c] =
                 sum[tap][m][f][i];
           }
@@ -1109,11 +1211,13 @@ void launch_convolution(const Convolution& a, Mode mode, int columns, Grid grid,
 
 template <typename K>
 void launch_weight_gradient(const WeightGradient& a, int columns, Grid grid, Stream stream) {
-  const auto kernel = columns == 16   ? weight_gradient<K, 16>
-                      : columns == 32 ? weight_gradient<K, 32>
-                                      : weight_gradient<K, 64>;
-  grid.threads = kWarp * kWeightWarps<K>;
-  device::launch(kernel, grid, stream, a);
+  const auto of_columns = [&]<int kColumns>() {
+    grid.threads = kWarp * weight_warps(kColumns, a.chunks);
+    device::launch(weight_gradient<K, kColumns>, grid, stream, a);
+  };
+  if (columns == 16) return of_columns.template operator()<16>();
+  if (columns == 32) return of_columns.template operator()<32>();
+  of_columns.template operator()<64>();
 }
 
 }  // namespace memdense::conv3x3

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "conv3x3.h"
 
@@ -108,7 +109,7 @@ constexpr int kReserved = 1024;
 constexpr double kWaiting = 800, kSetup = .2;
 
 // Of a pixel of the halo in shared memory.
-constexpr int kHaloBytes = 2 * kRowBytes + kTables * 8;
+constexpr int halo_bytes(int chunks) { return 2 * chunks * kRowBytes + kTables * 8; }
 
 struct ConvolutionPlan {
   Walk walk;
@@ -138,7 +139,7 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
           const ConvolutionMemory fixed(0, pixels, width, channels, value_bytes, resident, teams,
                                         mode);
           const int64_t room =
-              (fixed.of_a_team(device.shared_per_block, teams) - fixed.team) / kHaloBytes;
+              (fixed.of_a_team(device.shared_per_block, teams) - fixed.team) / halo_bytes(1);
           // without room for the halo of ordinary tiles, less of the weight had better stay
           if (room < pixels * 4 / 3 + 32) continue;
           const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
@@ -172,31 +173,34 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
       "memory");
 }
 
-// The same for the weight's gradient, beside `pixels + halo`; the latter for each split.
-constexpr double kWeightWaiting = 200, kSplit = .0034;
+// The same for the weight's gradient, beside `2.5 * pixels + halo` of a tile's chunk, some three
+// cycles each: what a block waits for a tile, and what a split costs for each channel of a column.
+constexpr double kWeightWaiting = 600, kSplit = .011;
 
 struct WeightPlan {
   Walk walk;
-  int columns;
-  Grid grid;  // x: splits
+  int columns, chunks;  // of a block
+  Grid grid;            // x: splits
 };
 
 inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis& x, int channels,
                                        int columns, int value_bytes,
                                        const device::Properties& device) {
   const int width = columns > 32 ? 64 : columns > 16 ? 32 : 16;
-  const int chunk = kRowBytes / value_bytes;
-  const int rows = static_cast<int>(quotient_up(channels, chunk) * quotient_up(columns, width));
-  const int together = weight_blocks(width, value_bytes);
-  const int most = std::max(1, together * device.multiprocessors / rows);
-  for (const int limit :
-       {std::min(device.shared_per_multiprocessor / together - kReserved, device.shared_per_block),
-        device.shared_per_block}) {
+  const int all_chunks = static_cast<int>(quotient_up(channels * value_bytes, kRowBytes));
+  for (const auto& [chunks, alone] : {std::pair{2, false}, {2, true}, {1, false}, {1, true}}) {
+    if (chunks > std::max(1, all_chunks)) continue;
+    const int together = weight_blocks(width, chunks);
+    const int shared = device.shared_per_multiprocessor / together - kReserved;
+    const int limit = alone ? device.shared_per_block : std::min(shared, device.shared_per_block);
+    const int rows =
+        static_cast<int>(quotient_up(all_chunks, chunks) * quotient_up(columns, width));
+    const int most = std::max(1, together * device.multiprocessors / rows);
     WeightPlan best{};
     double least = std::numeric_limits<double>::max();
     for (const int pixels : {256, 192, 128, 64}) {
-      const WeightGradientMemory fixed(0, pixels, width, value_bytes);
-      const int64_t room = (limit - fixed.bytes) / kHaloBytes;
+      const WeightGradientMemory fixed(0, pixels, width, value_bytes, chunks);
+      const int64_t room = (limit - fixed.bytes) / halo_bytes(chunks);
       if (room < pixels * 4 / 3 + 32) continue;
       const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
       const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
@@ -205,13 +209,13 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
       const int64_t rounds = quotient_up(walk.tiles, most);
       const int splits = static_cast<int>(quotient_up(walk.tiles, rounds));
       const int64_t busiest = quotient_up(int64_t{splits} * rows, device.multiprocessors);
-      const double work = pixels + walk.halo;
+      const double work = chunks * (2.5 * pixels + walk.halo);
       const double time = rounds * std::max(kWeightWaiting + work, busiest * work) +
                           splits * kSplit * channels * columns;
       if (time >= least) continue;
       least = time;
-      const int bytes = WeightGradientMemory(walk.halo, pixels, width, value_bytes).bytes;
-      best = {walk, width, {splits, rows, 0, bytes}};
+      const int bytes = WeightGradientMemory(walk.halo, pixels, width, value_bytes, chunks).bytes;
+      best = {walk, width, chunks, {splits, rows, 0, bytes}};
     }
     if (best.walk.tiles > 0) return best;
   }

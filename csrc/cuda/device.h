@@ -172,19 +172,35 @@ MEMDENSE_DEVICE float to_float(BFloat16 x) {
 }
 MEMDENSE_DEVICE float to_float(float x) { return x; }
 
-MEMDENSE_DEVICE Half round_to(Half, float x) {
-  Half value;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(value.bits) : "f"(x));
-  return value;
+// A word's values.
+MEMDENSE_DEVICE void unpack(Half, uint32_t word, float* to) {
+  asm("{.reg .f16 low, high;\n\t"
+      "mov.b32 {low, high}, %2;\n\t"
+      "cvt.f32.f16 %0, low;\n\t"
+      "cvt.f32.f16 %1, high;}"
+      : "=f"(to[0]), "=f"(to[1])
+      : "r"(word));
 }
-MEMDENSE_DEVICE BFloat16 round_to(BFloat16, float x) {
-  BFloat16 value;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(value.bits) : "f"(x));
-  return value;
+MEMDENSE_DEVICE void unpack(BFloat16, uint32_t word, float* to) {
+  to[0] = __uint_as_float(word << 16);
+  to[1] = __uint_as_float(word & 0xffff0000u);
 }
-MEMDENSE_DEVICE float round_to(float, float x) { return x; }
+MEMDENSE_DEVICE void unpack(float, uint32_t word, float* to) { *to = __uint_as_float(word); }
 
-// relu(x) of a word's values, rounded; a NaN passes.
+// A word of so many values, rounded.
+MEMDENSE_DEVICE uint32_t pack(Half, const float* x) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
+  return word;
+}
+MEMDENSE_DEVICE uint32_t pack(BFloat16, const float* x) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));
+  return word;
+}
+MEMDENSE_DEVICE uint32_t pack(float, const float* x) { return __float_as_uint(*x); }
+
+// The same of relu(x); a NaN passes.
 MEMDENSE_DEVICE uint32_t relu_word(Half, const float* x) {
   uint32_t word;
   asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x[1]), "f"(x[0]));

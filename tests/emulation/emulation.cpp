@@ -1,6 +1,7 @@
 // The settings and counters of the emulated machine, for ctypes.
 #include "conv3x3_plan.h"
 
+namespace conv3x3 = memdense::conv3x3;
 using memdense::device::machine;
 
 extern "C" {
@@ -11,17 +12,29 @@ __attribute__((visibility("default"))) void configure(int multiprocessors, int s
   machine().order = order;
 }
 
-// The blocks and teams of a convolution, and the bytes of shared memory that it asks for.
+// The blocks and teams of a convolution, its tiles and the bytes of shared memory that it asks for.
 __attribute__((visibility("default"))) void planned(int images, int side, int dilation,
                                                     int channels, int columns, int value_bytes,
                                                     int gradient, int64_t* to) {
-  namespace conv3x3 = memdense::conv3x3;
   const auto axis = conv3x3::axis(side, side, 1, 1, dilation, -dilation);
   const auto mode = gradient ? conv3x3::Mode::kGradient : conv3x3::Mode::kForward;
   const auto plan = conv3x3::plan_convolution(images, axis, axis, channels, columns, value_bytes,
                                               true, mode, machine().properties);
   to[0] = plan.grid.x;
   to[1] = plan.teams;
+  to[2] = plan.walk.tiles;
+  to[3] = plan.grid.shared;
+}
+
+// The same of the weight's gradient: splits, and a block's chunks of channels for teams.
+__attribute__((visibility("default"))) void planned_weight(int images, int side, int dilation,
+                                                           int channels, int columns,
+                                                           int value_bytes, int64_t* to) {
+  const auto axis = conv3x3::axis(side, side, 1, 1, dilation, -dilation);
+  const auto plan = conv3x3::plan_weight_gradient(images, axis, axis, channels, columns,
+                                                  value_bytes, machine().properties);
+  to[0] = plan.grid.x;
+  to[1] = plan.chunks;
   to[2] = plan.walk.tiles;
   to[3] = plan.grid.shared;
 }

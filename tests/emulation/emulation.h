@@ -458,17 +458,28 @@ inline BFloat16 round_to(BFloat16, float x) {
 }
 inline float round_to(float, float x) { return x; }
 
+template <typename V>
+inline void unpack(V, uint32_t word, float* to) {
+  to[0] = to_float(V{static_cast<uint16_t>(word)});
+  to[1] = to_float(V{static_cast<uint16_t>(word >> 16)});
+}
+inline void unpack(float, uint32_t word, float* to) { std::memcpy(to, &word, 4); }
+
 inline float relu(float x) { return x <= 0.f ? 0.f : x; }
 template <typename V>
-inline uint32_t relu_word(V, const float* x) {
-  const uint32_t first = round_to(V{}, relu(x[0])).bits, second = round_to(V{}, relu(x[1])).bits;
+inline uint32_t pack(V, const float* x) {
+  const uint32_t first = round_to(V{}, x[0]).bits, second = round_to(V{}, x[1]).bits;
   return first | second << 16;
 }
-inline uint32_t relu_word(float, const float* x) {
-  const float value = relu(*x);
+inline uint32_t pack(float, const float* x) {
   uint32_t word;
-  std::memcpy(&word, &value, 4);
+  std::memcpy(&word, x, 4);
   return word;
+}
+template <typename V>
+inline uint32_t relu_word(V, const float* x) {
+  const float y[2] = {relu(x[0]), sizeof(V) == 2 ? relu(x[1]) : 0.f};
+  return pack(V{}, y);
 }
 
 // To nearest, ties away from zero.
