@@ -39,6 +39,15 @@ def _overrides(x: Tensor) -> bool:
     return x.is_cpu and _native(x)
 
 
+def _repeats(x: Tensor) -> bool:
+    """Whether PyTorch's convolution gives the same bits every time without our asking."""
+    return (
+        not x.is_cuda
+        or torch._C._get_cudnn_deterministic()
+        or torch.are_deterministic_algorithms_enabled()
+    )
+
+
 def _tf32(x: Tensor) -> bool:
     return x.is_cuda and _extension.tf32()
 
@@ -49,16 +58,15 @@ _flag = RLock()
 @contextmanager
 def _repeatable(x: Tensor) -> Iterator[None]:
     """Where cuDNN convolves, only by algorithms that give the same bits every time."""
-    if not x.is_cuda:
+    if _repeats(x):
         yield
         return
     with _flag:  # the process has one for all threads
-        before = torch._C._get_cudnn_deterministic()
         torch._C._set_cudnn_deterministic(True)
         try:
             yield
         finally:
-            torch._C._set_cudnn_deterministic(before)
+            torch._C._set_cudnn_deterministic(False)
 
 
 def dilated_conv3x3(
@@ -103,8 +111,10 @@ def dilated_conv3x3(
     if _overrides(x):
         convolve = torch.ops.aten.convolution_overrideable.default
         return convolve(x, weight, bias, *geometry, False, (0, 0), 1)
-    run = _Convolution.apply if learns(x, weight, bias) else _convolve
-    return run(x, weight, bias, *geometry)
+    native = _native(x)
+    if learns(x, weight, bias) and (native or not _repeats(x)):
+        return _Convolution.apply(x, weight, bias, *geometry)
+    return (_convolve if native else _plain)(x, weight, bias, *geometry)
 
 
 LIMIT = 1 << 31  # sums of a few products of such numbers fit into 64 bits
@@ -183,10 +193,20 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 
 def _as_promised(t: Tensor, layout: torch.memory_format) -> Tensor:
-    """PyTorch's result in the layout that ours has."""
+    """PyTorch's result with the strides that tracing was told."""
     last = layout is torch.channels_last
     strides = (make_channels_last_strides_for if last else make_contiguous_strides_for)(t.shape)
     return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Sequence[int]) -> Tensor:
+    """By PyTorch's own operation, which it differentiates itself."""
+    _shape(x, weight, *geometry)
+    with torch._C._DisableAutocast():
+        out = F.conv2d(x, weight, bias, *geometry)
+    layout = layout_of(x)
+    as_is = out.is_contiguous(memory_format=layout)
+    return out if as_is else out.contiguous(memory_format=layout)
 
 
 def _convolve(
@@ -198,18 +218,20 @@ def _convolve(
     dilation: Sequence[int],
 ) -> Tensor:
     if not _native(x):
-        _shape(x, weight, stride, padding, dilation)
-        with torch._C._DisableAutocast(), _repeatable(x):
-            out = F.conv2d(x, weight, bias, stride, padding, dilation)
-        return _as_promised(out, layout_of(x))
+        with _repeatable(x):
+            return _plain(x, weight, bias, stride, padding, dilation)
     out = _output(x, weight, stride, padding, dilation)
     torch.ops.memdense.conv3x3(x, weight, bias, stride, padding, dilation, out, _tf32(x))
     return out
 
 
+def _traced(x: Tensor, *arguments: Any) -> Tensor:
+    return _as_promised(_convolve(x, *arguments), layout_of(x))
+
+
 _forward = torch.library.custom_op(
     "memdense::dilated_conv3x3",
-    _convolve,
+    _traced,
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation)"
     " -> Tensor",
@@ -233,12 +255,7 @@ def _gradients(
     """Of x, weight and bias; None for what ``need`` does not ask for."""
     if not _native(x):
         with torch._C._DisableAutocast():
-            found = _plain_gradients(dy, x, weight, (stride, padding, dilation), need)
-        layouts = layout_of(x), torch.contiguous_format, torch.contiguous_format
-        return tuple(
-            _as_promised(g, layout) if n else None
-            for g, layout, n in zip(found, layouts, need, strict=True)
-        )
+            return _plain_gradients(dy, x, weight, (stride, padding, dilation), need)
     dx = dweight = None
     if need[0]:
         dx = torch.empty_like(x, memory_format=layout_of(x))
@@ -254,8 +271,10 @@ def _gradients(
     return dx, dweight, dy.sum((0, 2, 3)) if need[2] else None
 
 
-def _needed_gradients(*args: Any) -> list[Tensor]:
-    return [g for g in _gradients(*args) if g is not None]
+def _needed_gradients(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    layouts = layout_of(x), torch.contiguous_format, torch.contiguous_format
+    found = zip(_gradients(dy, x, *arguments), layouts, strict=True)
+    return [_as_promised(g, layout) for g, layout in found if g is not None]
 
 
 def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor]:
@@ -292,7 +311,7 @@ def _plain_gradients(
 ) -> tuple[Tensor | None, ...]:
     """By PyTorch's own operation, which can be differentiated again."""
     with _repeatable(x):
-        return torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward.default(
             dy, x, weight, [weight.shape[0]], *geometry, False, (0, 0), 1, need
         )
 

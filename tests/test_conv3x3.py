@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -639,10 +640,11 @@ def test_takes_what_conv2d_takes(shape, geometry):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("repeats", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_on_pytorchs_own_kernels(layout, monkeypatch):
-    """As without the extension: PyTorch's numbers in the promised layout, without a copy where they
-    come in it.
+def test_on_pytorchs_own_kernels(layout, repeats, monkeypatch):
+    """As without the extension: PyTorch's numbers and strides, but for an output's in the images'
+    memory format. Where PyTorch has to be asked for the same bits every time, it is asked twice.
     """
     x = torch.randn(2, 6, 9, 10).contiguous(memory_format=layout).requires_grad_()
     leaves = x, torch.randn(4, 6, 3, 3).requires_grad_(), torch.randn(4).requires_grad_()
@@ -651,21 +653,31 @@ def test_on_pytorchs_own_kernels(layout, monkeypatch):
         out = convolve(*leaves, 1, 2, 2)
         return out, *torch.autograd.grad(out.square().sum(), leaves)
 
+    asked = []
+
+    @contextmanager
+    def asking(x):
+        asked.append(x)
+        yield
+
     expected = step(F.conv2d)
     peaks = [peak_memory(step, F.conv2d).peak]
     monkeypatch.setattr(convolution, "_native", lambda x: False)
+    monkeypatch.setattr(convolution, "_repeats", lambda x: repeats)
+    monkeypatch.setattr(convolution, "_repeatable", asking)
     found = step(dilated_conv3x3)
+    assert len(asked) == (0 if repeats else 2)
     peaks.append(peak_memory(step, dilated_conv3x3).peak)
     assert peaks[0] == peaks[1]
     for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) and a.stride() == b.stride()
     assert found[0].is_contiguous(memory_format=layout)
-    assert found[1].is_contiguous(memory_format=layout) and found[2].is_contiguous()
     of_channels_last = leaves[1].detach().contiguous(memory_format=torch.channels_last)
     assert dilated_conv3x3(x.detach(), of_channels_last).is_contiguous(memory_format=layout)
 
 
-def test_cudnn_is_held_to_its_deterministic_algorithms():
+def test_cudnn_is_held_to_its_deterministic_algorithms(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     x = SimpleNamespace(is_cuda=True)
     before = torch.backends.cudnn.deterministic
     with pytest.raises(ZeroDivisionError), convolution._repeatable(x):
