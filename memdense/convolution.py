@@ -39,20 +39,19 @@ def _overrides(x: Tensor) -> bool:
     return x.is_cpu and _native(x)
 
 
-def _repeats(x: Tensor) -> bool:
-    """Whether PyTorch's convolution gives the same bits every time without our asking."""
-    return (
-        not x.is_cuda
-        or torch._C._get_cudnn_deterministic()
-        or torch.are_deterministic_algorithms_enabled()
-    )
-
-
 def _tf32(x: Tensor) -> bool:
     return x.is_cuda and _extension.tf32()
 
 
-_flag = RLock()
+_flag = RLock()  # the process has one for all threads
+
+
+def _repeats(x: Tensor) -> bool:
+    """Whether PyTorch's convolution gives the same bits every time without our asking."""
+    if not x.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return True
+    with _flag:  # another thread may have asked just now
+        return torch._C._get_cudnn_deterministic()
 
 
 @contextmanager
@@ -61,7 +60,7 @@ def _repeatable(x: Tensor) -> Iterator[None]:
     if _repeats(x):
         yield
         return
-    with _flag:  # the process has one for all threads
+    with _flag:
         torch._C._set_cudnn_deterministic(True)
         try:
             yield
