@@ -283,7 +283,7 @@ def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]
     if need[1]:
         empty.append(weight.new_empty(weight.shape))
     if need[2]:
-        empty.append(dy.new_empty(dy.shape[1]))
+        empty.append(dy.new_empty((dy.shape[1],)))
     return empty
 
 

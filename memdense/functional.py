@@ -188,7 +188,7 @@ def _reader(
 @_forward.register_fake
 def _(x, mean, var, weight, bias, conv, eps):
     n, channels, h, w = x.shape
-    out = x.new_empty(n, h, w, conv.shape[0]).permute(0, 3, 1, 2)
+    out = x.new_empty((n, h, w, conv.shape[0])).permute(0, 3, 1, 2)
     return out, x.new_empty((2, channels), dtype=accumulator(x.dtype))
 
 
@@ -217,16 +217,16 @@ def _gradients(
         )  # fmt: skip
         everything = slice(0, channels)
         dx = backend.settle(G.matrix, rows, G.share(everything, statistics[0]), None)
-    dconv = x.new_empty(0) if dconv is None else dconv.to(conv.dtype).view(conv.shape)
+    dconv = x.new_empty((0,)) if dconv is None else dconv.to(conv.dtype).view(conv.shape)
     return geometry.images(dx).data, sums.dgamma, sums.dbeta, dconv
 
 
 @_gradients.register_fake
 def _(dout, x, statistics, weight, bias, conv, eps, batch, need_conv):
     n, channels, h, w = x.shape
-    vectors = (statistics.new_empty(channels) for _ in range(2))
-    dconv = conv.new_empty(conv.shape) if need_conv else x.new_empty(0)
-    return x.new_empty(n, h, w, channels).permute(0, 3, 1, 2), *vectors, dconv
+    vectors = (statistics.new_empty((channels,)) for _ in range(2))
+    dconv = conv.new_empty(conv.shape) if need_conv else x.new_empty((0,))
+    return x.new_empty((n, h, w, channels)).permute(0, 3, 1, 2), *vectors, dconv
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -35,7 +35,7 @@ def quiet(x: Tensor) -> Iterator[None]:
 
 def _images(x: Tensor, n: int, c: int, h: int, w: int, stride: int | None = None) -> Tensor:
     """An empty (N, C, H, W), channels last, its pixels ``stride`` values apart."""
-    return x.new_empty(n, h, w, stride or c)[..., :c].permute(0, 3, 1, 2)
+    return x.new_empty((n, h, w, stride or c))[..., :c].permute(0, 3, 1, 2)
 
 
 # ---- stage: a dense block and its tail
@@ -91,12 +91,12 @@ def _(x, tensors, running, mask, spec, double_backward):
     n, c, h, w = x.shape
     last = c + sum(layer.growth for layer in s.layers)
     kept = (
-        [x.new_empty(n * h * w, layer.bottleneck) for layer in s.layers]
+        [x.new_empty((n * h * w, layer.bottleneck)) for layer in s.layers]
         if s.keep_bottlenecks
         else []
     )
     statistics = StatisticsTable(s, c, like=x).table
-    features = x.new_empty(0)
+    features = x.new_empty((0,))
     if s.layers:
         features = _images(x, n, last, h, w, row_stride(last, x.device))
     return _fake_out(x, s, last), features, statistics, kept
@@ -105,9 +105,9 @@ def _(x, tensors, running, mask, spec, double_backward):
 def _fake_out(x: Tensor, s: Stage, channels: int) -> Tensor:
     n, _, h, w = x.shape
     if s.tail is None:
-        return x.new_empty(0)
+        return x.new_empty((0,))
     if s.tail.spec.kind == "pool":
-        return x.new_empty(n, channels)
+        return x.new_empty((n, channels))
     if s.tail.spec.kind == "norm":
         return _images(x, n, channels, h, w)
     pool = s.tail.spec.pool
@@ -353,9 +353,9 @@ def _(x, weight, gamma, beta, mean, var, spec):
     n, c = x.shape[0], weight.shape[0]
     size = zip(x.shape[2:], weight.shape[2:], s.stride, s.padding, s.dilation, strict=True)
     h, w = ((i + 2 * p - d * (k - 1) - 1) // stride + 1 for i, k, stride, p, d in size)
-    convolved = x.new_empty(0) if s.recompute else _images(x, n, c, h, w)
+    convolved = x.new_empty((0,)) if s.recompute else _images(x, n, c, h, w)
     small = (h + 1) // 2, (w + 1) // 2
-    winner = x.new_empty(n * small[0] * small[1], c, dtype=torch.uint8)
+    winner = x.new_empty((n * small[0] * small[1], c), dtype=torch.uint8)
     return (
         _images(x, n, c, *small),
         convolved,

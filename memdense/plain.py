@@ -42,7 +42,7 @@ def stage(x: Tensor, s: Stage, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _tail(features: Tensor, s: Stage) -> Tensor:
     if s.tail is None:
-        return features.new_empty(0)
+        return features.new_empty((0,))
     z = _norm(features, s.tail.norm)
     if s.tail.spec.relu:
         z = F.relu(z)

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from . import ops
 from .backends import warn_plain
@@ -148,8 +149,9 @@ class Features(nn.Sequential):
         its weight are.
         """
         first = next(iter(self._modules.values()), None)
-        weight = first.weight if isinstance(first, nn.Conv2d) else x
-        formats = layout_of(x), layout_of(weight)
+        # not by its name: a parametrization would compute it once more
+        weight = first._parameters.get("weight") if isinstance(first, nn.Conv2d) else None
+        formats = [layout_of(t) for t in (x, weight) if t is not None and not is_lazy(t)]
         return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
     def _run(
@@ -380,7 +382,7 @@ def _stem_or_modules(
 
 def _convolved(x: Tensor, found: StemModules, axis: int) -> int:
     stride, padding, dilation = (numbers[axis] for numbers in found.geometry)
-    reach = dilation * (found.conv.kernel_size[axis] - 1)
+    reach = dilation * (found.conv.weight.shape[2 + axis] - 1)
     return (x.shape[2 + axis] + 2 * padding - reach - 1) // stride + 1
 
 

@@ -19,9 +19,12 @@ class Native(NativeConv3x3, Reference):
     # ---- producing channels
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
-        rows = _rows(x)
-        if moments is None or rows is None or not fits(rows, out):
+        if moments is None or not fits(x, out):
             return super().pack(x, out, geometry, moments)
+        rows = _rows(x)
+        if rows is None or not fits(rows):
+            super().pack(x, out, geometry, None)
+            return self.statistics(out, moments)
         store(moments, *_ops.pack(rows, out))
 
     def statistics(self, x: Tensor, moments: Tensor) -> None:

@@ -271,7 +271,7 @@ class Reference:
         self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
     ) -> Tensor:
         """y = relu(s*x + t) @ W^T for x (M, C) and W (B, C): y (M, B)."""
-        y = x.new_empty(len(x), weight.shape[0])
+        y = x.new_empty((len(x), weight.shape[0]))
         sums = MomentSums(self.scratch)
         for rows in self.row_bands(x):
             torch.mm(self._read(x[rows], read), weight.t(), out=y[rows])
@@ -436,7 +436,7 @@ class Reference:
         first: a quarter of the arithmetic, and the same numbers, since the two commute.
         """
         small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
-        out = x.new_empty(small.rows, weight.shape[0])
+        out = x.new_empty((small.rows, weight.shape[0]))
         source, target = geometry.pixels(x), small.pixels(out)
         for n, h in self.image_bands(x, geometry, unit=2):
             pooled = self._pool(self._read(source[n, h], read))
@@ -449,7 +449,7 @@ class Reference:
     def _pool(z: Tensor) -> Tensor:
         """2x2 means of z (n, h, w, C), as rows; a last odd line or column is left out."""
         if z.shape[1] < 2:
-            return z.new_empty(0, z.shape[-1])
+            return z.new_empty((0, z.shape[-1]))
         return (
             aten.avg_pool2d(z.permute(0, 3, 1, 2), 2, 2)
             .permute(0, 2, 3, 1)
@@ -551,8 +551,8 @@ class Reference:
         indices (M', C) of the winner in its window, 0 to 8 in reading order.
         """
         small = Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
-        out = x.new_empty(small.rows, x.shape[1])
-        winner = x.new_empty(small.rows, x.shape[1], dtype=torch.uint8)
+        out = x.new_empty((small.rows, x.shape[1]))
+        winner = x.new_empty((small.rows, x.shape[1]), dtype=torch.uint8)
         source, values, winners = geometry.pixels(x), small.pixels(out), small.pixels(winner)
         corner_x = 2 * torch.arange(small.w, device=x.device)[:, None] - 1
         for n, h in self.image_bands(x, geometry, unit=2):

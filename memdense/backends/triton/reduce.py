@@ -142,7 +142,7 @@ def merge_sums(
     from weights [splits, ...], in one launch.
     """
     planes, channels, tiles = partial.shape
-    sums = Sums(partial.new_empty(channels), partial.new_empty(channels))
+    sums = Sums(partial.new_empty((channels,)), partial.new_empty((channels,)))
     credit = None if into is None else into.sums
     dweight = None if weights is None else weights.new_empty(weights.shape[1:])
     plan = _gradients_plan(
