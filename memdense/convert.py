@@ -234,7 +234,8 @@ def _substitute(name: str, tensor: Tensor) -> Tensor:
 
 def _probe(stack: nn.Sequential) -> Tensor:
     """The smallest images that pass through ``stack``, and four of them: enough for a BatchNorm."""
-    channels = next(m.in_channels for m in stack.modules() if isinstance(m, nn.Conv2d))
+    first = next(m for m in stack.modules() if isinstance(m, nn.Conv2d))
+    channels = first.weight.shape[1] * first.groups  # whatever its attribute says
     stack.eval()
     for size in (8, 16, 32, 64, 128):
         x = torch.randn(4, channels, size, size + 3, dtype=torch.float64)

@@ -96,12 +96,14 @@ def dilated_conv3x3(
     if isinstance(padding, str):
         padding = _padding(padding, stride, dilation)
     geometry = stride, _pair("padding", padding, 0), dilation
+    if bias is not None:
+        bias = bias.contiguous()  # as it may be where a model's weights come in a stack
     if weight.device != x.device:
         raise RuntimeError(
             f"dilated_conv3x3: expected weight on the images' device {x.device}, got "
             f"{weight.device}"
         )
-    if x.is_complex() or transformed():
+    if x.is_complex() or x.layout is not torch.strided or transformed():
         return F.conv2d(x, weight, bias, *geometry)
     if x.dim() == 3:
         return dilated_conv3x3(x.unsqueeze(0), weight, bias, *geometry).squeeze(0)

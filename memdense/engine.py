@@ -58,7 +58,9 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
         X = FeatureBuffer(as_rows(x), geometry)
         if shared:
             backend.statistics(X.matrix, table.of(slice(0, channels)))
-        return Forward(_tail_forward(X, stage, table, backend), x.new_empty((0,)), table.table, kept)
+        return Forward(
+            _tail_forward(X, stage, table, backend), x.new_empty((0,)), table.table, kept
+        )
     X = FeatureBuffer(matrix_like(x.new_empty((geometry.rows, 0)), last), geometry)
     backend.pack(x, X.slice(0, channels), geometry, moments(slice(0, channels), shared))
 
@@ -306,7 +308,9 @@ def stem_forward(
         statistics[0], statistics[1] = norm.mean, norm.var
     out, winner = backend.bn_relu_maxpool(rows, reader(norm, *statistics), Geometry(n, h, w))
     images = Geometry(n, (h + 1) // 2, (w + 1) // 2).images(out)
-    return StemForward(images, x.new_empty((0,)) if spec.recompute else convolved, winner, statistics)
+    return StemForward(
+        images, x.new_empty((0,)) if spec.recompute else convolved, winner, statistics
+    )
 
 
 def stem_backward(

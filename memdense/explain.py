@@ -116,6 +116,8 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
 def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
     if isinstance(stack, Features):
         features, overall = stack, "" if stack.efficient else "switched off: efficient is False"
+        if "forward" in stack.__dict__:
+            overall = "the stack's forward was replaced on the instance"
     else:
         features, overall = as_features(stack), "not converted"
     backend = ops.backend_for(next(stack.parameters()).device).name
@@ -152,10 +154,8 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
 
 
 def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
-    if not features._runs_efficiently(x):
-        tracing = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-        what = "tracing" if tracing else f"{x.dtype} of shape {tuple(x.shape)}"
-        yield f"with this input all run as plain modules: {what}"
+    if reason := features._obstacle(x):
+        yield f"with this input all run as plain modules: {reason}"
         return
     if torch.is_autocast_enabled(x.device.type):
         yield f"under autocast, in {torch.get_autocast_dtype(x.device.type)}"

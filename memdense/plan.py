@@ -5,6 +5,7 @@ Memory comes from :mod:`memdense.ledger`, buffer by buffer; time from a model th
 assumes.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -655,8 +656,8 @@ def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _settings(network: Network) -> list[Setting]:

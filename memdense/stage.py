@@ -15,7 +15,7 @@ from . import ops
 from .backends import warn_plain
 from .buffers import reader_columns
 from .convolution import layout_of
-from .direct import autocast, transformed
+from .direct import autocast, autocast_dtype, transformed
 from .spec import Stage, StemSpec
 from .structure import (
     OWN_TYPES,
@@ -24,6 +24,7 @@ from .structure import (
     StageModules,
     StemModules,
     Unsupported,
+    article,
     check,
     check_global_hooks,
     convolution_dtype_fits,
@@ -33,6 +34,8 @@ from .structure import (
     read_stem,
     read_tail,
 )
+
+_TRANSFORMED = "torch.func's transforms and forward-mode AD need operations of their own"
 
 
 class Step(NamedTuple):
@@ -129,14 +132,25 @@ class Features(nn.Sequential):
         return outputs
 
     def _runs_efficiently(self, x: Tensor) -> bool:
-        if not self.efficient or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-            return False
-        if transformed():
-            reason = "torch.func's transforms and forward-mode AD need operations of their own"
+        reason = self._obstacle(x)
+        if reason == _TRANSFORMED:
             warn_plain("the whole model", reason, self._warned)
-            return False
+        return not reason
+
+    def _obstacle(self, x: Any) -> str:
+        """Why all runs as plain modules with this input; empty where it need not."""
+        if not self.efficient:
+            return "efficient is False"
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return "tracing"
+        if transformed():
+            return _TRANSFORMED
         # modules say best what is wrong with an input, and do with an empty one what they do
-        return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.numel() > 0
+        if not isinstance(x, Tensor):
+            return f"it is {article(type(x).__name__)}"
+        if x.dim() != 4 or not x.is_floating_point() or not x.numel():
+            return f"{x.dtype} of shape {tuple(x.shape)}"
+        return ""
 
     def _steps(self, last_tail: str | None) -> list[Step]:
         """How the children run together. ``last_tail``: what becomes of a final norm ("norm",
@@ -165,10 +179,11 @@ class Features(nn.Sequential):
                 continue
             try:
                 found = self.read(step)
+                if step.kind != "stem":
+                    _check_autocast(x)
             except Unsupported as reason:
                 warn_plain(" and ".join(step.names), str(reason), self._warned)
                 found = None
-            (x,) = autocast(x)
             if step.kind == "stem":
                 x = _stem_or_modules(x, found, modules, self.recompute_stem)
                 continue
@@ -286,6 +301,15 @@ def pools_unseen(features: nn.Module) -> bool:
     return features.efficient and features.__dict__.get("_compiled_call_impl") is None
 
 
+def _check_autocast(x: Tensor) -> None:
+    """Raise ``Unsupported`` where modules would keep more of x's digits than autocast leaves a
+    convolution.
+    """
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.dtype not in (dtype, torch.float64):
+        raise Unsupported(f"autocast convolves in {dtype}, but what comes in is {x.dtype}")
+
+
 def _mean(features: Tensor) -> Tensor:
     return torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1)
 
@@ -374,6 +398,7 @@ def _stem_or_modules(
         size = [_convolved(x, found, i) for i in (0, 1)]
         one_value = x.shape[0] * size[0] * size[1] == 1 and found.norm.spec.batch
         if fits and min(size) > 0 and not one_value:
+            (x,) = autocast(x)
             return run_stem(x, found, recompute, x.shape[0] * size[0] * size[1])
     for module in modules.values():
         x = module(x)

@@ -154,13 +154,16 @@ def read_relu(parent: nn.Module, relu: str, norm: nn.Module, name: str) -> None:
 
 def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d:
     check(module, name, (nn.Conv2d,), "a Conv2d")
-    same = tuple(d * (size // 2) for d in module.dilation)
-    plain = module.groups == 1 and module.bias is None and module.stride == (1, 1)
-    plain = plain and module.kernel_size == (size, size) and module.padding in (same, "same")
-    if not plain or module.padding_mode != "zeros":
+    same = tuple(d * (size // 2) for d in pair(module.dilation))
+    keeps = module.padding == "same" or pair(module.padding) == same
+    plain = module.groups == 1 and module.bias is None and pair(module.stride) == (1, 1)
+    # of the weight, as F.conv2d has it, which need not be the module's kernel_size
+    if not (plain and keeps) or module.weight.shape[2:] != (size, size):
         raise Unsupported(
             f"{name} is not a {size}x{size} convolution of stride 1, biasless, size-keeping"
         )
+    if module.padding_mode != "zeros":
+        raise Unsupported(f"{name} has the padding_mode {module.padding_mode}")
     return module
 
 
@@ -189,8 +192,7 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
     """One dense layer: torchvision's, timm's, gpleiss's or memdense's children, or MONAI's
     ``layers`` with them.
     """
-    check(module, name, types, "a dense layer that was looked at when the model was converted")
-    parts = module
+    parts, own_name = module, name
     if set(module._modules) == {"layers"}:
         parts, name = module.layers, f"{name}.layers"
         check(parts, name, (nn.Sequential,), "a Sequential")
@@ -204,6 +206,7 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
     rate = float(getattr(module, "drop_rate", 0.0)) if module.training else 0.0
     if not 0 <= rate <= 1:
         raise Unsupported(f"{name} has a drop_rate that is no probability, {rate}")
+    check(module, own_name, types, "a dense layer that was looked at when the model was converted")
     if "conv2" not in children:
         conv1 = read_conv(children["conv1"], f"{name}.conv1", 3)
         check_fits(norm1, f"{name}.norm1", conv1.weight.shape[1], conv1.weight)
@@ -216,6 +219,11 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
     conv2 = read_conv(children["conv2"], f"{name}.conv2", 3)
     check_fits(norm1, f"{name}.norm1", conv1.weight.shape[1], conv1.weight)
     check_fits(norm2, f"{name}.norm2", conv2.weight.shape[1], conv2.weight)
+    if conv1.weight.shape[0] != conv2.weight.shape[1]:
+        raise Unsupported(
+            f"{name}.conv2 is for {conv2.weight.shape[1]} channels, conv1 makes "
+            f"{conv1.weight.shape[0]}"
+        )
     layer = Layer(norm1.norm, conv1.weight, norm2.norm, conv2.weight, pair(conv2.dilation))
     return LayerModules(layer, [norm1, norm2], rate)
 
@@ -276,7 +284,6 @@ def _read_tail(
         # a final norm's ReLU stands in the model's forward, unless it is fused
         relu = kind == "pool" or has_fused_relu(module)
         return Tail(TailSpec(kind, norm.norm.spec, relu), norm.norm, None), norm
-    check(module, name, types, "a transition that was looked at when the model was converted")
     children = module._modules
     if not {"norm", "conv"} <= set(children) <= _TRANSITION:
         raise Unsupported(
@@ -297,6 +304,7 @@ def _read_tail(
             raise Unsupported(f"{name}.pool is not a 2x2 average of stride 2")
         if pool.ceil_mode or pool.divisor_override:
             raise Unsupported(f"{name}.pool has ceil_mode or divisor_override")
+    check(module, name, types, "a transition that was looked at when the model was converted")
     spec = TailSpec("transition", norm.norm.spec, True, 1 if pool is None else 2)
     return Tail(spec, norm.norm, conv.weight), norm
 
@@ -371,8 +379,8 @@ def _tells_changes(module: nn.Module) -> bool:
 
 class Snapshot:
     """All that reading some modules depends on, as it is now: their types, hooks, attributes,
-    children and tensors, the last two by identity. Comparing takes less than half of reading's
-    time.
+    children and tensors, the last two by identity, tensors' shapes and dtypes too, which may change
+    behind their ``data``. Comparing takes less than half of reading's time.
     """
 
     @classmethod
@@ -391,6 +399,8 @@ class Snapshot:
         containers = chain.from_iterable(_CONTAINERS(m.__dict__) for m in modules)
         self._filled = [i for i, container in enumerate(containers) if container]
         self._state, self._objects = self._look()
+        self._tensors = [i for i, x in enumerate(self._objects) if isinstance(x, Tensor)]
+        self._forms = self._look_behind(self._objects)
 
     def _look(self) -> tuple[tuple, list[Any]]:
         dicts = [m.__dict__ for m in self._modules]
@@ -405,6 +415,10 @@ class Snapshot:
         )
         return state, list(chain.from_iterable(map(dict.values, filled)))
 
+    def _look_behind(self, objects: list[Any]) -> list[Any]:
+        tensors = [objects[i] for i in self._tensors]
+        return [t.shape for t in tensors] + [t.dtype for t in tensors]
+
     def holds(self, roots: Sequence[nn.Module]) -> bool:
         """Whether reading these modules would find what it found."""
         if not all(map(is_, roots, self._roots)):
@@ -413,16 +427,11 @@ class Snapshot:
             state, objects = self._look()
         except KeyError:  # an attribute was deleted
             return False
-        return state == self._state and all(map(is_, objects, self._objects))
-
-
-def _norm_misfits(norm: Norm, channels: int, x: Tensor) -> bool:
-    """Of what may change behind a parameter's ``data``, unseen by a :class:`Snapshot`."""
-    weight = norm.weight
-    if weight is None:
-        return False
-    wide = x.dtype == torch.float64
-    return weight.shape[0] != channels or (weight.dtype == torch.float64) != wide
+        return (
+            state == self._state
+            and all(map(is_, objects, self._objects))
+            and self._look_behind(objects) == self._forms
+        )
 
 
 def misfit(x: Tensor, stage: Stage) -> bool:
@@ -433,13 +442,7 @@ def misfit(x: Tensor, stage: Stage) -> bool:
     for layer in stage.layers:
         if layer.conv1.shape[1] != channels or layer.conv1.device != x.device:
             return True
-        if _norm_misfits(layer.norm1, channels, x):
-            return True
-        if layer.norm2 is not None and _norm_misfits(layer.norm2, layer.bottleneck, x):
-            return True
         channels += layer.growth
-    if stage.tail is not None and _norm_misfits(stage.tail.norm, channels, x):
-        return True
     if not stage.layers:
         conv = stage.tail.conv
         if conv.shape[1] != channels or conv.device != x.device:
@@ -458,5 +461,9 @@ def misfit(x: Tensor, stage: Stage) -> bool:
 
 
 def convolution_dtype_fits(x: Tensor, weights: Iterable[Tensor]) -> bool:
-    """Whether x may be convolved with ``weights`` as they are, or autocast makes it so."""
-    return autocast_dtype(x.device) is not None or all(w.dtype == x.dtype for w in weights)
+    """Whether x may be convolved with ``weights`` as they are, or autocast, which leaves float64
+    alone, makes it so.
+    """
+    if autocast_dtype(x.device) is None or x.dtype == torch.float64:
+        return all(w.dtype == x.dtype for w in weights)
+    return all(w.dtype != torch.float64 for w in weights)

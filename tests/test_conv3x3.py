@@ -686,6 +686,19 @@ def test_cudnn_is_held_to_its_deterministic_algorithms(monkeypatch):
     assert torch.backends.cudnn.deterministic == before
 
 
+def test_a_bias_out_of_a_stack():
+    x, weight, biases = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3), torch.randn(3, 4)
+    found = dilated_conv3x3(x, weight, biases[:, 1])
+    torch.testing.assert_close(found, F.conv2d(x, weight, biases[:, 1]))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without MKLDNN")
+def test_images_in_a_layout_of_mkldnns():
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+    found = dilated_conv3x3(x.to_mkldnn(), weight.to_mkldnn()).to_dense()
+    torch.testing.assert_close(found, F.conv2d(x, weight))
+
+
 def test_memory_does_not_grow_with_dilation():
     x, weight = torch.randn(1, 16, 32, 32), torch.randn(16, 16, 3, 3)
     peaks = [peak_memory(dilated_conv3x3, x, weight, None, 1, d, d).peak for d in (40, 10**6)]

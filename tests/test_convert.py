@@ -382,6 +382,24 @@ def test_one_odd_block_does_not_keep_the_others_back(capsys):
         assert_same_step(converted, plain, images())
 
 
+def test_the_oddity_is_named_and_not_the_class(capsys):
+    plain = prepared(peers.torchvision)
+    for name in ("transition1", "transition2"):
+        if hasattr(plain.features, name):
+            getattr(plain.features, name).pool = nn.MaxPool2d(2)
+    memdense.convert(plain)
+    assert "transition1.pool is a MaxPool2d, not an AvgPool2d" in capsys.readouterr().err
+
+
+def test_grey_images_by_the_weight():
+    plain = prepared(peers.torchvision)
+    conv = plain.features.conv0
+    conv.weight = nn.Parameter(conv.weight.sum(1, keepdim=True))
+    converted = memdense.convert(copy.deepcopy(plain), verbose=False)
+    assert runs_efficiently(converted)
+    assert_same_step(converted, plain, images(3, 1, 17, 20))
+
+
 def test_class_that_never_ran_is_not_trusted_later():
     model = peers.GpleissStyle()
     other = model.features.denseblock2.denselayer2

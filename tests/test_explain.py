@@ -212,6 +212,24 @@ def test_notes_on_an_input():
     model(small)
 
 
+def test_a_transform_is_named_and_warned_of_later():
+    model, x = converted().eval(), torch.randn(2, 3, 32, 32)
+    with torch.autograd.forward_ad.dual_level():
+        with warnings.catch_warnings(action="error"):
+            notes = memdense.explain(model, x).notes
+        assert any("torch.func's transforms and forward-mode AD" in note for note in notes)
+        with pytest.warns(MemdenseWarning, match="forward-mode AD"):
+            model(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_forward_replaced_on_the_stack():
+    model = converted()
+    model.features.forward = lambda x: x
+    rows = memdense.explain(model).rows
+    assert not any(row.efficient for row in rows)
+    assert {row.why for row in rows} == {"the stack's forward was replaced on the instance"}
+
+
 @pytest.mark.parametrize("build", [peers.torchvision, converted])
 def test_changes_and_runs_nothing(build):
     model = build()

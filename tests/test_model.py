@@ -525,14 +525,127 @@ def test_modules_say_what_does_not_fit(what: str, where: str) -> None:
         model(torch.randn(2, 3, 40, 40))
 
 
-@pytest.mark.parametrize("where", [*NORMS[1:], "transition1.norm", "norm5"])
-def test_what_changes_behind_a_parameter_is_seen(where: str) -> None:
+@pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
+@pytest.mark.parametrize("which", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("where", [*NORMS, "transition1.norm", "norm5"])
+def test_what_changes_behind_a_parameter_is_seen(where: str, which: str) -> None:
     model, x = memdense.DenseNet(**NET), torch.randn(2, 3, 40, 40)
     model(x)
-    weight = model.features.get_submodule(where).weight
-    weight.data = torch.ones(3)
-    with pytest.raises(RuntimeError, match="should contain"):
+    getattr(model.features.get_submodule(where), which).data = torch.ones(1)
+    with pytest.raises(RuntimeError, match=f"{which} should contain"):
         model(x)
+
+
+@pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("denseblock1.denselayer2.conv1", (8, 10, 3, 3)),
+        ("denseblock1.denselayer2.conv1", (7, 10, 1, 1)),
+        ("denseblock1.denselayer2.conv2", (4, 7, 3, 3)),
+        ("denseblock1.denselayer2.conv2", (4, 8, 5, 5)),
+        ("transition1.conv", (7, 13, 1, 1)),
+        ("conv0", (5, 3, 7, 7)),
+    ],
+)
+@pytest.mark.parametrize("behind", [False, True])
+def test_modules_say_which_weights_do_not_fit(name: str, shape: tuple, behind: bool) -> None:
+    messages = []
+    for efficient in (False, True):
+        model, x = memdense.DenseNet(**NET, efficient=efficient), torch.randn(2, 3, 40, 40)
+        conv, weight = model.features.get_submodule(name), torch.ones(shape)
+        model(x)
+        if behind:
+            conv.weight.data = weight
+        else:
+            conv.weight = nn.Parameter(weight)
+        with pytest.raises(RuntimeError) as raised:
+            model(x)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_first_kernel_is_as_large_as_its_weight() -> None:
+    theirs, ours = tv.DenseNet(**NET).double(), memdense.DenseNet(**NET).double()
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours, theirs):
+        weight = model.features.conv0.weight
+        weight.data = weight.data[:, :, 1:-1, 2:-2].clone()
+    assert_same_step(ours, theirs, torch.randn(2, 3, 40, 40).double())
+
+
+def test_geometry_as_numbers() -> None:
+    theirs, ours = tv.DenseNet(**NET).double(), memdense.DenseNet(**NET).double()
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours, theirs):
+        layer = model.features.denseblock1.denselayer1
+        layer.conv2.dilation = layer.conv2.padding = 2
+        layer.conv1.stride = layer.conv1.dilation = 1
+    with warnings.catch_warnings(action="error"):
+        assert_same_step(ours, theirs, torch.randn(2, 3, 40, 40).double())
+
+
+def test_a_parametrization_of_the_first_convolution_is_computed_once() -> None:
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            calls.append(weight)
+            return 2 * weight
+
+    model, x = memdense.DenseNet(**NET), torch.randn(2, 3, 40, 40)
+    nn.utils.parametrize.register_parametrization(model.features.conv0, "weight", Counted())
+    calls.clear()
+    with pytest.warns(memdense.MemdenseWarning, match="conv0 is a ParametrizedConv2d"):
+        model(x)
+    assert len(calls) == 1
+
+
+def test_a_first_convolution_may_be_lazy() -> None:
+    theirs, ours = tv.DenseNet(**NET).double(), memdense.DenseNet(**NET).double()
+    x = torch.randn(2, 1, 40, 40).double()
+    for model in (theirs, ours):
+        conv = nn.LazyConv2d(6, 7, 2, 3, bias=False, dtype=torch.float64)
+        model.features.conv0 = conv
+        with warnings.catch_warnings(action="ignore"):
+            model(x)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_step(ours, theirs, x)
+
+
+def test_images_of_a_class_with_rules_of_its_own() -> None:
+    """As MONAI's MetaTensor, whose new_empty takes the size as a tuple."""
+
+    class Images(torch.Tensor):
+        def new_empty(self, size, dtype=None, device=None, requires_grad=False):
+            return super().new_empty(size, dtype=dtype, device=device)
+
+    model, x = memdense.DenseNet(**NET), torch.randn(2, 3, 40, 40)
+    plain = memdense.DenseNet(**NET, efficient=False)
+    plain.load_state_dict(model.state_dict())
+    results = []
+    for net in (plain, model):
+        out = net(x.as_subclass(Images))
+        assert type(out) is Images
+        out.square().sum().backward()
+        results.append([out.as_subclass(torch.Tensor), *(p.grad for p in net.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_leaves_a_block_its_float32_input() -> None:
+    """What modules concatenate with it is promoted."""
+    model = memdense.DenseNet(**NET).eval()
+    plain = copy.deepcopy(model)
+    plain.features.efficient = False
+    x = torch.randn(2, 6, 10, 10) + 8
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(memdense.MemdenseWarning, match="what comes in is torch.float32"):
+            found = model.features[4:5](x)
+        expected = plain.features[4:5](x)
+        assert torch.equal(found, expected) and found.dtype == torch.float32
+        with warnings.catch_warnings(action="error"):
+            assert model.features[4:5](x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_modules_say_that_a_drop_rate_is_none() -> None:

@@ -77,6 +77,24 @@ def test_float32_errs_no_more_than_the_reference(shape):
 
 
 @built
+@pytest.mark.parametrize("mean", [0, 10, 1000])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_statistics_of_packed_images(layout, mean):
+    """No less exact than PyTorch's of the same images, whatever their memory format."""
+    exact = mean + torch.randn(8, 16, 24, 20)
+    x = exact.float().contiguous(memory_format=layout)
+    out, moments = torch.empty(8 * 24 * 20, 16, dtype=torch.float32), torch.full((2, 16), torch.nan)
+    moments = moments.float()
+    Native().pack(x, out, Geometry(8, 24, 20), moments)
+    assert torch.equal(out, x.permute(0, 2, 3, 1).reshape(-1, 16))
+    expected = torch.var_mean(x.double(), (0, 2, 3), correction=0)[::-1]
+    plain = torch.batch_norm_update_stats(x.contiguous(), None, None, 0.0)
+    for found, theirs, value in zip(moments, plain, expected, strict=True):
+        floor = 2**-24 * rms(value)  # of the result's own rounding
+        assert rms(found - value) <= 1.5 * rms(theirs - value) + floor
+
+
+@built
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_repeats_bit_for_bit(count):
     inputs = Inputs((3, 12, 13), 77, 48)

@@ -1,6 +1,7 @@
 """The planner's ledger against measured bytes, its formulas against hand-computed numbers."""
 
 import gc
+import math
 import re
 import subprocess
 import sys
@@ -411,6 +412,14 @@ def test_bandwidths() -> None:
         (dict(model="densenet121", optimizer="lion"), "none, sgd, momentum, adam, adamw"),
         (dict(model="densenet121", backend="native"), "triton, reference"),
         (dict(model="densenet121", batch=0), "batch must be positive"),
+        (
+            dict(model="densenet121", devices=(2,), bandwidth="1GB/s", images_per_second=math.inf),
+            "images_per_second must be positive and finite, got inf",
+        ),
+        (
+            dict(model="densenet121", devices=(2,), bandwidth="1GB/s", images_per_second=math.nan),
+            "images_per_second must be positive and finite, got nan",
+        ),
         (dict(model="densenet121", batch=2.5), "batch must be a whole number, got 2.5"),
         (dict(model="densenet121", image="224"), r"a side or \(height, width\), got '224'"),
         (dict(model="densenet121", image=(3, 224, 224)), r"a side or \(height, width\), got"),

@@ -19,13 +19,14 @@ class Native(NativeConv3x3, Reference):
     # ---- producing channels
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
-        if moments is None or not fits(x, out):
-            return super().pack(x, out, geometry, moments)
         rows = _rows(x)
-        if rows is None or not fits(rows):
+        if moments is None or not fits(out):
+            super().pack(x, out, geometry, moments)
+        elif rows is None or not fits(rows, out):
             super().pack(x, out, geometry, None)
-            return self.statistics(out, moments)
-        store(moments, *_ops.pack(rows, out))
+            self.statistics(out, moments)
+        else:
+            store(moments, *_ops.pack(rows, out))
 
     def statistics(self, x: Tensor, moments: Tensor) -> None:
         if not fits(x):
