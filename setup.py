@@ -15,6 +15,8 @@ from pathlib import Path
 from setuptools import setup
 
 MODE = os.environ.get("MEMDENSE_BUILD", "auto")
+# In errors, files are told as csrc has them.
+SHORT_PATHS = f"-fmacro-prefix-map={Path(__file__).resolve().parent}/="
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
 ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU says what it is
 
@@ -67,7 +69,10 @@ def cuda_extension(cpp_extension, torch):
         sorted(glob("csrc/cuda/*.cu")),
         extra_compile_args={
             "cxx": [],
-            "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *DEFINES],
+            "nvcc": [
+                *("-O3", "-std=c++20", "-DUSE_CUDA", *DEFINES),
+                f"-Xcompiler=-fvisibility=hidden,{SHORT_PATHS}",
+            ],
         },
         py_limited_api=True,
     )
@@ -91,7 +96,8 @@ def extension_arguments() -> dict:
     cpu = cpp_extension.CppExtension(
         "memdense._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *DEFINES],
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", SHORT_PATHS]
+        + DEFINES,
         py_limited_api=True,
     )
     cuda = cuda_extension(cpp_extension, torch)
