@@ -96,8 +96,9 @@ def extension_arguments() -> dict:
     cpu = cpp_extension.CppExtension(
         "memdense._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", SHORT_PATHS]
-        + DEFINES,
+        extra_compile_args=[
+            *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", SHORT_PATHS, *DEFINES)
+        ],
         py_limited_api=True,
     )
     cuda = cuda_extension(cpp_extension, torch)
