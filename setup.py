@@ -70,8 +70,11 @@ def cuda_extension(cpp_extension, torch):
         extra_compile_args={
             "cxx": [],
             "nvcc": [
-                *("-O3", "-std=c++20", "-DUSE_CUDA", *DEFINES),
+                "-O3",
+                "-std=c++20",
+                "-DUSE_CUDA",
                 f"-Xcompiler=-fvisibility=hidden,{SHORT_PATHS}",
+                *DEFINES,
             ],
         },
         py_limited_api=True,
@@ -97,7 +100,12 @@ def extension_arguments() -> dict:
         "memdense._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
         extra_compile_args=[
-            *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", SHORT_PATHS, *DEFINES)
+            "-O3",
+            "-g0",
+            "-std=c++20",
+            "-fvisibility=hidden",
+            SHORT_PATHS,
+            *DEFINES,
         ],
         py_limited_api=True,
     )
