@@ -447,17 +447,15 @@ def misfit(x: Tensor, stage: Stage) -> bool:
         conv = stage.tail.conv
         if conv.shape[1] != channels or conv.device != x.device:
             return True
-    norms = [n for layer in stage.layers for n in (layer.norm1, layer.norm2) if n is not None]
-    if stage.tail is not None:
-        norms.append(stage.tail.norm)
-        if (
-            stage.tail.spec.kind == "transition"
-            and stage.tail.spec.pool == 2
-            and min(x.shape[2:]) < 2
-        ):
-            return True
-    one_value = x.shape[0] * x.shape[2] * x.shape[3] == 1
-    return one_value and any(n.spec.batch for n in norms)
+    tail = stage.tail
+    pools = tail is not None and tail.spec.kind == "transition" and tail.spec.pool == 2
+    if pools and min(x.shape[2:]) < 2:
+        return True
+    if x.shape[0] * x.shape[2] * x.shape[3] > 1:
+        return False
+    norms = [norm for layer in stage.layers for norm in (layer.norm1, layer.norm2)]
+    norms.append(None if tail is None else tail.norm)
+    return any(norm is not None and norm.spec.batch for norm in norms)
 
 
 def convolution_dtype_fits(x: Tensor, weights: Iterable[Tensor]) -> bool:
