@@ -5,7 +5,6 @@
 #include <initializer_list>
 #include <limits>
 #include <stdexcept>
-#include <utility>
 
 #include "conv3x3.h"
 
@@ -174,8 +173,9 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
 }
 
 // The same for the weight's gradient, beside `2.5 * pixels + halo` of a tile's chunk, some three
-// cycles each: what a block waits for a tile, and what a split costs for each channel of a column.
-constexpr double kWeightWaiting = 600, kSplit = .011;
+// cycles each: what a block waits for a tile, what for each pixel of its halo, and what a split
+// costs for each channel of a column.
+constexpr double kWeightWaiting = 200, kHaloWaiting = 3, kSplit = .011;
 
 struct WeightPlan {
   Walk walk;
@@ -188,34 +188,39 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
                                        const device::Properties& device) {
   const int width = columns > 32 ? 64 : columns > 16 ? 32 : 16;
   const int all_chunks = static_cast<int>(quotient_up(channels * value_bytes, kRowBytes));
-  for (const auto& [chunks, alone] : {std::pair{2, false}, {2, true}, {1, false}, {1, true}}) {
+  for (const int chunks : {2, 1}) {
     if (chunks > std::max(1, all_chunks)) continue;
     const int together = weight_blocks(width, chunks);
-    const int shared = device.shared_per_multiprocessor / together - kReserved;
-    const int limit = alone ? device.shared_per_block : std::min(shared, device.shared_per_block);
     const int rows =
         static_cast<int>(quotient_up(all_chunks, chunks) * quotient_up(columns, width));
-    const int most = std::max(1, together * device.multiprocessors / rows);
     WeightPlan best{};
     double least = std::numeric_limits<double>::max();
-    for (const int pixels : {256, 192, 128, 64}) {
-      const WeightGradientMemory fixed(0, pixels, width, value_bytes, chunks);
-      const int64_t room = (limit - fixed.bytes) / halo_bytes(chunks);
-      if (room < pixels * 4 / 3 + 32) continue;
-      const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
-      const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
-      if (walk.tiles == 0) continue;
-      // each split has to write, and somebody to read, a whole dW
-      const int64_t rounds = quotient_up(walk.tiles, most);
-      const int splits = static_cast<int>(quotient_up(walk.tiles, rounds));
-      const int64_t busiest = quotient_up(int64_t{splits} * rows, device.multiprocessors);
-      const double work = chunks * (2.5 * pixels + walk.halo);
-      const double time = rounds * std::max(kWeightWaiting + work, busiest * work) +
-                          splits * kSplit * channels * columns;
-      if (time >= least) continue;
-      least = time;
-      const int bytes = WeightGradientMemory(walk.halo, pixels, width, value_bytes, chunks).bytes;
-      best = {walk, width, chunks, {splits, rows, 0, bytes}};
+    for (const int limit :
+         {device.shared_per_multiprocessor / together - kReserved, device.shared_per_block}) {
+      for (const int pixels : {256, 192, 128, 64}) {
+        const WeightGradientMemory fixed(0, pixels, width, value_bytes, chunks);
+        const int64_t room =
+            (std::min(limit, device.shared_per_block) - fixed.bytes) / halo_bytes(chunks);
+        if (room < pixels * 4 / 3 + 32) continue;
+        const int max_halo = static_cast<int>(std::min<int64_t>(room, kHaloFactor * pixels + 64));
+        const Walk walk = choose_tiles(images, y, x, pixels, max_halo);
+        if (walk.tiles == 0) continue;
+        const int bytes = WeightGradientMemory(walk.halo, pixels, width, value_bytes, chunks).bytes;
+        const int fitting =
+            std::clamp(device.shared_per_multiprocessor / (bytes + kReserved), 1, together);
+        const int most = std::max(1, fitting * device.multiprocessors / rows);
+        // each split has to write, and somebody to read, a whole dW
+        const int64_t rounds = quotient_up(walk.tiles, most);
+        const int splits = static_cast<int>(quotient_up(walk.tiles, rounds));
+        const int64_t busiest = quotient_up(int64_t{splits} * rows, device.multiprocessors);
+        const double work = chunks * (2.5 * pixels + walk.halo);
+        const double waiting = kWeightWaiting + kHaloWaiting * walk.halo;
+        const double time = rounds * std::max(waiting + work, busiest * work) +
+                            splits * kSplit * channels * columns;
+        if (time >= least) continue;
+        least = time;
+        best = {walk, width, chunks, {splits, rows, 0, bytes}};
+      }
     }
     if (best.walk.tiles > 0) return best;
   }
