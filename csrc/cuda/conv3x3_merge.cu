@@ -41,8 +41,16 @@ MEMDENSE_KERNEL(kWarps* kWarp, 1) reduce(const Reduction a) {
     const int64_t i = static_cast<int64_t>(block()) * threads() + thread();
     if (i >= count) return;
     float sum = 0;
-#pragma unroll 8
-    for (int split = 0; split < a.splits; ++split) sum += a.weight_partials[split * count + i];
+    constexpr int kLoads = 16;  // in flight
+    for (int first = 0; first < a.splits; first += kLoads) {
+      float parts[kLoads];
+#pragma unroll
+      for (int s = 0; s < kLoads; ++s) {
+        parts[s] = first + s < a.splits ? a.weight_partials[(first + s) * count + i] : 0.f;
+      }
+#pragma unroll
+      for (int s = 0; s < kLoads; ++s) sum += parts[s];
+    }
     a.dweight[i % plane * kTaps + i / plane] = sum;
     return;
   }
