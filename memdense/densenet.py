@@ -171,7 +171,8 @@ class DenseNet(nn.Module):
             256, 512, 1024 and 1024 channels at a 4th, 8th, 16th and 32nd of the resolution (see
             ``output_stride``). They are the concatenations as the blocks leave them, before the
             next norm, and share their memory with what is kept for backward: changing them in
-            place makes backward raise.
+            place makes backward raise. So they are channels last, whatever the images are;
+            ``contiguous()`` them for a ``view``, or for dropout that draws as behind plain modules.
 
         Raises:
             TypeError: where ``features`` was replaced by another kind of module.

@@ -119,7 +119,7 @@ class Features(nn.Sequential):
 
     def block_outputs(self, x: Tensor) -> list[Tensor]:
         """(N, C_in, H, W) to the output of each dense block, from which the later ones are computed
-        (to autograd too).
+        (to autograd too). Where the block ran efficiently it is channels last: the block's buffer.
         """
         if self._runs_efficiently(x):
             return self._run(x, _apart(self._steps(None)), self._layout(x))[1]
