@@ -155,7 +155,10 @@ def read_relu(parent: nn.Module, relu: str, norm: nn.Module, name: str) -> None:
 def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d:
     check(module, name, (nn.Conv2d,), "a Conv2d")
     same = tuple(d * (size // 2) for d in pair(module.dilation))
-    keeps = module.padding == "same" or pair(module.padding) == same
+    padding = module.padding
+    if isinstance(padding, str):
+        padding = same if padding == "same" else (0, 0)
+    keeps = pair(padding) == same
     plain = module.groups == 1 and module.bias is None and pair(module.stride) == (1, 1)
     # of the weight, as F.conv2d has it, which need not be the module's kernel_size
     if not (plain and keeps) or module.weight.shape[2:] != (size, size):

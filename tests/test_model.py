@@ -580,9 +580,21 @@ def test_geometry_as_numbers() -> None:
     for model in (ours, theirs):
         layer = model.features.denseblock1.denselayer1
         layer.conv2.dilation = layer.conv2.padding = 2
-        layer.conv1.stride = layer.conv1.dilation = 1
+        layer.conv1.stride, layer.conv1.dilation, layer.conv1.padding = 1, [1, 1], [0, 0]
+        model.features.denseblock1.denselayer2.conv1.padding = "valid"
+        model.features.denseblock1.denselayer2.conv2.padding = "same"
     with warnings.catch_warnings(action="error"):
         assert_same_step(ours, theirs, torch.randn(2, 3, 40, 40).double())
+
+
+def test_a_3x3_without_padding_is_left_to_the_modules() -> None:
+    model = memdense.DenseNet(**NET)
+    model.features.denseblock1.denselayer2.conv2.padding = "valid"
+    with (
+        pytest.warns(memdense.MemdenseWarning, match="conv2 is not a 3x3 convolution of stride 1"),
+        pytest.raises(RuntimeError, match="Sizes of tensors must match"),
+    ):
+        model(torch.randn(2, 3, 40, 40))
 
 
 def test_a_parametrization_of_the_first_convolution_is_computed_once() -> None:
