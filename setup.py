@@ -73,7 +73,9 @@ def cuda_extension(cpp_extension, torch):
                 "-O3",
                 "-std=c++20",
                 "-DUSE_CUDA",
-                f"-Xcompiler=-fvisibility=hidden,{SHORT_PATHS}",
+                "-Xcompiler=-fvisibility=hidden",
+                # nvcc takes a space for an end
+                *([] if " " in SHORT_PATHS else [f"-Xcompiler={SHORT_PATHS}"]),
                 *DEFINES,
             ],
         },
