@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import ops
 from .backends import warn_plain
@@ -163,9 +163,10 @@ class Features(nn.Sequential):
         its weight are.
         """
         first = next(iter(self._modules.values()), None)
+        known = isinstance(first, nn.Conv2d) and not isinstance(first, LazyModuleMixin)
         # not by its name: a parametrization would compute it once more
-        weight = first._parameters.get("weight") if isinstance(first, nn.Conv2d) else None
-        formats = [layout_of(t) for t in (x, weight) if t is not None and not is_lazy(t)]
+        weight = first._parameters.get("weight") if known else None
+        formats = [layout_of(t) for t in (x, weight) if t is not None]
         return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
     def _run(
