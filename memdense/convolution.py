@@ -112,10 +112,10 @@ def dilated_conv3x3(
     if _overrides(x):
         convolve = torch.ops.aten.convolution_overrideable.default
         return convolve(x, weight, bias, *geometry, False, (0, 0), 1)
-    native = _native(x)
-    if learns(x, weight, bias) and (native or not _repeats(x)):
-        return _Convolution.apply(x, weight, bias, *geometry)
-    return (_convolve if native else _plain)(x, weight, bias, *geometry)
+    if not _native(x) and _repeats(x):
+        return _plain(x, weight, bias, *geometry)
+    run = _Convolution.apply if learns(x, weight, bias) else _convolve
+    return run(x, weight, bias, *geometry)
 
 
 LIMIT = 1 << 31  # sums of a few products of such numbers fit into 64 bits

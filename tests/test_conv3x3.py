@@ -672,6 +672,11 @@ def test_on_pytorchs_own_kernels(layout, repeats, monkeypatch):
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
     assert found[0].is_contiguous(memory_format=layout)
+    assert found[1].is_contiguous(memory_format=layout)
+    asked.clear()
+    with torch.no_grad():
+        dilated_conv3x3(*leaves)
+    assert len(asked) == (0 if repeats else 1)
     of_channels_last = leaves[1].detach().contiguous(memory_format=torch.channels_last)
     assert dilated_conv3x3(x.detach(), of_channels_last).is_contiguous(memory_format=layout)
 
