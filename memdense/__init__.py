@@ -5,9 +5,9 @@ from .backends import MemdenseWarning, use_backend
 from .convert import convert
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from .explain import Explanation, explain
+from .features import Features
 from .modules import BNReLUConv1x1, DenseBlock, DenseLayer, DilatedConv2d, Transition
 from .plan import Plan, plan
-from .stage import Features
 
 __version__ = "0.1.0"
 

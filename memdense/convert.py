@@ -6,14 +6,16 @@ import copy
 import sys
 import warnings
 from collections import OrderedDict
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .backends import MemdenseWarning
-from .stage import Features, Step, is_block
-from .structure import HOOKS, OWN_TYPES, Unsupported, article
+from .features import Features, Switches
+from .stage import Step, apart, is_block
+from .structure import HOOKS, OWN_TYPES, article
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-9
@@ -35,8 +37,9 @@ def convert(
     number of times. It becomes a :class:`memdense.Features` and stays the same object with the same
     children: parameters, ``state_dict`` keys, hooks and references to it remain as they were. What
     looks different is left alone, or runs as plain modules block by block; a report on stderr, and
-    :func:`memdense.explain` at any time, say why. A model whose forward calls the stack's children
-    one by one gains nothing until it calls the stack, or its ``block_outputs``.
+    :func:`memdense.explain` at any time, say why. Where a model's forward calls the stack's
+    children one by one, its dense blocks run efficiently; stem and transitions do where the stack,
+    a slice of it or its ``block_outputs`` is called.
 
     Args:
         model: any module. Wrappers (``DataParallel``, ``torch.compile``, ...) are looked into.
@@ -68,10 +71,14 @@ def convert(
             continue
         become_features(stack, keep_bottlenecks, recompute_stem, double_backward)
         unchecked = "" if check else ", unchecked"
-        report.append(f"{name}: converted{unchecked}; efficient where it is called as a whole")
+        report.append(
+            f"{name}: converted{unchecked}; where a forward calls its children one by one, only "
+            f"dense blocks are efficient"
+        )
         report += [
-            f"  {' and '.join(step.names)} as plain modules for now: {reason}"
-            for step, reason in obstacles(stack).items()
+            f"  {' and '.join(part.names)} as plain modules for now: {reason}"
+            for part, reason in parts(stack)
+            if reason
         ]
     if verbose:
         lines = "\n".join(f"  {line}" for line in report)
@@ -111,10 +118,8 @@ def refusal(stack: nn.Module) -> str:
         return f"it is {kind}, not an nn.Sequential: its forward is its own"
     if "forward" in stack.__dict__:
         return "its forward was replaced on the instance"
-    features = as_features(stack)
-    reasons = obstacles(features)
-    stages = _stages(features)
-    return "" if any(stage not in reasons for stage in stages) else reasons[stages[0]]
+    blocks = [(part, reason) for part, reason in parts(as_features(stack)) if part.kind == "stage"]
+    return "" if not all(reason for _, reason in blocks) else blocks[0][1]
 
 
 def as_features(stack: nn.Module) -> Features:
@@ -123,21 +128,17 @@ def as_features(stack: nn.Module) -> Features:
     """
     children = ((name, child) for name, child in stack._modules.items() if child is not None)
     features = Features(OrderedDict(children))
-    features._types = OWN_TYPES.union(*(_classes(features, s) for s in _stages(features)))
+    found = features.steps("norm")
+    trusted = (_classes(features, part) for step in found for part in apart(step))
+    features._switches.types = OWN_TYPES.union(*trusted)
+    features._switches.prospective = True
     return features
 
 
-def obstacles(features: Features) -> dict[Step, str]:
-    """Why stems and stages of ``features`` run as plain modules, for those that do."""
-    found = {}
-    for step in features._steps("norm"):
-        if step.kind == "module":
-            continue
-        try:
-            features.read(step)
-        except Unsupported as reason:
-            found[step] = str(reason)
-    return found
+def parts(features: Features) -> list[tuple[Step, str]]:
+    """What runs together now, with why it runs as plain modules where it does."""
+    found = (features.parts(step) for step in features.steps("norm"))
+    return [(part, reason) for (part, _, reason) in chain.from_iterable(found)]
 
 
 def become_features(
@@ -146,24 +147,26 @@ def become_features(
     recompute_stem: bool = True,
     double_backward: bool = False,
 ) -> None:
-    """Turn ``stack`` into a ``Features``: its class changes, the object does not. Classes of which
-    no instance could run now, and be checked, stay untrusted.
+    """Turn ``stack`` into a ``Features``: its class changes and its blocks', the objects do not.
+    Classes of which no instance could run now, and be checked, stay untrusted.
     """
     features = as_features(stack)
-    runnable = [stage for stage in _stages(features) if stage not in obstacles(features)]
+    runnable = [part for found, reason in parts(features) if not reason for part in apart(found)]
+    types = OWN_TYPES.union(*(_classes(features, part) for part in runnable))
     stack.__class__ = Features
-    stack._switches(True, keep_bottlenecks, recompute_stem, double_backward)
-    stack._types = OWN_TYPES.union(*(_classes(features, stage) for stage in runnable))
+    stack._switches = Switches(
+        True, bool(keep_bottlenecks), bool(recompute_stem), bool(double_backward), types
+    )
+    stack.let_blocks_run_alone()
 
 
-def _stages(features: Features) -> list[Step]:
-    return [step for step in features._steps("norm") if step.kind == "stage"]
-
-
-def _classes(features: Features, stage: Step) -> set[type]:
-    block, *tail = (features._modules[name] for name in stage.names)
-    trusted = [block, *block.children(), *(tail if stage.tail == "transition" else ())]
-    return {type(module) for module in trusted}
+def _classes(features: Features, part: Step) -> set[type]:
+    """Those that a block or a transition needs trusted."""
+    if part.kind not in ("stage", "tail") or part.tail in ("norm", "pool"):
+        return set()
+    module = features._modules[part.names[0]]
+    layers = module.children() if part.kind == "stage" else ()
+    return {type(m) for m in (module, *layers)}
 
 
 # ---- the check
@@ -188,7 +191,7 @@ def _difference(stack: nn.Sequential) -> str:
             what = _first_difference(found, expected)
         except Exception as error:  # other people's code may raise anything
             return f"checking it raised {type(error).__name__}: {error} (check=False skips that)"
-    names = sorted(cls.__name__ for cls in converted._types - OWN_TYPES)
+    names = sorted(cls.__name__ for cls in converted._switches.types - OWN_TYPES)
     return what and f"{', '.join(names)} compute something else than they look like: {what}"
 
 
@@ -208,7 +211,7 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
     """``stack`` up to its last block's tail, in float64 on the CPU, without hooks and with weights
     of its own: those of a fresh or pruned model may hide a difference.
     """
-    last = _stages(as_features(stack))[-1].names[-1]
+    last = [s for s in as_features(stack).steps("norm") if s.kind == "stage"][-1].names[-1]
     names = list(stack._modules)
     names = names[: names.index(last) + 1]
     part = nn.Sequential(OrderedDict((name, stack._modules[name]) for name in names))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .features import Features, pools_unseen
 from .modules import DenseBlock, Transition
-from .stage import Features, pools_unseen
 
 _HUB = "https://download.pytorch.org/models/"
 _URLS = {
@@ -150,6 +150,7 @@ class DenseNet(nn.Module):
                 self.features.add_module(f"transition{i + 1}", Transition(channels, kept, pool))
                 channels = kept
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.features.let_blocks_run_alone()
         self.classifier = nn.Linear(channels, num_classes)
 
         for m in self.modules():

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from . import _extension, ops
 from .backends import triton_reason
-from .convert import as_features, find_stacks, obstacles, refusal
-from .stage import Features, Step
+from .convert import as_features, find_stacks, parts, refusal
+from .features import Features
+from .stage import Step
 from .structure import pair
 
 
@@ -121,19 +122,17 @@ def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
     else:
         features, overall = as_features(stack), "not converted"
     backend = ops.backend_for(next(stack.parameters()).device).name
-    reasons = obstacles(features)
-    for between, steps in groupby(features._steps("norm"), lambda step: step.kind == "module"):
+    for between, found in groupby(parts(features), lambda found: found[0].kind == "module"):
         if between:
-            names = tuple(step.names[0] for step in steps)
+            names = tuple(part.names[0] for part, _ in found)
             yield Row(name, names, 0, False, "", (), "not part of a stem or dense block")
             continue
-        for step in steps:
-            layers = len(features._modules[step.names[0]]._modules) if step.kind == "stage" else 0
-            why = reasons.get(step, overall)
-            if why:
-                yield Row(name, step.names, layers, False, "", (), why)
+        for part, reason in found:
+            layers = len(features._modules[part.names[0]]._modules) if part.kind == "stage" else 0
+            if why := reason or overall:
+                yield Row(name, part.names, layers, False, "", (), why)
             else:
-                yield Row(name, step.names, layers, True, backend, _switches(features, step), "")
+                yield Row(name, part.names, layers, True, backend, _switches(features, part), "")
 
 
 def _switches(features: Features, step: Step) -> tuple[str, ...]:
@@ -154,7 +153,7 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
 
 
 def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
-    if reason := features._obstacle(x):
+    if reason := features._switches.obstacle(x):
         yield f"with this input all run as plain modules: {reason}"
         return
     if torch.is_autocast_enabled(x.device.type):
@@ -168,7 +167,7 @@ def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
 def _block_sizes(features: Features, x: Tensor) -> Iterator[tuple[str, int, int]]:
     """The name of each dense block with the height and width it gets, as far as they are known."""
     size: tuple[int, ...] | None = tuple(x.shape[2:])
-    for step in features._steps("norm"):
+    for step in features.steps("norm"):
         for name in step.names:
             if step.kind == "stage" and name == step.names[0]:
                 yield name, *size

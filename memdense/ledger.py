@@ -123,7 +123,7 @@ def read_network(model: DenseNet, height: int, width: int) -> Network:
     features = model.features
     parts = []
     size: tuple[int, int] = (height, width)
-    for step in features._steps("pool"):
+    for step in features.steps("pool"):
         modules = [features._modules[name] for name in step.names]
         if step.kind == "stage":
             part = Part("stage", step.names[0], *size, stage=features.read(step).stage)

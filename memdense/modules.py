@@ -1,7 +1,7 @@
 """The building blocks of a DenseNet as plain PyTorch modules.
 
 Their ``forward`` is the reference: it reads like the paper and stores like it too. The efficient
-path (:mod:`memdense.stage`) only gathers the parameters that live here.
+path (:mod:`memdense.features`) only gathers the parameters that live here.
 """
 
 from collections import OrderedDict

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import engine, plain
 from .backends import backend_for, chosen, unless_chosen
 from .buffers import StatisticsTable, accumulator, row_stride
+from .convolution import layout_of
 from .direct import learns, watched
 from .spec import Norm, Stage, StageSpec, StemSpec, unflatten
 
@@ -182,7 +183,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(statistics, *bottlenecks)
     if not StageSpec.decode(ctx.spec).layers:
         features = x
-    ctx.kept = len(bottlenecks)
+    ctx.kept, ctx.layout = len(bottlenecks), layout_of(x)
     # no gradient for running statistics, mask, spec and switch
     ctx.rest = [None] * len(running), None, None, None
     ctx.save_for_backward(
@@ -235,7 +236,8 @@ def _gradients(
                 need,
             )
         )
-    dx = next(found) if need_x else None
+    # in x's layout, as hooks see it of modules
+    dx = next(found).contiguous(memory_format=ctx.layout) if need_x else None
     return dx, [
         _laid_out(next(found), t) if n else None for n, t in zip(need, tensors, strict=True)
     ]

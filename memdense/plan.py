@@ -686,8 +686,8 @@ def _assumptions(
     last_bucket: int,
 ) -> Iterator[str]:
     yield (
-        "one batch of float32 images that need no gradient, cross entropy, all parameters learn and "
-        "are float32; .grad exists before the step (with set_to_none=True it is a little less)"
+        "one batch of float32 images that need no gradient, cross entropy, all parameters learn "
+        "and are float32; .grad exists before the step (with set_to_none=True it is a little less)"
     )
     if machine.dtype.itemsize < 4:
         yield f"{str(machine.dtype).removeprefix('torch.')} by autocast, weights cast as needed"

@@ -74,14 +74,17 @@ def check_global_hooks() -> None:
         raise Unsupported(hooks)
 
 
-def check(module: nn.Module, name: str, types: Iterable[type], expected: str) -> None:
+def check(
+    module: nn.Module, name: str, types: Iterable[type], expected: str, hooks: bool = False
+) -> None:
     """Raise :class:`Unsupported` unless ``module`` is exactly of one of ``types`` and does nothing
-    beside.
+    beside; ``hooks`` may be there if they run anyway.
     """
-    if type(module) not in types:
-        raise Unsupported(f"{name} is {article(type(module).__name__)}, not {expected}")
+    cls = type(module)
+    if cls not in types and cls.__dict__.get("plain_class") not in types:
+        raise Unsupported(f"{name} is {article(cls.__name__)}, not {expected}")
     own = module.__dict__
-    if any(map(own.get, HOOKS)):
+    if not hooks and any(map(own.get, HOOKS)):
         kinds = [kind for attribute, kind in HOOKS.items() if own.get(attribute)]
         raise Unsupported(f"{name} carries a {kinds[0]}")
     if "forward" in own:
@@ -180,9 +183,14 @@ def check_fits(norm: NormModule, name: str, channels: int, values: Tensor) -> No
             continue
         if tensor.shape != (channels,):
             raise Unsupported(f"{name} is not for the {channels} channels beside it")
-        narrow = values.element_size() == 2 and tensor.dtype == torch.float32
-        if tensor.dtype != values.dtype and not narrow:
+        if not stands_beside(tensor, values):
             raise Unsupported(f"{name} is {tensor.dtype}, convolutions beside it {values.dtype}")
+
+
+def stands_beside(tensor: Tensor, values: Tensor) -> bool:
+    """Whether a norm's tensor has a dtype that suits these values."""
+    narrow = values.element_size() == 2 and tensor.dtype == torch.float32
+    return tensor.dtype == values.dtype or narrow
 
 
 class LayerModules(NamedTuple):
@@ -251,14 +259,16 @@ def read_stage(
     tail_kind: str,
     types: frozenset[type],
     keep_bottlenecks: bool,
+    alone: bool = False,
 ) -> StageModules:
-    """A dense block and what follows it.
+    """A dense block and what follows it; ``alone``: the block was called, and so its hooks.
 
     Raises:
         Unsupported: where running these modules one by one would do anything else.
     """
     check_global_hooks()
-    check(block, name, types, "a dense block that was looked at when the model was converted")
+    what = "a dense block that was looked at when the model was converted"
+    check(block, name, types, what, hooks=alone)
     layers, norms, rates = [], [], set()
     for child, module in block._modules.items():
         found = read_layer(module, f"{name}.{child}", types)
@@ -358,7 +368,7 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
 
 # what every module has in its __dict__
 _CONTAINERS = itemgetter("_modules", "_parameters", "_buffers", *HOOKS)
-_OWN = frozenset(vars(nn.Module())) - {"training"}
+_OWN = (frozenset(vars(nn.Module())) - {"training"}) | {"_switches", "_name"}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -448,7 +458,7 @@ def misfit(x: Tensor, stage: Stage) -> bool:
         channels += layer.growth
     if not stage.layers:
         conv = stage.tail.conv
-        if conv.shape[1] != channels or conv.device != x.device:
+        if conv is not None and (conv.shape[1] != channels or conv.device != x.device):
             return True
     tail = stage.tail
     pools = tail is not None and tail.spec.kind == "transition" and tail.spec.pool == 2

@@ -40,20 +40,27 @@ def test_rows_say_what_runs():
     """Each efficient row is one operation, each other none."""
     model = converted()
     model.features.denseblock1.denselayer1.conv1.register_forward_pre_hook(lambda *_: None)
+    model.features.denseblock2.register_forward_hook(lambda *_: None)
     rows = parts(model)
-    assert [row.efficient for row in rows.values()] == [True, False, True]
+    assert {name: row.efficient for name, row in rows.items()} == {
+        "conv0": True,
+        "denseblock1": False,
+        "transition1": True,
+        "denseblock2": True,
+        "norm5": True,
+    }
     with (
         mock.patch.object(ops, "run_stage", side_effect=ops.run_stage) as stages,
         mock.patch.object(ops, "run_stem", side_effect=ops.run_stem) as stems,
         pytest.warns(MemdenseWarning) as caught,
     ):
         model(torch.randn(2, 3, 32, 32))
-    assert (stems.call_count, stages.call_count) == (1, 1)
+    assert (stems.call_count, stages.call_count) == (1, 3)
     assert [str(w.message).endswith(rows["denseblock1"].why) for w in caught] == [True]
 
 
 def spoil_hook(features: nn.Module) -> None:
-    features.denseblock1.register_full_backward_hook(lambda *_: None)
+    features.denseblock1.denselayer2.register_full_backward_hook(lambda *_: None)
 
 
 def spoil_norm(features: nn.Module) -> None:
@@ -61,7 +68,11 @@ def spoil_norm(features: nn.Module) -> None:
 
 
 def spoil_forward(features: nn.Module) -> None:
-    features.transition1.forward = features.transition1.forward
+    features.denseblock1.forward = features.denseblock1.forward
+
+
+def spoil_tail(features: nn.Module) -> None:
+    features.transition1.register_forward_hook(lambda *_: None)
 
 
 def spoil_conv(features: nn.Module) -> None:
@@ -74,15 +85,18 @@ def spoil_class(features: nn.Module) -> None:
     features.denseblock1 = peers.PrevBlock(2, 8, 4)
 
 
-@pytest.mark.parametrize("spoil", [spoil_hook, spoil_norm, spoil_forward, spoil_conv, spoil_class])
+@pytest.mark.parametrize(
+    "spoil", [spoil_hook, spoil_norm, spoil_forward, spoil_tail, spoil_conv, spoil_class]
+)
 def test_reason_is_the_warnings(spoil):
     model = converted()
     spoil(model.features)
-    why = parts(model)["denseblock1"].why
+    ((name, why),) = ((name, row.why) for name, row in parts(model).items() if row.why)
+    assert name == ("transition1" if spoil is spoil_tail else "denseblock1")
     with pytest.warns(MemdenseWarning) as caught:
         model(torch.randn(2, 3, 32, 32))
     said = [str(w.message) for w in caught]
-    assert said == [f"memdense runs denseblock1 and transition1 as plain modules: {why}"]
+    assert said == [f"memdense runs {name} as plain modules: {why}"]
 
 
 @pytest.mark.parametrize("eps", [-1.0, 0.0])
@@ -149,7 +163,7 @@ def test_switches_and_switched_off():
 
 def test_table():
     model = converted()
-    model.features.denseblock2.register_forward_hook(lambda *_: None)
+    model.features.denseblock2.denselayer1.register_forward_hook(lambda *_: None)
     backend = ops.backend_for(torch.device("cpu")).name
     lines = str(memdense.explain(model)).splitlines()
     assert repr(memdense.explain(model)).splitlines() == lines
@@ -163,12 +177,11 @@ def test_table():
         "recompute_stem",
         "-",
     ]
-    assert lines[3].endswith("denseblock2 carries a forward hook")
-    columns = {
-        line.find(word) for line, word in zip(lines[1:4], ["eff", "eff", "plain"], strict=True)
-    }
+    assert lines[3].endswith("denseblock2.denselayer1 carries a forward hook")
+    paths = "eff", "eff", "plain", "eff"
+    columns = {line.find(word) for line, word in zip(lines[1:5], paths, strict=True)}
     assert columns == {lines[0].find("path")}
-    assert lines[4] == "" and lines[5] == "features: training mode, cpu float32"
+    assert lines[5] == "" and lines[6] == "features: training mode, cpu float32"
     assert not any(line != line.rstrip() for line in lines)
 
 
@@ -241,7 +254,7 @@ def test_changes_and_runs_nothing(build):
     assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
-    assert not getattr(model.features, "_warned", None)
+    assert type(model.features) is nn.Sequential or not model.features._switches.said
 
 
 def test_errors():

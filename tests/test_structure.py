@@ -164,8 +164,8 @@ def test_what_was_read_goes_with_its_modules() -> None:
     model = network_of_two()
     model(torch.randn(2, 3, 32, 32))
     model.extract_features(torch.randn(2, 3, 32, 32))
-    known = len(stage._readings)
-    assert pickle.dumps(model.features) and model.features in stage._readings
+    known = len(stage.readings)
+    assert pickle.dumps(model.features) and model.features in stage.readings
     conv = model.features.denseblock2.denselayer1.conv1
     weights = [weakref.ref(conv.weight)]
     conv.weight = nn.Parameter(torch.rand(8, 8, 1, 1))
@@ -174,4 +174,4 @@ def test_what_was_read_goes_with_its_modules() -> None:
     assert weights[0]() is None and weights[1]() is conv.weight
     del model, conv
     gc.collect()
-    assert weights[1]() is None and len(stage._readings) < known
+    assert weights[1]() is None and len(stage.readings) < known

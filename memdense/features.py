@@ -1,0 +1,364 @@
+"""A stack of DenseNet features that runs stage by stage where its modules allow it, and blocks that
+run so where they are called alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .backends import warn_plain
+from .convolution import layout_of
+from .direct import transformed
+from .stage import (
+    Step,
+    apart,
+    autocast_obstacle,
+    fits,
+    is_block,
+    read_once,
+    readings,
+    rectified_mean,
+    run_modules,
+    run_stage,
+    stem_or_modules,
+    steps_of,
+)
+from .structure import (
+    OWN_TYPES,
+    StageModules,
+    StemModules,
+    Unsupported,
+    article,
+    check,
+    check_global_hooks,
+    read_stage,
+    read_stem,
+    read_tail,
+)
+
+_TRANSFORMED = "torch.func's transforms and forward-mode AD need operations of their own"
+
+
+@dataclass(eq=False)
+class Switches:
+    """What a stack, its slices and its blocks share.
+
+    Attributes:
+        efficient, keep_bottlenecks, recompute_stem, double_backward: see
+            :class:`memdense.DenseNet`.
+        types: classes of blocks, layers and transitions that compute what they look like.
+        prospective: whether blocks are read as though they ran alone, which they do not yet.
+        said: reasons that a warning has given.
+    """
+
+    efficient: bool = True
+    keep_bottlenecks: bool = False
+    recompute_stem: bool = True
+    double_backward: bool = False
+    types: frozenset[type] = OWN_TYPES
+    prospective: bool = False
+    said: set[str] = field(default_factory=set)
+
+    def obstacle(self, x: Any) -> str:
+        """Why all runs as plain modules with this input; empty where it need not."""
+        if not self.efficient:
+            return "efficient is False"
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return "tracing"
+        if transformed():
+            return _TRANSFORMED
+        # modules say best what is wrong with an input, and do with an empty one what they do
+        if not isinstance(x, Tensor):
+            return f"it is {article(type(x).__name__)}"
+        if x.dim() != 4 or not x.is_floating_point() or not x.numel():
+            return f"{x.dtype} of shape {tuple(x.shape)}"
+        return ""
+
+    def run_efficiently(self, x: Any) -> bool:
+        reason = self.obstacle(x)
+        if reason == _TRANSFORMED:
+            warn_plain("the whole model", reason, self.said)
+        return not reason
+
+    @property
+    def keeps(self) -> bool:
+        """Whether bottlenecks are kept now."""
+        return self.keep_bottlenecks and torch.is_grad_enabled()
+
+
+def _switch(name: str) -> property:
+    def get(self: "Features") -> bool:
+        return getattr(self._switches, name)
+
+    def change(self: "Features", value: bool) -> None:
+        setattr(self._switches, name, bool(value))
+
+    return property(get, change)
+
+
+class Features(nn.Sequential):
+    """The feature stack of a DenseNet, from the first convolution to the last norm.
+
+    A ``Sequential`` in every respect; with ``efficient`` its blocks share one buffer each and their
+    norms, activations and bottlenecks are recomputed in backward. What cannot run so runs as plain
+    modules, with one warning that says why. The switches are attributes and may be changed at any
+    time; slices share them.
+
+    Args:
+        *args: as for ``Sequential``.
+        efficient, keep_bottlenecks, recompute_stem, double_backward: see
+            :class:`memdense.DenseNet`.
+    """
+
+    efficient = _switch("efficient")
+    keep_bottlenecks = _switch("keep_bottlenecks")
+    recompute_stem = _switch("recompute_stem")
+    double_backward = _switch("double_backward")
+
+    def __init__(
+        self,
+        *args: Any,
+        efficient: bool = True,
+        keep_bottlenecks: bool = False,
+        recompute_stem: bool = True,
+        double_backward: bool = False,
+    ) -> None:
+        super().__init__(*args)
+        self._switches = Switches(
+            bool(efficient), bool(keep_bottlenecks), bool(recompute_stem), bool(double_backward)
+        )
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """As a ``Sequential``'s; a slice shares the switches and what was read and said."""
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            found._switches = self._switches
+            # a slice may be made at every call
+            readings[found] = readings.setdefault(self, {})
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to the last norm's output, (N, C, H', W'), in the memory format that the
+        modules would give it.
+        """
+        if not self._switches.run_efficiently(x):
+            return super().forward(x)
+        layout = self._layout(x)
+        out = self._run(x, self.steps("norm"), layout)[0]
+        return out.contiguous(memory_format=layout)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
+        if self._switches.run_efficiently(x):
+            steps = self.steps("pool")
+            if steps[-1].tail == "pool":
+                return self._run(x, steps, self._layout(x))[0]
+        return rectified_mean(self(x))
+
+    def block_outputs(self, x: Tensor) -> list[Tensor]:
+        """(N, C_in, H, W) to the output of each dense block, from which the later ones are computed
+        (to autograd too). Where the block ran efficiently it is channels last: the block's buffer.
+        """
+        steps = [part for step in self.steps(None) for part in apart(step)]
+        if self._switches.run_efficiently(x):
+            return self._run(x, steps, self._layout(x))[1]
+        outputs = []
+        for step in steps:
+            for name in step.names:
+                x = self._modules[name](x)
+            if step.kind == "stage":
+                outputs.append(x)
+        return outputs
+
+    def steps(self, last_tail: str | None) -> list[Step]:
+        """How the children run together. ``last_tail``: what becomes of a final norm ("norm",
+        "pool" or nothing).
+        """
+        return list(steps_of(self._modules, last_tail))
+
+    def _layout(self, x: Tensor) -> torch.memory_format:
+        """Of the modules' activations: a convolution's output is channels last if its images or
+        its weight are.
+        """
+        first = next(iter(self._modules.values()), None)
+        known = isinstance(first, nn.Conv2d) and not isinstance(first, LazyModuleMixin)
+        # not by its name: a parametrization would compute it once more
+        weight = first._parameters.get("weight") if known else None
+        return _layout_of_any(x, weight)
+
+    def _run(
+        self, x: Tensor, steps: Iterable[Step], layout: torch.memory_format
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last step's output, and what each dense block gave."""
+        outputs = []
+        for step in steps:
+            for part, found, reason in self.parts(step):
+                modules = [self._modules[name] for name in part.names]
+                if part.kind == "module":
+                    x = modules[0](x)
+                    continue
+                if not reason and part.kind != "stem":
+                    reason = autocast_obstacle(x)
+                if reason:
+                    warn_plain(" and ".join(part.names), reason, self._switches.said)
+                    found = None
+                if part.kind == "stem":
+                    x = stem_or_modules(x, found, modules, self.recompute_stem)
+                    continue
+                if found is None or not fits(x, found):
+                    # modules see, and draw dropout in, the layout the caller's images have
+                    x = x.contiguous(memory_format=layout)
+                    x, features = run_modules(x, modules, part)
+                else:
+                    x, features = run_stage(x, found, self.double_backward, layout)
+                if part.kind == "stage":
+                    outputs.append(features)
+        return x, outputs
+
+    def parts(self, step: Step) -> list[tuple[Step, StageModules | StemModules | None, str]]:
+        """A step as it runs now, with what was read of it, and why it runs as modules if it does.
+        A block and its tail come apart where one of them cannot run efficiently.
+        """
+        if step.kind == "module":
+            return [(step, None, "")]
+        try:
+            return [(step, self._read(step), "")]
+        except Unsupported as reason:
+            why = str(reason)
+        if step.kind != "stage":
+            return [(step, None, why)]
+        if step.tail:
+            block, tail = (self.parts(part)[0] for part in apart(step))
+            if block[1] and tail[1]:  # each could, but they do not fit together
+                tail = tail[0], None, why
+            return [block, tail]
+        block = self._modules[step.names[0]]
+        if self._switches.prospective or isinstance(block, RunsAlone):
+            why = _obstacle_alone(block, step.names[0], self._switches)
+        return [(step, None, why)]
+
+    def _read(self, step: Step) -> StageModules | StemModules:
+        """The modules of a step, as operations take them. Raises ``Unsupported`` where they must
+        run as modules.
+        """
+        switches, names, modules = self._switches, step.names, self._modules
+
+        def read() -> StageModules | StemModules:
+            if step.kind == "stem":
+                return read_stem({name: modules[name] for name in names})
+            if step.kind == "tail":
+                return read_tail(modules[names[0]], names[0], step.tail, switches.types)
+            tail = names[1] if step.tail else ""
+            return read_stage(
+                modules[names[0]], names[0], modules.get(tail), tail, step.tail or "",
+                switches.types, switches.keeps,
+            )  # fmt: skip
+
+        key = step, switches.types, switches.keeps
+        return read_once(self, key, [modules[name] for name in names], read)
+
+    def let_blocks_run_alone(self) -> None:
+        """From now on the dense blocks run efficiently where they are called by themselves, too:
+        their classes change, the objects do not.
+        """
+        for name, block in self._modules.items():
+            if type(block) in self._switches.types and is_block(block):
+                block.__class__ = running_alone(type(block))
+                block._switches, block._name = self._switches, name
+
+
+class RunsAlone:
+    """Mixed into a dense block's class: its forward runs efficiently where it may. So it does where
+    a model's own forward calls the block, and hooks on it do not stand in the way.
+    """
+
+    plain_class: type[nn.Module]  # what it is mixed into
+    _switches: Switches
+    _name: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = *args, *kwargs.values()
+        features = _features_of(self, given[0]) if len(given) == 1 else None
+        return super().forward(*args, **kwargs) if features is None else features
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """A class made here cannot be found by its name: copies and pickles make it again."""
+        make, (cls, *args), *rest = super().__reduce_ex__(max(protocol, 2))
+        if plain := cls.__dict__.get("plain_class"):
+            return _bare, (plain, *args), *rest
+        return make, (cls, *args), *rest
+
+
+@cache
+def running_alone(plain: type[nn.Module]) -> type[nn.Module]:
+    """A dense block's class with :class:`RunsAlone`."""
+    if issubclass(plain, RunsAlone):
+        return plain
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(plain.__name__, (RunsAlone, plain), {**names, "plain_class": plain})
+
+
+def _bare(plain: type[nn.Module], *args: Any) -> nn.Module:
+    cls = running_alone(plain)
+    return cls.__new__(cls, *args)
+
+
+def read_alone(block: nn.Module, name: str, switches: Switches) -> StageModules:
+    """A block whose own hooks run anyway. Raises ``Unsupported``."""
+    types = switches.types | {type(block)}  # a subclass calls what is read here
+    return read_once(
+        block,
+        (types, switches.keeps),
+        [block],
+        lambda: read_stage(block, name, None, "", "", types, switches.keeps, alone=True),
+    )
+
+
+def _obstacle_alone(block: nn.Module, name: str, switches: Switches) -> str:
+    try:
+        read_alone(block, name, switches)
+    except Unsupported as reason:
+        return str(reason)
+    return ""
+
+
+def _features_of(block: RunsAlone, x: Tensor) -> Tensor | None:
+    """What a block makes of x, in the modules' memory format; None where they must run."""
+    switches = block._switches
+    if not switches.run_efficiently(x):
+        return None
+    try:
+        found, reason = read_alone(block, block._name, switches), autocast_obstacle(x)
+    except Unsupported as unsupported:
+        reason = str(unsupported)
+    if reason:
+        warn_plain(block._name, reason, switches.said)
+        return None
+    if not fits(x, found):
+        return None
+    first = found.stage.layers[0]
+    layout = _layout_of_any(x, first.conv1 if first.conv2 is None else first.conv2)
+    features = run_stage(x, found, switches.double_backward, layout)[1]
+    return features.contiguous(memory_format=layout_of(x))
+
+
+def _layout_of_any(*tensors: Tensor | None) -> torch.memory_format:
+    formats = [layout_of(t) for t in tensors if t is not None]
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+
+
+def pools_unseen(features: nn.Module) -> bool:
+    """Whether a model may call ``features.pooled`` in place of the module: it runs efficiently and
+    nothing hangs on the call.
+    """
+    try:
+        check_global_hooks()
+        check(features, "features", (Features,), "a Features")
+    except Unsupported:
+        return False
+    return features.efficient and features.__dict__.get("_compiled_call_impl") is None
