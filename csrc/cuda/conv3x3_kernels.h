@@ -131,10 +131,15 @@ MEMDENSE_DEVICE const V* halo_value_at(const char* rows, int row, int column, in
 }
 
 template <typename V>
-MEMDENSE_DEVICE void load_piece(const void* from, float (&to)[16 / sizeof(V)]) {
-  const Piece piece = *static_cast<const Piece*>(from);
+MEMDENSE_DEVICE void unpack_piece(const Piece& piece, float* to) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) unpack(V{}, piece.words[i], to + i * 4 / sizeof(V));
+}
+
+template <typename V>
+MEMDENSE_DEVICE void load_piece(const void* from, float (&to)[16 / sizeof(V)]) {
+  const Piece piece = *static_cast<const Piece*>(from);
+  unpack_piece<V>(piece, to);
 }
 
 template <typename V>
@@ -201,11 +206,9 @@ MEMDENSE_DEVICE void store_eight(V* to, int64_t stride, bool vectors, int count,
 
 template <typename V>
 MEMDENSE_DEVICE void unpack_eight(const Eight<V>& from, float (&to)[kEight]) {
-  constexpr int kPer = 4 / sizeof(V);
+  constexpr int kPer = 16 / sizeof(V);
 #pragma unroll
-  for (int i = 0; i < kEight / kPer; ++i) {
-    unpack(V{}, from.pieces[i / 4].words[i % 4], to + i * kPer);
-  }
+  for (int i = 0; i < kEight / kPer; ++i) unpack_piece<V>(from.pieces[i], to + i * kPer);
 }
 
 template <typename V>
