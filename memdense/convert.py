@@ -19,6 +19,7 @@ from .structure import HOOKS, OWN_TYPES, article
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-9
+ONE_BY_ONE = "where a forward calls its children one by one, only dense blocks are efficient"
 
 
 def convert(
@@ -71,10 +72,7 @@ def convert(
             continue
         become_features(stack, keep_bottlenecks, recompute_stem, double_backward)
         unchecked = "" if check else ", unchecked"
-        report.append(
-            f"{name}: converted{unchecked}; where a forward calls its children one by one, only "
-            f"dense blocks are efficient"
-        )
+        report.append(f"{name}: converted{unchecked}; {ONE_BY_ONE}")
         report += [
             f"  {' and '.join(part.names)} as plain modules for now: {reason}"
             for part, reason in parts(stack)

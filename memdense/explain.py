@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from . import _extension, ops
 from .backends import triton_reason
-from .convert import as_features, find_stacks, parts, refusal
+from .convert import ONE_BY_ONE, as_features, find_stacks, parts, refusal
 from .features import Features
 from .stage import Step
-from .structure import pair
+from .structure import OWN_TYPES, pair
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,8 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
         reason = refusal(stack)
         verdict = f"leaves it alone: {reason}" if reason else "converts it, if its check passes"
         yield f"memdense.convert {verdict}"
+    elif stack._switches.types != OWN_TYPES:  # another model's, whose forward may do anything
+        yield ONE_BY_ONE
 
 
 def _input_notes(features: Features, x: Tensor) -> Iterator[str]:

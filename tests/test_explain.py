@@ -257,6 +257,14 @@ def test_changes_and_runs_nothing(build):
     assert type(model.features) is nn.Sequential or not model.features._switches.said
 
 
+def test_who_calls_children_one_by_one_is_told(capsys):
+    memdense.convert(model := peers.torchvision())
+    note = "features: where a forward calls its children one by one, only dense blocks are efficient"
+    assert note in memdense.explain(model).notes
+    assert note.removeprefix("features: ") in capsys.readouterr().err
+    assert note not in memdense.explain(memdense.DenseNet(4, (2, 2), 8)).notes
+
+
 def test_errors():
     with pytest.raises(ValueError, match="found no DenseNet feature stack in Linear"):
         memdense.explain(nn.Linear(2, 2))
