@@ -134,16 +134,22 @@ def _show(found: Plan, plain: bool) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return tuple(map(_number, text.split(",")))
+
+
+def _number(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
 
 
 def _or_none(text: str) -> int | str:
-    return text if text == "none" else int(text)
+    return text if text == "none" else _number(text)
 
 
 def _size(text: str) -> int | tuple[int, int]:
     height, cross, width = text.lower().partition("x")
-    return (int(height), int(width)) if cross else int(height)
+    return (_number(height), _number(width)) if cross else _number(height)
 
 
 if __name__ == "__main__":

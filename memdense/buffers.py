@@ -5,7 +5,6 @@ see them only as strided prefixes and slices, and BatchNorm only as vectors; bot
 are made here and nowhere else.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import Norm, Stage
+from .spec import Norm, Stage, reads_of
 
 
 class Geometry(NamedTuple):
@@ -26,6 +25,16 @@ class Geometry(NamedTuple):
     @property
     def rows(self) -> int:
         return self.n * self.h * self.w
+
+    @property
+    def quads(self) -> "Geometry":
+        """Of the 2x2 means over it, a last odd line or column left out."""
+        return Geometry(self.n, self.h // 2, self.w // 2)
+
+    @property
+    def windows(self) -> "Geometry":
+        """Of its maxima over windows of 3x3 with stride 2 and padding 1."""
+        return Geometry(self.n, (self.h + 1) // 2, (self.w + 1) // 2)
 
     def pixels(self, matrix: Tensor) -> Tensor:
         """(M, C) seen as (N, H, W, C)."""
@@ -45,9 +54,9 @@ def row_stride(channels: int, device: torch.device) -> int:
     return -(-channels // ROW_UNIT) * ROW_UNIT if device.type == "cuda" else channels
 
 
-def matrix_like(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (M, channels) for x (M, C), with the row stride of X and G."""
-    wide = x.new_empty((len(x), row_stride(channels, x.device)), dtype=dtype or x.dtype)
+def new_matrix(like: Tensor, rows: int, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (rows, channels) beside ``like``, with the row stride of X and G."""
+    wide = like.new_empty((rows, row_stride(channels, like.device)), dtype=dtype or like.dtype)
     return wide[:, :channels]
 
 
@@ -178,25 +187,17 @@ def reader_columns(stage: Stage, channels: int) -> tuple[dict[tuple[int, int], s
     come each bottleneck's own, and a copy of the running statistics of whoever reads by those. A
     tail counts as a last layer.
     """
-    width = channels + sum(layer.growth for layer in stage.layers)
-    columns = {}
-    for i, norm, number, size in _readers(stage, channels):
+    read = [channels]  # by each layer's first norm, and the tail's
+    for layer in stage.layers:
+        read.append(read[-1] + layer.growth)
+    width, columns = read[-1], {}
+    for i, number, norm, _ in reads_of(stage):
+        size = read[i] if number == 1 else stage.layers[i].bottleneck
         if number == 1 and norm.spec.batch:
             columns[i, number] = slice(0, size)
         else:
             columns[i, number] = slice(width, width := width + size)
     return columns, width
-
-
-def _readers(stage: Stage, channels: int) -> Iterator[tuple[int, Norm, int, int]]:
-    """(layer, norm, its number, the channels it reads) of every reader."""
-    for i, layer in enumerate(stage.layers):
-        yield i, layer.norm1, 1, channels
-        if layer.norm2 is not None:
-            yield i, layer.norm2, 2, layer.bottleneck
-        channels += layer.growth
-    if stage.tail is not None:
-        yield len(stage.layers), stage.tail.norm, 1, channels
 
 
 class StatisticsTable:
@@ -220,8 +221,7 @@ class StatisticsTable:
 
     def keep_running(self, stage: Stage) -> None:
         """Copy the running statistics that norms read by: the modules' may move before backward."""
-        norms = [norm for _, norm, _, _ in _readers(stage, 0)]
-        kept = zip(norms, self.columns.values(), strict=True)
+        kept = [(norm, self.columns[i, number]) for i, number, norm, _ in reads_of(stage)]
         pairs = [(norm, self.of(columns)) for norm, columns in kept if not norm.spec.batch]
         if pairs:
             torch._foreach_copy_(
@@ -253,8 +253,7 @@ class StatisticsTable:
 
 def needs_statistics(stage: Stage) -> bool:
     """Whether any norm reads the block's channels by their batch statistics."""
-    tail = stage.tail is not None and stage.tail.norm.spec.batch
-    return tail or any(layer.norm1.spec.batch for layer in stage.layers)
+    return any(number == 1 and norm.spec.batch for _, number, norm, _ in reads_of(stage))
 
 
 class FeatureBuffer:
@@ -267,8 +266,8 @@ class FeatureBuffer:
     def prefix(self, channels: int) -> Tensor:
         return self.matrix[:, :channels]
 
-    def slice(self, start: int, stop: int) -> Tensor:
-        return self.matrix[:, start:stop]
+    def slice(self, columns: slice) -> Tensor:
+        return self.matrix[:, columns]
 
 
 class GradientBuffer:
@@ -286,7 +285,7 @@ class GradientBuffer:
         x = features.matrix
         acc = accumulator(x.dtype)
         dtype = acc if wide or len(x) <= self.WIDE_ROWS else x.dtype
-        self.matrix = matrix_like(x, x.shape[1], dtype)
+        self.matrix = new_matrix(x, *x.shape, dtype)
         if seed is not None:
             features.geometry.images(self.matrix).copy_(seed)
         self.seeded = seed is not None
@@ -305,8 +304,8 @@ class GradientBuffer:
         self.credited = self.credited or read.batch
         return into
 
-    def slice(self, start: int, stop: int) -> Tensor:
-        return self.matrix[:, start:stop]
+    def slice(self, columns: slice) -> Tensor:
+        return self.matrix[:, columns]
 
     def share(self, columns: slice, mean: Tensor) -> Share | None:
         """Of a slice whose batch mean is ``mean``; None where no reader used batch statistics."""

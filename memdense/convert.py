@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .backends import MemdenseWarning
 from .features import Features, Switches
+from .modules import OWN_TYPES
 from .stage import Step, apart, is_block
-from .structure import HOOKS, OWN_TYPES, article
+from .structure import HOOKS, article
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-9

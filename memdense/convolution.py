@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import _extension
 from .direct import autocast, learns, transformed, watched
-from .spec import pair
+from .spec import output_length, pair
 
 _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16),
@@ -171,13 +171,13 @@ def _output(x: Tensor, weight: Tensor, *geometry: Sequence[int]) -> Tensor:
 
 def _length(length: int, stride: int, padding: int, dilation: int) -> int:
     """Of the output along one axis."""
-    room = length + 2 * padding - 2 * dilation - 1
-    if room < 0:
+    out = output_length(length, 3, stride, padding, dilation)
+    if out < 1:
         raise RuntimeError(
             f"dilated_conv3x3: an image {length} long with padding {padding} is smaller than "
             f"the kernel with dilation {dilation}, which is {2 * dilation + 1} long"
         )
-    return room // stride + 1
+    return out
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

@@ -27,13 +27,8 @@ _URLS = {
     "densenet169": _HUB + "densenet169-b2777c0a.pth",
     "densenet201": _HUB + "densenet201-c1103571.pth",
 }
-# output_stride -> (dilation of each block, whether each transition pools); the last two strides may
-# go
-_DILATIONS = {
-    32: ((1, 1, 1, 1), (True, True, True)),
-    16: ((1, 1, 1, 2), (True, True, False)),
-    8: ((1, 1, 2, 4), (True, False, False)),
-}
+# output_stride -> each block's dilation; where it grows, no transition pools in front
+_DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 
 class DenseNet(nn.Module):
@@ -132,15 +127,14 @@ class DenseNet(nn.Module):
         )
 
         last = len(block_config) - 1
-        dilations, pools = _DILATIONS[output_stride]
+        dilations = _DILATIONS[output_stride] if output_stride != 32 else (1,) * len(block_config)
         channels = num_init_features
         for i, layers in enumerate(block_config):
-            dilation = dilations[i] if output_stride != 32 else 1
-            block = DenseBlock(layers, channels, bn_size, growth_rate, drop_rate, dilation)
+            block = DenseBlock(layers, channels, bn_size, growth_rate, drop_rate, dilations[i])
             self.features.add_module(f"denseblock{i + 1}", block)
             channels += layers * growth_rate
             if i != last:
-                pool = pools[i] if output_stride != 32 else True
+                pool = dilations[i + 1] == dilations[i]
                 kept = int(channels * compression)
                 if kept < 1:
                     raise ValueError(

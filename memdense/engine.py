@@ -20,11 +20,11 @@ from .buffers import (
     StatisticsTable,
     Sums,
     accumulator,
-    matrix_like,
     needs_statistics,
+    new_matrix,
     reader,
 )
-from .spec import Layer, Norm, Stage, StemSpec, Tail, flatten, parameter_names
+from .spec import Layer, Norm, Stage, StemSpec, Tail, flatten, parameter_names, reads_of
 
 # one primitive per method; backends/reference.py is their specification
 Backend = Any
@@ -49,6 +49,7 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     table = StatisticsTable(stage, channels, like=x)
     table.keep_running(stage)
     shared = needs_statistics(stage)
+    entering = slice(0, channels)
     kept = []
 
     def moments(columns: slice, wanted: bool) -> Tensor | None:
@@ -57,12 +58,12 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     if not stage.layers:
         X = FeatureBuffer(as_rows(x), geometry)
         if shared:
-            backend.statistics(X.matrix, table.of(slice(0, channels)))
+            backend.statistics(X.matrix, table.of(entering))
         return Forward(
             _tail_forward(X, stage, table, backend), x.new_empty((0,)), table.table, kept
         )
-    X = FeatureBuffer(matrix_like(x.new_empty((geometry.rows, 0)), last), geometry)
-    backend.pack(x, X.slice(0, channels), geometry, moments(slice(0, channels), shared))
+    X = FeatureBuffer(new_matrix(x, geometry.rows, last), geometry)
+    backend.pack(x, X.slice(entering), geometry, moments(entering, shared))
 
     c = channels
     for i, layer in enumerate(stage.layers):
@@ -79,8 +80,7 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
                 kept.append(y)
         # a channel's statistics are computed once, where it is produced
         backend.bn_relu_conv3x3(
-            y, read, conv, layer.dilation, geometry, X.slice(new.start, new.stop), keep,
-            moments(new, shared),
+            y, read, conv, layer.dilation, geometry, X.slice(new), keep, moments(new, shared),
         )  # fmt: skip
         del y
         c = new.stop
@@ -92,9 +92,7 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
 def _in_dtype(stage: Stage, dtype: torch.dtype, backend: Backend, backward: bool) -> Stage:
     """A stage with its convolutions' weights in ``dtype``, those of 1x1 as (B, C) matrices."""
     tail = stage.tail
-    weights = [w for s in stage.layers for w in (s.conv1, s.conv2) if w is not None]
-    if tail is not None and tail.conv is not None:
-        weights.append(tail.conv)
+    weights = [conv for *_, conv in reads_of(stage) if conv is not None]
     matrices = [w.flatten(1) if w.shape[2:] == (1, 1) else w for w in weights]
     cast = iter(backend.cast(matrices, dtype, backward))
 
@@ -128,8 +126,8 @@ def _tail_forward(
     if tail.spec.kind == "norm":
         return geometry.images(backend.bn_relu(x, read, tail.spec.relu))
     if tail.spec.pool == 2:
-        small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
-        return small.images(backend.bn_relu_pool_conv1x1(x, read, tail.conv, geometry))
+        out = backend.bn_relu_pool_conv1x1(x, read, tail.conv, geometry)
+        return geometry.quads.images(out)
     return geometry.images(backend.bn_relu_conv1x1(x, read, tail.conv, None))
 
 
@@ -174,9 +172,7 @@ def backward(
     def settle(part: slice, keep: tuple[Tensor, float] | None) -> Tensor:
         """dy = G + p*x + q of a slice whose readers have all answered."""
         share = G.share(part, table.mean[part])
-        return backend.settle(
-            G.slice(part.start, part.stop), X.slice(part.start, part.stop), share, keep
-        )
+        return backend.settle(G.slice(part), X.slice(part), share, keep)
 
     def answered(i: int, number: int, sums: Sums) -> None:
         """A norm's parameter gradients are the two sums its backward leaves."""
@@ -306,8 +302,9 @@ def stem_forward(
         backend.statistics(rows, statistics)
     else:
         statistics[0], statistics[1] = norm.mean, norm.var
-    out, winner = backend.bn_relu_maxpool(rows, reader(norm, *statistics), Geometry(n, h, w))
-    images = Geometry(n, (h + 1) // 2, (w + 1) // 2).images(out)
+    geometry = Geometry(n, h, w)
+    out, winner = backend.bn_relu_maxpool(rows, reader(norm, *statistics), geometry)
+    images = geometry.windows.images(out)
     return StemForward(
         images, x.new_empty((0,)) if spec.recompute else convolved, winner, statistics
     )

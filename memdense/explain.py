@@ -12,8 +12,9 @@ from . import _extension, ops
 from .backends import triton_reason
 from .convert import ONE_BY_ONE, as_features, find_stacks, parts, refusal
 from .features import Features
+from .modules import OWN_TYPES
+from .spec import output_length, pair
 from .stage import Step
-from .structure import OWN_TYPES, pair
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,7 @@ def size_after(module: nn.Module, size: tuple[int, ...] | None) -> tuple[int, ..
         return None
     dilation = getattr(module, "dilation", 1)
     geometry = map(pair, (module.kernel_size, module.stride, module.padding, dilation))
-    return tuple(
-        (i + 2 * p - d * (k - 1) - 1) // s + 1
-        for i, k, s, p, d in zip(size, *geometry, strict=True)
-    )
+    return tuple(map(output_length, size, *geometry))
 
 
 def _triton(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from .backends import warn_plain
 from .convolution import layout_of
 from .direct import transformed
+from .modules import OWN_TYPES
 from .stage import (
     Step,
     apart,
@@ -29,7 +30,6 @@ from .stage import (
     steps_of,
 )
 from .structure import (
-    OWN_TYPES,
     StageModules,
     StemModules,
     Unsupported,

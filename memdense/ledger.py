@@ -140,11 +140,6 @@ def read_network(model: DenseNet, height: int, width: int) -> Network:
     return Network(tuple(parts), values, model.classifier)
 
 
-def half_up(geometry: Geometry) -> Geometry:
-    """Of the max-pool's output."""
-    return Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
-
-
 def channels_of(stage: Stage) -> tuple[int, int]:
     """(C_0, C_max)"""
     first = stage.layers[0].conv1.shape[1]
@@ -294,7 +289,7 @@ class Efficient(Walk):
 
     def stem_forward(self, part: Part, images: Buffer) -> Buffer:
         ledger, geometry, channels = self.ledger, part.geometry(self.n), part.conv.out_channels
-        pooled = half_up(geometry).rows * channels
+        pooled = geometry.windows.rows * channels
         scratch = self.call()
         convolved = self.convolve(part)
         scratch.statistics(geometry.rows, channels)
@@ -322,7 +317,7 @@ class Efficient(Walk):
         if self.setting.recompute_stem:
             self.kept[part.name].append(self.convolve(part))
         with ledger.hold("stem: gradient of conv0's output", geometry.rows * channels * self.a):
-            scratch.maxpool_backward(half_up(geometry), geometry.rows, channels)
+            scratch.maxpool_backward(geometry.windows, geometry.rows, channels)
             scratch.normalised(geometry.rows, channels)
             with ledger.hold("images, channels last", self.images * self.a):
                 self.weight_gradient(part.conv.weight.numel())
@@ -370,7 +365,7 @@ class Efficient(Walk):
             scratch.mean(geometry, last)
             return self.ledger.new("pooled", self.n * last * self.a)
         pool, channels = tail.spec.pool, tail.conv.shape[0]
-        rows = geometry.n * (geometry.h // pool) * (geometry.w // pool)
+        rows = geometry.quads.rows if pool == 2 else geometry.rows
         out = self.ledger.new("handed on", rows * channels * self.a)
         if pool == 2:
             scratch.pool_conv1x1(geometry, last)
@@ -686,7 +681,7 @@ class Plain(Walk):
 
     def stem_forward(self, part: Part, images: Buffer) -> Buffer:
         ledger, geometry, channels = self.ledger, part.geometry(self.n), part.conv.out_channels
-        values, pooled = geometry.rows * channels, half_up(geometry).rows * channels
+        values, pooled = geometry.rows * channels, geometry.windows.rows * channels
         weight = self.cast(part.conv.weight.numel())
         convolved = ledger.new("stem", values * self.a)
         normed = ledger.new("stem", values * self.a)  # relu0 works in place
@@ -727,7 +722,7 @@ class Plain(Walk):
         if tail.spec.pool == 1:
             return out
         kept[-1].append(out)  # for the pool
-        small = self.n * (part.height // 2) * (part.width // 2)
+        small = part.geometry(self.n).quads.rows
         return ledger.new("handed on", small * channels * self.a)
 
     def let_go(self, features: list[Buffer]) -> list[Buffer]:

@@ -15,6 +15,7 @@ from .backends import warn_plain
 from .convolution import dilated_conv3x3
 from .functional import norm_relu_conv1x1
 from .spec import pair
+from .structure import Unsupported, check_global_hooks, read_conv, read_norm
 
 # torch.fx's nodes of a traced network
 torch.fx.wrap("dilated_conv3x3")
@@ -117,6 +118,10 @@ class Transition(nn.Sequential):
         super().__init__(layers)
 
 
+# that compute what they look like
+OWN_TYPES = frozenset({DenseBlock, DenseLayer, Transition})
+
+
 class BNReLUConv1x1(nn.Module):
     """BN-ReLU-Conv1x1 as one operation: :func:`memdense.functional.bn_relu_conv1x1`.
 
@@ -161,13 +166,11 @@ class BNReLUConv1x1(nn.Module):
 
     def _unusual(self) -> str | None:
         """Why running the children one by one would do anything else."""
-        from . import structure  # which reads this file's modules
-
         try:
-            structure.check_global_hooks()
-            structure.read_norm(self.norm, "norm")
-            structure.read_conv(self.conv, "conv", 1)
-        except structure.Unsupported as reason:
+            check_global_hooks()
+            read_norm(self.norm, "norm")
+            read_conv(self.conv, "conv", 1)
+        except Unsupported as reason:
             return str(reason)
         return None
 

@@ -16,7 +16,7 @@ from .backends import backend_for, chosen, unless_chosen
 from .buffers import StatisticsTable, accumulator, row_stride
 from .convolution import layout_of
 from .direct import learns, watched
-from .spec import Norm, Stage, StageSpec, StemSpec, unflatten
+from .spec import Norm, Stage, StageSpec, StemSpec, output_length, unflatten
 
 Update = Callable[[Tensor], None]  # of running statistics, by a stage's or the stem's own
 
@@ -353,8 +353,7 @@ stem = torch.library.custom_op("memdense::stem", _stem, mutates_args=())
 def _(x, weight, gamma, beta, mean, var, spec):
     s = StemSpec.decode(spec)
     n, c = x.shape[0], weight.shape[0]
-    size = zip(x.shape[2:], weight.shape[2:], s.stride, s.padding, s.dilation, strict=True)
-    h, w = ((i + 2 * p - d * (k - 1) - 1) // stride + 1 for i, k, stride, p, d in size)
+    h, w = map(output_length, x.shape[2:], weight.shape[2:], s.stride, s.padding, s.dilation)
     convolved = x.new_empty((0,)) if s.recompute else _images(x, n, c, h, w)
     small = (h + 1) // 2, (w + 1) // 2
     winner = x.new_empty((n * small[0] * small[1], c), dtype=torch.uint8)

@@ -36,25 +36,25 @@ _DTYPES = {
 }
 # state as a multiple of the parameters
 OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
-_UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
+_POWERS = {None: 0, "": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _MIB = 1 << 20
 
 
 # ---- what people write
 
 
-def parse_bytes(text: int | str) -> int:
+def parse_bytes(text: int | str, least: int = 1) -> int:
     """Bytes of ``"24GiB"`` (binary), ``"24GB"`` (decimal), ``"25769803776"`` or a number.
 
     Raises:
-        ValueError: for anything else, and for less than one byte.
+        ValueError: for anything else, and for less than ``least``.
     """
     number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?\s*", str(text).lower())
-    size = 0
+    size = -1
     if number:
         value, prefix, binary = number.groups()
-        size = round(float(value) * (1024 if binary else 1000) ** _power(prefix))
-    if size < 1:
+        size = round(float(value) * (1024 if binary else 1000) ** _POWERS[prefix])
+    if size < least:
         raise ValueError(f"expected a size such as 24GiB, 24GB or 25769803776, got {text!r}")
     return size
 
@@ -71,15 +71,11 @@ def parse_bandwidth(text: float | str) -> float:
     rate = 0.0
     if number:
         value, prefix, binary, unit = number.groups()
-        rate = float(value) * (1024 if binary else 1000) ** _power(prefix)
+        rate = float(value) * (1024 if binary else 1000) ** _POWERS[prefix]
         rate /= 8 if unit == "bit" else 1
     if rate <= 0:
         raise ValueError(f"expected a bandwidth such as 300GB/s or 400Gbit/s, got {text!r}")
     return rate
-
-
-def _power(prefix: str | None) -> int:
-    return 0 if not prefix else _UNITS[prefix]
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -509,7 +505,7 @@ def plan(
     ddp = max(devices, default=1) > 1
     state = state_of(model, optimizer, device, ddp, gradient_as_bucket_view)
     limit = None if budget is None else parse_bytes(budget)
-    reserved = parse_bytes(reserve) if reserve else 0
+    reserved = parse_bytes(reserve, least=0)
 
     def total(setting: Setting, n: int) -> int:
         step = max(replay(network, n, setting, machine).peak, state.optimizer_step)

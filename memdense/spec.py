@@ -3,7 +3,7 @@ one.
 """
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import index
@@ -16,6 +16,11 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """One number, or one per axis, as PyTorch's modules take them."""
     numbers = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),)
     return numbers * 2 if len(numbers) == 1 else numbers
+
+
+def output_length(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Of a convolution or a pool, along one axis; below 1 where there is none."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 @dataclass(frozen=True)
@@ -152,30 +157,33 @@ class Stage(NamedTuple):
     keep_bottlenecks: bool
 
 
+def reads_of(stage: Stage) -> Iterator[tuple[int, int, Norm, Tensor | None]]:
+    """(layer, number, norm, the convolution behind it) of each norm, number 1 or 2 of its layer, in
+    the order of all lists of a stage's tensors; a tail counts as a last layer.
+    """
+    for i, layer in enumerate(stage.layers):
+        yield i, 1, layer.norm1, layer.conv1
+        if layer.norm2 is not None:
+            yield i, 2, layer.norm2, layer.conv2
+    if stage.tail is not None:
+        yield len(stage.layers), 1, stage.tail.norm, stage.tail.conv
+
+
 def flatten(stage: Stage) -> tuple[list[Tensor], list[Tensor]]:
     """A stage's tensors in order, parameters and running statistics apart.
 
-    Parameters: per layer gamma1, beta1, conv1, gamma2, beta2, conv2; then the tail's gamma, beta
-        and conv. Running
-    statistics: mean and var of each norm that reads by them, in the same order.
+    Parameters: of each norm gamma and beta, if affine, and the convolution behind it. Running
+    statistics: mean and var of each norm that reads by them.
     """
     tensors: list[Tensor] = []
     running: list[Tensor] = []
-
-    def add(norm: Norm, conv: Tensor | None) -> None:
+    for _, _, norm, conv in reads_of(stage):
         if norm.spec.affine:
-            tensors.extend((norm.weight, norm.bias))
+            tensors += (norm.weight, norm.bias)
         if not norm.spec.batch:
-            running.extend((norm.mean, norm.var))
+            running += (norm.mean, norm.var)
         if conv is not None:
             tensors.append(conv)
-
-    for layer in stage.layers:
-        add(layer.norm1, layer.conv1)
-        if layer.norm2 is not None:
-            add(layer.norm2, layer.conv2)
-    if stage.tail is not None:
-        add(stage.tail.norm, stage.tail.conv)
     return tensors, running
 
 
@@ -207,21 +215,13 @@ def unflatten(
 
 
 def parameter_names(stage: Stage) -> list[tuple[int, str]]:
-    """(layer, name) of each parameter in :func:`flatten`'s order; a tail counts as a last layer."""
+    """(layer, name) of each parameter in :func:`flatten`'s order."""
     names: list[tuple[int, str]] = []
-
-    def add(i: int, number: int, norm: Norm, conv: Tensor | None) -> None:
+    for i, number, norm, conv in reads_of(stage):
         if norm.spec.affine:
-            names.extend(((i, f"gamma{number}"), (i, f"beta{number}")))
+            names += ((i, f"gamma{number}"), (i, f"beta{number}"))
         if conv is not None:
             names.append((i, f"conv{number}"))
-
-    for i, layer in enumerate(stage.layers):
-        add(i, 1, layer.norm1, layer.conv1)
-        if layer.norm2 is not None:
-            add(i, 2, layer.norm2, layer.conv2)
-    if stage.tail is not None:
-        add(len(stage.layers), 1, stage.tail.norm, stage.tail.conv)
     return names
 
 

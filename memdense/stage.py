@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from . import ops
 from .buffers import reader_columns
 from .direct import autocast, autocast_dtype
-from .spec import Stage, StemSpec
+from .spec import Stage, StemSpec, output_length, reads_of
 from .structure import (
     Moving,
     Snapshot,
@@ -123,17 +123,15 @@ def autocast_obstacle(x: Tensor) -> str:
 
 def fits(x: Tensor, found: StageModules) -> bool:
     """Whether the stage can take x; where it cannot, the modules say why."""
-    layers, tail = found.stage.layers, found.stage.tail
-    weights = [w for layer in layers for w in (layer.conv1, layer.conv2) if w is not None]
-    if not layers and tail.conv is not None:
-        weights.append(tail.conv)
-    if not layers and tail.conv is None:
+    stage = found.stage
+    if not stage.layers and stage.tail.conv is None:
         # a final norm alone: no convolution was there to compare it with
         own = *found.tensors, *found.running, *found.moving.means, *found.moving.variances
         if not all(
             len(t) == x.shape[1] and t.device == x.device and stands_beside(t, x) for t in own
         ):
             return False
+    weights = [conv for *_, conv in reads_of(stage) if conv is not None]
     return not misfit(x, found.stage) and convolution_dtype_fits(x, weights)
 
 
@@ -208,25 +206,20 @@ def stem_or_modules(
     """The stem's output."""
     if found is not None:
         weight = found.conv.weight
-        fits = (
+        h, w = map(output_length, x.shape[2:], weight.shape[2:], *found.geometry)
+        rows = x.shape[0] * h * w
+        if (
             x.shape[1] == weight.shape[1]
             and x.device == weight.device
             and convolution_dtype_fits(x, [weight])
-        )
-        size = [_convolved(x, found, i) for i in (0, 1)]
-        one_value = x.shape[0] * size[0] * size[1] == 1 and found.norm.spec.batch
-        if fits and min(size) > 0 and not one_value:
+            and min(h, w) > 0
+            and not (rows == 1 and found.norm.spec.batch)
+        ):
             (x,) = autocast(x)
-            return _run_stem(x, found, recompute, x.shape[0] * size[0] * size[1])
+            return _run_stem(x, found, recompute, rows)
     for module in modules:
         x = module(x)
     return x
-
-
-def _convolved(x: Tensor, found: StemModules, axis: int) -> int:
-    stride, padding, dilation = (numbers[axis] for numbers in found.geometry)
-    reach = dilation * (found.conv.weight.shape[2 + axis] - 1)
-    return (x.shape[2 + axis] + 2 * padding - reach - 1) // stride + 1
 
 
 def _run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tensor:

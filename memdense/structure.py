@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from .direct import autocast_dtype
-from .modules import DenseBlock, DenseLayer, Transition
-from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec, flatten, pair, spec_of
+from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec, flatten, pair, reads_of, spec_of
 
-OWN_TYPES = frozenset({DenseBlock, DenseLayer, Transition})
 HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
     "_forward_hooks": "forward hook",
@@ -466,9 +464,7 @@ def misfit(x: Tensor, stage: Stage) -> bool:
         return True
     if x.shape[0] * x.shape[2] * x.shape[3] > 1:
         return False
-    norms = [norm for layer in stage.layers for norm in (layer.norm1, layer.norm2)]
-    norms.append(None if tail is None else tail.norm)
-    return any(norm is not None and norm.spec.batch for norm in norms)
+    return any(norm.spec.batch for _, _, norm, _ in reads_of(stage))
 
 
 def convolution_dtype_fits(x: Tensor, weights: Iterable[Tensor]) -> bool:

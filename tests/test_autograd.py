@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import memdense
 from memdense import ops
-from memdense.structure import OWN_TYPES, read_tail
+from memdense.modules import OWN_TYPES
+from memdense.structure import read_tail
 
 ARGS = dict(growth_rate=4, block_config=(2, 2), num_init_features=6, bn_size=2, num_classes=3)
 

@@ -22,18 +22,13 @@ from torch.nn import functional as F
 
 import memdense
 from memdense import DilatedConv2d, _extension, convolution, ops
-from memdense.backends import Reference
-from memdense.backends.native3x3 import NativeConv3x3
+from memdense.backends import Native, Reference
 from memdense.buffers import Geometry, Reader
 from memdense.convolution import dilated_conv3x3
 from memdense.direct import watched
 from memdense.memory import peak_memory
 
 built = pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
-
-
-class Native(NativeConv3x3, Reference):
-    pass
 
 
 # ---- a sampled grid: each value of each axis comes up, in many combinations

@@ -12,8 +12,9 @@ from torch.library import opcheck
 import memdense
 from memdense import ops
 from memdense.direct import watched
+from memdense.modules import OWN_TYPES
 from memdense.spec import flatten, spec_of
-from memdense.structure import OWN_TYPES, read_stage, read_tail
+from memdense.structure import read_stage, read_tail
 
 
 def stage_arguments(kind: str, frozen: bool, bn_size: int | None) -> tuple:

@@ -15,8 +15,9 @@ import memdense
 from memdense import engine
 from memdense.backends import Reference
 from memdense.buffers import Geometry, NormGradient, Reader, reader
+from memdense.modules import OWN_TYPES
 from memdense.spec import Norm, NormSpec, unflatten
-from memdense.structure import OWN_TYPES, read_stage
+from memdense.structure import read_stage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5

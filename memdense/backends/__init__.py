@@ -121,14 +121,13 @@ def backend_for(device: torch.device) -> Reference:
 
     What :func:`use_backend` chose, else the environment's MEMDENSE_BACKEND, else the fastest.
     """
-    name = _chosen.get()
-    if name is None and (name := os.environ.get("MEMDENSE_BACKEND") or None):
-        _check(name)
-    if name is None:
-        name = "triton" if device.type == "cuda" else "native"
+    asked = _chosen.get()
+    if asked is None and (asked := os.environ.get("MEMDENSE_BACKEND")):
+        _check(asked)
+    name = asked or ("triton" if device.type == "cuda" else "native")
     if name == "native" and device.type == "cpu" and _extension.available():
         return Native()
-    if name == "triton" and (not triton_reason(device) or _chosen_interpreted()):
+    if name == "triton" and (not triton_reason(device) or (asked and _interpreted())):
         from .triton import Triton
 
         return Triton()
@@ -141,8 +140,3 @@ def backend_for(device: torch.device) -> Reference:
 def _warn(message: str) -> None:
     """Once."""
     warnings.warn(message, MemdenseWarning, stacklevel=3)
-
-
-def _chosen_interpreted() -> bool:
-    """Whether the interpreter was asked for."""
-    return (_chosen.get() or os.environ.get("MEMDENSE_BACKEND")) == "triton" and _interpreted()

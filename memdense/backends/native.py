@@ -5,13 +5,15 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (loads the operations)
 from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums
-from .native3x3 import NativeConv3x3, fits
 from .reference import Reference
 
 _ops = torch.ops.memdense
 
+# below C*k of this, vectors are mostly padding and PyTorch's operations are as fast
+MIN_PRODUCTS = 64
 
-class Native(NativeConv3x3, Reference):
+
+class Native(Reference):
     """Each method has its twin's contract; what its kernel does not take goes to the twin."""
 
     name = "native"
@@ -20,18 +22,18 @@ class Native(NativeConv3x3, Reference):
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
         rows = _rows(x)
-        if moments is None or not fits(out):
+        if moments is None or not _fits(out):
             super().pack(x, out, geometry, moments)
-        elif rows is None or not fits(rows, out):
+        elif rows is None or not _fits(rows, out):
             super().pack(x, out, geometry, None)
             self.statistics(out, moments)
         else:
-            store(moments, *_ops.pack(rows, out))
+            moments[0], moments[1] = _ops.pack(rows, out)
 
     def statistics(self, x: Tensor, moments: Tensor) -> None:
-        if not fits(x):
+        if not _fits(x):
             return super().statistics(x, moments)
-        store(moments, *_ops.channel_statistics(x))
+        moments[0], moments[1] = _ops.channel_statistics(x)
 
     def bn_relu_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
@@ -39,6 +41,25 @@ class Native(NativeConv3x3, Reference):
         if not _reads(x, read, weight):
             return super().bn_relu_conv1x1(x, read, weight, moments)
         return _ops.bn_relu_conv1x1(x, *read.tensors, weight, moments)
+
+    def bn_relu_conv3x3(
+        self,
+        x: Tensor,
+        read: Reader,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        geometry: Geometry,
+        out: Tensor,
+        keep: tuple[Tensor, float] | None,
+        moments: Tensor | None,
+    ) -> None:
+        mask = keep is None or keep[0].stride(1) == 1
+        if not mask or not _convolves(x, read, weight, out):
+            return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
+        _ops.bn_relu_conv3x3(
+            x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation, *geometry,
+            *(keep or (None, 1.0)), out, moments,
+        )  # fmt: skip
 
     # ---- answering
 
@@ -49,7 +70,7 @@ class Native(NativeConv3x3, Reference):
         share: Share | None,
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
-        if not fits(x, g):
+        if not _fits(x, g):
             return super().settle(g, x, share, keep)
         sums, mean = (None, None) if share is None else (share.sums, share.mean)
         return _ops.settle(g, x, sums, mean, *(keep or (None, 1.0)))
@@ -77,6 +98,33 @@ class Native(NativeConv3x3, Reference):
             dz, *norm, weight, x, *read.tensors, into.g, into.seeded, into.sums, need_weight
         )
         return Sums(dbeta, dgamma), dweight if need_weight else None
+
+    def bn_relu_conv3x3_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        dilation: tuple[int, int],
+        x: Tensor,
+        read: Reader,
+        geometry: Geometry,
+        into: Into | None,
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Sums, Tensor | None]:
+        if not _convolves(x, read, weight, dy, into and into.g):
+            return super().bn_relu_conv3x3_backward(
+                dy, weight, dilation, x, read, geometry, into, need_weight
+            )
+        dz = None if into else torch.empty_like(x, memory_format=torch.contiguous_format)
+        target = into.start() if into else dz
+        sums = Sums(torch.empty_like(read.mean), torch.empty_like(read.mean))
+        dweight = weight.new_empty(weight.shape) if need_weight else None
+        _ops.bn_relu_conv3x3_backward(
+            dy, weight, dilation, x, read.mean, read.var, read.weight, read.bias, read.eps,
+            *geometry, target, *sums, dweight, into is not None,
+        )  # fmt: skip
+        if into is not None:
+            into.credit(read, sums)
+        return dz, sums, dweight
 
     # ---- tails
 
@@ -159,15 +207,30 @@ class Native(NativeConv3x3, Reference):
         return dz
 
 
-def store(moments: Tensor | None, mean: Tensor, var: Tensor) -> None:
-    """Mean and variance where ``moments`` (2, C) wants them."""
-    if moments is not None:
-        moments[0], moments[1] = mean, var
+def _fits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take these: one dtype, on the CPU, unit column stride. Vectors that are
+    made of statistics always do.
+    """
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.float64) or not x.numel():
+        return False
+    for t in (x, *others):
+        if t is not None and not (
+            t.dtype == dtype and t.is_cpu and (t.stride(-1) == 1 or t.shape[-1] == 1)
+        ):
+            return False
+    return True
 
 
 def _reads(x: Tensor, read: Reader, *others: Tensor | None) -> bool:
     """Whether the kernels take these: a norm's parameters may have a dtype of their own."""
-    return fits(x, read.weight, read.bias, *others)
+    return _fits(x, read.weight, read.bias, *others)
+
+
+def _convolves(x: Tensor, read: Reader, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether the 3x3's kernels take these: its weight may have any strides."""
+    enough = weight.dtype == x.dtype and weight.shape[0] * weight.shape[1] >= MIN_PRODUCTS
+    return enough and _reads(x, read, *others)
 
 
 def _rows(images: Tensor) -> Tensor | None:

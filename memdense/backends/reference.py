@@ -435,7 +435,7 @@ class Reference:
         """avg_pool2x2(relu(s*x + t)) @ W^T for x (M, C), W (B, C): (N * H//2 * W//2, B). Pooled
         first: a quarter of the arithmetic, and the same numbers, since the two commute.
         """
-        small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
+        small = geometry.quads
         out = x.new_empty((small.rows, weight.shape[0]))
         source, target = geometry.pixels(x), small.pixels(out)
         for n, h in self.image_bands(x, geometry, unit=2):
@@ -467,7 +467,7 @@ class Reference:
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
         """Of :meth:`bn_relu_pool_conv1x1`, into G; returns the reader's sums and dW."""
-        small = Geometry(geometry.n, geometry.h // 2, geometry.w // 2)
+        small = geometry.quads
         dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
         g, sums = into.start(), GradientSums(read, into)
         source, gradient, target = geometry.pixels(x), small.pixels(dout), geometry.pixels(g)
@@ -550,7 +550,7 @@ class Reference:
         """max_pool3x3(relu(s*x + t)), stride 2, padding 1, for x (M, C): values (M', C) and uint8
         indices (M', C) of the winner in its window, 0 to 8 in reading order.
         """
-        small = Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
+        small = geometry.windows
         out = x.new_empty((small.rows, x.shape[1]))
         winner = x.new_empty((small.rows, x.shape[1]), dtype=torch.uint8)
         source, values, winners = geometry.pixels(x), small.pixels(out), small.pixels(winner)
@@ -572,7 +572,7 @@ class Reference:
         self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
     ) -> tuple[Tensor, Sums]:
         """Of :meth:`bn_relu_maxpool`: (dz (M, C), its sums)."""
-        small = Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
+        small = geometry.windows
         dz = torch.zeros_like(x)
         target = geometry.pixels(dz)
         gradient, winners = small.pixels(dout), small.pixels(winner)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...buffers import Geometry, Into, Reader, Sums, matrix_like
+from ...buffers import Geometry, Into, Reader, Sums, new_matrix
 from .launch import Plan, cached, cdiv, power, readable, tiling, walk
 from .reduce import merge_sums, sums_partial
 from .shared import answer, norm_vectors, relu, store_sums, tile_of, walk_of
@@ -364,8 +364,8 @@ def _pool_plan(geometry: Geometry, m: int, c: int, ldx: int, ldo: int, eps: floa
 
 def _pool(x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
     """avg_pool2x2(relu(s*x + t)): (N * H//2 * W//2, C)."""
-    m, c = geometry.n * (geometry.h // 2) * (geometry.w // 2), x.shape[1]
-    out = matrix_like(x[:m], c)
+    m, c = geometry.quads.rows, x.shape[1]
+    out = new_matrix(x, m, c)
     _pool_plan(geometry, m, c, x.stride(0), out.stride(0), read.eps)(x, *_vectors(read), out)
     return out
 
@@ -424,7 +424,7 @@ def bn_relu_pool_conv1x1_backward(
 ) -> tuple[Sums, Tensor | None]:
     """Into G; the reader's sums and dW (B, C) in float32."""
     dweight = _product(dout.t(), _pool(x, read, geometry)) if need_weight else None
-    dpooled = torch.mm(dout, weight, out=matrix_like(x[: len(dout)], x.shape[1]))
+    dpooled = torch.mm(dout, weight, out=new_matrix(x, len(dout), x.shape[1]))
     return _answer(dpooled, "quads", geometry, x, read, True, into), dweight
 
 
@@ -458,8 +458,8 @@ def _strips(
 def _maxpool_plan(
     dtype: torch.dtype, geometry: Geometry, c: int, ldx: int, eps: float, backward: bool
 ) -> Plan:
-    n, h, w = geometry
-    h2, w2 = (h + 1) // 2, (w + 1) // 2
+    _, h, w = geometry
+    n, h2, w2 = geometry.windows
     side, columns, walk, segments, tiles = _strips(dtype, n, h2, w2, c)
     sizes = (h, w, h2, w2, c, readable(c, ldx), ldx, eps, segments)
     grid, constants = (tiles * cdiv(c, columns),), (side, columns, walk)
@@ -470,8 +470,7 @@ def _maxpool_plan(
 
 def bn_relu_maxpool(x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Values (M', C) and winners (M', C), uint8."""
-    n, h, w = geometry
-    m, c = n * ((h + 1) // 2) * ((w + 1) // 2), x.shape[1]
+    m, c = geometry.windows.rows, x.shape[1]
     out, winner = x.new_empty((m, c)), x.new_empty((m, c), dtype=torch.uint8)
     plan = _maxpool_plan(x.dtype, geometry, c, x.stride(0), read.eps, False)
     plan(x, *_vectors(read), out, winner)
@@ -482,9 +481,9 @@ def bn_relu_maxpool_backward(
     dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
 ) -> tuple[Tensor, Sums]:
     """dz (M, C), packed, and its sums."""
-    (m, c), (n, h, w) = x.shape, geometry
+    m, c = x.shape
     dz = x.new_empty((m, c))
-    tiles = _strips(x.dtype, n, (h + 1) // 2, (w + 1) // 2, c)[-1]
+    tiles = _strips(x.dtype, *geometry.windows, c)[-1]
     partial = sums_partial(x, c, tiles, None)
     plan = _maxpool_plan(x.dtype, geometry, c, x.stride(0), read.eps, True)
     plan(dout, winner, x, *_vectors(read), dz, partial)
