@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import ops, plain
-from .backends import backend_for, chosen, unless_chosen
-from .buffers import FeatureBuffer, Geometry, GradientBuffer, Reader, accumulator, reader
+from . import ops
 from .convolution import dilated_conv3x3
 from .direct import autocast, transformed
-from .engine import as_rows
-from .spec import Norm, NormSpec
+from .spec import NormSpec, StageSpec, TailSpec
 
 __all__ = ["bn_relu_conv1x1", "dilated_conv3x3"]
 
@@ -82,18 +77,27 @@ def norm_relu_conv1x1(
         return _parts(
             input, running_mean, running_var, weight, bias, conv_weight, training, momentum, eps
         )
-    mean, var = (None, None) if training else (running_mean, running_var)
-    out, statistics = torch.ops.memdense.bn_relu_conv1x1_alone(
-        input, mean, var, weight, bias, conv_weight, eps
-    )
-    if training and running_mean is not None:
+    # a stage without layers, whose X is the input
+    norm = NormSpec(float(eps), training, weight is not None or bias is not None)
+    spec = StageSpec((), TailSpec("transition", norm))
+    tensors = [conv_weight]
+    if norm.affine:
+        weight = torch.ones_like(bias) if weight is None else weight
+        tensors = [weight, torch.zeros_like(weight) if bias is None else bias, conv_weight]
+
+    def update(statistics: Tensor) -> None:
         with torch.no_grad():
             ops.move_running_statistics(
                 [running_mean], [running_var], [] if count is None else [count],
                 statistics, [0], [-1.0 if momentum is None else float(momentum)],
                 input.shape[0] * input.shape[2] * input.shape[3],
             )  # fmt: skip
-    return out
+
+    running = [] if training else [running_mean, running_var]
+    moves = training and running_mean is not None
+    return ops.run_stage(
+        input, tensors, running, None, spec.encode(), True, update if moves else None
+    )[0]
 
 
 def _parts(
@@ -152,110 +156,3 @@ def _check(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
         )
-
-
-@torch.library.custom_op("memdense::bn_relu_conv1x1_alone", mutates_args=())
-def _forward(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """(out, statistics (2, C)); by the batch's statistics where mean and var are None."""
-    n, channels, h, w = x.shape
-    with ops.quiet(x):
-        backend, rows = backend_for(x.device), as_rows(x)
-        statistics = x.new_empty((2, channels), dtype=accumulator(x.dtype))
-        if mean is None:
-            backend.statistics(rows, statistics)
-        else:
-            statistics[0], statistics[1] = mean, var
-        read = _reader(statistics, weight, bias, eps, mean is None)
-        (matrix,) = backend.cast([conv.flatten(1)], x.dtype)
-        out = backend.bn_relu_conv1x1(rows, read, matrix, None)
-    return Geometry(n, h, w).images(out).data, statistics
-
-
-def _reader(
-    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, batch: bool
-) -> Reader:
-    return reader(Norm(NormSpec(eps, batch, True), weight, bias, None, None), *statistics)
-
-
-@_forward.register_fake
-def _(x, mean, var, weight, bias, conv, eps):
-    n, channels, h, w = x.shape
-    out = x.new_empty((n, h, w, conv.shape[0])).permute(0, 3, 1, 2)
-    return out, x.new_empty((2, channels), dtype=accumulator(x.dtype))
-
-
-@torch.library.custom_op("memdense::bn_relu_conv1x1_alone_backward", mutates_args=())
-def _gradients(
-    dout: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv: Tensor,
-    eps: float,
-    batch: bool,
-    need_conv: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight, bias and conv (empty unless ``need_conv``)."""
-    n, channels, h, w = x.shape
-    with ops.quiet(x):
-        backend, geometry, rows = backend_for(x.device), Geometry(n, h, w), as_rows(x)
-        read = _reader(statistics, weight, bias, eps, batch)
-        G = GradientBuffer(FeatureBuffer(rows, geometry), None, wide=False)
-        (matrix,) = backend.cast([conv.flatten(1)], x.dtype)
-        sums, dconv = backend.bn_relu_conv1x1_backward(
-            as_rows(dout.to(x.dtype)), None, None, matrix, rows, read, G.into(channels, read),
-            need_conv,
-        )  # fmt: skip
-        everything = slice(0, channels)
-        dx = backend.settle(G.matrix, rows, G.share(everything, statistics[0]), None)
-    dconv = x.new_empty((0,)) if dconv is None else dconv.to(conv.dtype).view(conv.shape)
-    return geometry.images(dx).data, sums.dgamma, sums.dbeta, dconv
-
-
-@_gradients.register_fake
-def _(dout, x, statistics, weight, bias, conv, eps, batch, need_conv):
-    n, channels, h, w = x.shape
-    vectors = (statistics.new_empty((channels,)) for _ in range(2))
-    dconv = conv.new_empty(conv.shape) if need_conv else x.new_empty((0,))
-    return x.new_empty((n, h, w, channels)).permute(0, 3, 1, 2), *vectors, dconv
-
-
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, mean, _, weight, bias, conv, ctx.eps = inputs
-    ctx.batch, ctx.backend = mean is None, chosen()
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], weight, bias, conv)
-
-
-def _backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
-    if dout is None:
-        return (None,) * 7
-    x, statistics, weight, bias, conv = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    need = [needed[0], needed[3], needed[4], needed[5]]
-    inputs = [x, weight, bias, conv]
-    if torch.is_grad_enabled():
-        running = (None, None) if ctx.batch else statistics.unbind()
-        with ops.quiet(x):
-            out = _parts(x, *running, weight, bias, conv, ctx.batch, 0.0, ctx.eps)
-            found = plain.gradients([out], [dout], inputs, need)
-    else:
-        with unless_chosen(ctx.backend):
-            found = torch.ops.memdense.bn_relu_conv1x1_alone_backward(
-                dout, x, statistics, weight, bias, conv, ctx.eps, ctx.batch, need[3]
-            )
-        found = [g.to(t.dtype) if n else None for g, t, n in zip(found, inputs, need, strict=True)]
-    return found[0], None, None, *found[1:], None
-
-
-_forward.register_autograd(_backward, setup_context=_setup)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from exactness import BACKENDS, assert_close
 from torch import Tensor, nn
-from torch.library import opcheck
 from torch.nn import functional as F
 from torch.nn.utils.prune import l1_unstructured
 
@@ -102,16 +101,6 @@ def test_keeps_only_its_input() -> None:
     given["input"].requires_grad_()
     kept = saved_bytes(lambda: bn_relu_conv1x1(**given, training=True), exclude=given.values())
     assert kept == 2 * 16 * 4  # mean and variance
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_opcheck(training) -> None:
-    x, mean, var, *rest = arguments(2, 5, 3, 4, 3).values()
-    leaves = [t.requires_grad_() for t in (x, *rest)]
-    running = (None, None) if training else (mean, var)
-    opcheck(
-        torch.ops.memdense.bn_relu_conv1x1_alone.default, (leaves[0], *running, *leaves[1:], 1e-5)
-    )
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

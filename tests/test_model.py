@@ -523,6 +523,14 @@ def test_modules_say_what_does_not_fit(what: str, where: str) -> None:
         model(torch.randn(2, 3, 40, 40))
 
 
+@pytest.mark.parametrize("efficient", [True, False])
+def test_a_transition_of_another_dtype_is_refused(efficient: bool) -> None:
+    model = memdense.DenseNet(**NET, efficient=efficient)
+    model.features.transition1.conv.bfloat16()
+    with pytest.raises(RuntimeError, match="type"):
+        model(torch.randn(2, 3, 40, 40))
+
+
 @pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
 @pytest.mark.parametrize("which", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("where", [*NORMS, "transition1.norm", "norm5"])

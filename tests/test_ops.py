@@ -42,9 +42,10 @@ def test_stage(kind: str, frozen: bool, bn_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_tail_alone(frozen: bool) -> None:
+@pytest.mark.parametrize("pool", [False, True])
+def test_tail_alone(frozen: bool, pool: bool) -> None:
     """A stage without layers reads x where it lies, and does not give it back."""
-    tail = memdense.Transition(5, 4).train(not frozen)
+    tail = memdense.Transition(5, 4, pool).train(not frozen)
     found = read_tail(tail, "tail", "transition", OWN_TYPES)
     x = torch.randn(2, 5, 6, 7, requires_grad=True)
     arguments = x, found.tensors, found.running, None, found.spec, False
