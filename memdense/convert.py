@@ -16,7 +16,7 @@ from .backends import MemdenseWarning
 from .features import Features, Switches
 from .modules import OWN_TYPES
 from .stage import Step, apart, is_block
-from .structure import HOOKS, article
+from .structure import HOOKS, article, class_of
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-9
@@ -39,9 +39,10 @@ def convert(
     number of times. It becomes a :class:`memdense.Features` and stays the same object with the same
     children: parameters, ``state_dict`` keys, hooks and references to it remain as they were. What
     looks different is left alone, or runs as plain modules block by block; a report on stderr, and
-    :func:`memdense.explain` at any time, say why. Where a model's forward calls the stack's
-    children one by one, its dense blocks run efficiently; stem and transitions do where the stack,
-    a slice of it or its ``block_outputs`` is called.
+    :func:`memdense.explain` at any time, say why.
+
+    Where a forward calls a stack's children one by one, and in modules of another kind, it is the
+    dense blocks alone that run efficiently.
 
     Args:
         model: any module. Wrappers (``DataParallel``, ``torch.compile``, ...) are looked into.
@@ -50,7 +51,7 @@ def convert(
             children suggest. Leaves the model, its gradients and all random states untouched.
         verbose: print the report. Without it, a warning tells if nothing at all was converted.
         keep_bottlenecks, recompute_stem, double_backward: as in :class:`memdense.DenseNet`; they
-            are attributes of each converted stack, and may be changed there later.
+            are attributes of each ``Features``, and may be changed there later.
 
     Returns:
         ``model`` itself.
@@ -59,30 +60,37 @@ def convert(
         TypeError: for a scripted or traced model, or no module at all.
         ValueError: if no module inside holds dense blocks.
     """
-    stacks = find_stacks(model)
-    report = []
     title = f"memdense.convert({type(model).__name__})"  # the class of a bare stack changes
-    for name, stack in stacks:
+    switches = bool(keep_bottlenecks), bool(recompute_stem), bool(double_backward)
+    converted = "converted" if check else "converted, unchecked"
+    report: list[str] = []
+    done = False
+    for name, stack in find_stacks(model):
         if isinstance(stack, Features):
             off = "" if stack.efficient else ", switched off: set its attribute efficient to True"
             report.append(f"{name}: runs on memdense already{off}")
+            done = True
             continue
-        reason = refusal(stack) or (check and _difference(stack))
-        if reason:
-            report.append(f"{name}: left alone: {reason}")
-            continue
-        become_features(stack, keep_bottlenecks, recompute_stem, double_backward)
-        unchecked = "" if check else ", unchecked"
-        report.append(f"{name}: converted{unchecked}; {ONE_BY_ONE}")
-        report += [
-            f"  {' and '.join(part.names)} as plain modules for now: {reason}"
-            for part, reason in parts(stack)
-            if reason
-        ]
+        pieces = {name: stack}
+        if reason := own_forward(stack):
+            report.append(f"{name}: {reason}: only dense blocks can be efficient")
+            pieces = {f"{name}.{child}": alone for child, alone in _blocks_apart(stack).items()}
+        for piece, part in pieces.items():
+            if why := refusal(part) or (check and _difference(part)):
+                report.append(f"{piece}: left alone: {why}")
+                continue
+            become_features(part, *switches)
+            done = True
+            report.append(f"{piece}: {converted}" + (f"; {ONE_BY_ONE}" if part is stack else ""))
+            report += [
+                f"  {' and '.join(p.names)} as plain modules for now: {why}"
+                for p, why in parts(part)
+                if why
+            ]
     if verbose:
         lines = "\n".join(f"  {line}" for line in report)
         print(f"{title}:\n{lines}", file=sys.stderr)
-    elif not any(isinstance(stack, Features) for _, stack in stacks):
+    elif not done:
         warnings.warn(
             f"memdense converted nothing: {'; '.join(report)}", MemdenseWarning, stacklevel=2
         )
@@ -105,18 +113,28 @@ def find_stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         # MONAI's layers look like blocks: what holds them is a block, not a stack
         if not is_block(module) and any(is_block(child) for child in module.children())
     ]
+    if not found and is_block(model):
+        return [("the model", nn.Sequential(OrderedDict(block=model)))]
     if not found:
         raise ValueError(f"found no DenseNet feature stack in {type(model).__name__}")
     return found
 
 
-def refusal(stack: nn.Module) -> str:
-    """Why a stack cannot be converted, by its looks; empty if it can."""
+def own_forward(stack: nn.Module) -> str:
+    """Why a stack cannot be known to call its children in their order; empty if it does."""
     if type(stack) is not nn.Sequential:
-        kind = article(type(stack).__name__)
-        return f"it is {kind}, not an nn.Sequential: its forward is its own"
-    if "forward" in stack.__dict__:
-        return "its forward was replaced on the instance"
+        return f"it is {article(type(stack).__name__)}, not an nn.Sequential"
+    return "its forward was replaced on the instance" if "forward" in stack.__dict__ else ""
+
+
+def _blocks_apart(stack: nn.Module) -> dict[str, nn.Sequential]:
+    """Each dense block of a stack as a stack of its own."""
+    children = stack.named_children()
+    return {name: nn.Sequential(OrderedDict([(name, m)])) for name, m in children if is_block(m)}
+
+
+def refusal(stack: nn.Sequential) -> str:
+    """Why a stack cannot be converted, by its looks; empty if it can."""
     blocks = [(part, reason) for part, reason in parts(as_features(stack)) if part.kind == "stage"]
     return "" if not all(reason for _, reason in blocks) else blocks[0][1]
 
@@ -165,7 +183,7 @@ def _classes(features: Features, part: Step) -> set[type]:
         return set()
     module = features._modules[part.names[0]]
     layers = module.children() if part.kind == "stage" else ()
-    return {type(m) for m in (module, *layers)}
+    return {class_of(m) for m in (module, *layers)}
 
 
 # ---- the check

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from . import _extension, ops
 from .backends import triton_reason
-from .convert import ONE_BY_ONE, as_features, find_stacks, parts, refusal
-from .features import Features
+from .convert import ONE_BY_ONE, as_features, find_stacks, own_forward, parts, refusal
+from .features import Features, RunsAlone, Switches
 from .modules import OWN_TYPES
 from .spec import output_length, pair
-from .stage import Step
+from .stage import Step, apart
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
         found = list(_rows(name, stack))
         rows += found
         notes += [f"{name}: {note}" for note in _stack_notes(stack)]
-        if input is not None and any(row.efficient for row in found):
+        efficient = isinstance(stack, Features) and any(row.efficient for row in found)
+        if input is not None and efficient:
             notes += [f"{name}: {note}" for note in _input_notes(stack, input)]
     instructions = _extension.instructions()
     extension = f"available, {instructions}" if instructions else _extension.reason()
@@ -117,42 +118,64 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
 
 def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
     if isinstance(stack, Features):
-        features, overall = stack, "" if stack.efficient else "switched off: efficient is False"
-        if "forward" in stack.__dict__:
-            overall = "the stack's forward was replaced on the instance"
+        features, found = stack, parts(stack)
     else:
-        features, overall = as_features(stack), "not converted"
+        features = as_features(stack)
+        found = parts(features)
+        if any(isinstance(child, RunsAlone) for child in stack.children()):
+            found = [(piece, reason) for part, reason in found for piece in apart(part)]
     backend = ops.backend_for(next(stack.parameters()).device).name
-    for between, found in groupby(parts(features), lambda found: found[0].kind == "module"):
+    for between, group in groupby(found, lambda found: found[0].kind == "module"):
         if between:
-            names = tuple(part.names[0] for part, _ in found)
+            names = tuple(part.names[0] for part, _ in group)
             yield Row(name, names, 0, False, "", (), "not part of a stem or dense block")
             continue
-        for part, reason in found:
-            layers = len(features._modules[part.names[0]]._modules) if part.kind == "stage" else 0
-            if why := reason or overall:
+        for part, reason in group:
+            first = features._modules[part.names[0]]
+            layers = len(first._modules) if part.kind == "stage" else 0
+            switches = _switches_of(stack, first)
+            if why := reason or _off(stack, switches):
                 yield Row(name, part.names, layers, False, "", (), why)
             else:
-                yield Row(name, part.names, layers, True, backend, _switches(features, part), "")
+                yield Row(name, part.names, layers, True, backend, _on(switches, part), "")
 
 
-def _switches(features: Features, step: Step) -> tuple[str, ...]:
+def _switches_of(stack: nn.Module, first: nn.Module) -> Switches | None:
+    """That decide how a part runs, whose first module is given; None if it was not converted."""
+    if isinstance(stack, Features):
+        return stack._switches
+    return first._switches if isinstance(first, RunsAlone) else None
+
+
+def _off(stack: nn.Module, switches: Switches | None) -> str:
+    """Why nothing runs efficiently there."""
+    if switches is None:
+        return "not converted"
+    if isinstance(stack, Features) and "forward" in stack.__dict__:
+        return "the stack's forward was replaced on the instance"
+    return "" if switches.efficient else "switched off: efficient is False"
+
+
+def _on(switches: Switches, step: Step) -> tuple[str, ...]:
     relevant = (
         ("recompute_stem",) if step.kind == "stem" else ("keep_bottlenecks", "double_backward")
     )
-    return tuple(name for name in relevant if getattr(features, name))
+    return tuple(name for name in relevant if getattr(switches, name))
 
 
 def _stack_notes(stack: nn.Module) -> Iterator[str]:
     parameters = {(str(p.device), str(p.dtype).removeprefix("torch.")) for p in stack.parameters()}
     mode = "training" if stack.training else "evaluation"
     yield f"{mode} mode, {' and '.join(' '.join(p) for p in sorted(parameters))}"
-    if not isinstance(stack, Features):
+    if isinstance(stack, Features):
+        if stack._switches.types != OWN_TYPES:  # another model's, whose forward may do anything
+            yield ONE_BY_ONE
+    elif reason := own_forward(stack):
+        yield f"{reason}: memdense.convert changes only its dense blocks"
+    else:
         reason = refusal(stack)
         verdict = f"leaves it alone: {reason}" if reason else "converts it, if its check passes"
         yield f"memdense.convert {verdict}"
-    elif stack._switches.types != OWN_TYPES:  # another model's, whose forward may do anything
-        yield ONE_BY_ONE
 
 
 def _input_notes(features: Features, x: Tensor) -> Iterator[str]:

@@ -36,6 +36,7 @@ from .structure import (
     article,
     check,
     check_global_hooks,
+    class_of,
     read_stage,
     read_stem,
     read_tail,
@@ -179,17 +180,24 @@ class Features(nn.Sequential):
         """How the children run together. ``last_tail``: what becomes of a final norm ("norm",
         "pool" or nothing).
         """
-        return list(steps_of(self._modules, last_tail))
+        return list(steps_of(self._modules, last_tail, self._switches.types))
 
     def _layout(self, x: Tensor) -> torch.memory_format:
         """Of the modules' activations: a convolution's output is channels last if its images or
         its weight are.
         """
-        first = next(iter(self._modules.values()), None)
-        known = isinstance(first, nn.Conv2d) and not isinstance(first, LazyModuleMixin)
+        outside = (child for child in self._modules.values() if not is_block(child))
+        convolutions = (
+            module
+            for child in outside
+            for module in child.modules()
+            if isinstance(module, nn.Conv2d) and not isinstance(module, LazyModuleMixin)
+        )
+        first = next(convolutions, None)
         # not by its name: a parametrization would compute it once more
-        weight = first._parameters.get("weight") if known else None
-        return _layout_of_any(x, weight)
+        weight = None if first is None else first._parameters.get("weight")
+        formats = [layout_of(t) for t in (x, weight) if t is not None]
+        return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
     def _run(
         self, x: Tensor, steps: Iterable[Step], layout: torch.memory_format
@@ -267,7 +275,7 @@ class Features(nn.Sequential):
         their classes change, the objects do not.
         """
         for name, block in self._modules.items():
-            if type(block) in self._switches.types and is_block(block):
+            if class_of(block) in self._switches.types and is_block(block):
                 block.__class__ = running_alone(type(block))
                 block._switches, block._name = self._switches, name
 
@@ -277,7 +285,7 @@ class RunsAlone:
     a model's own forward calls the block, and hooks on it do not stand in the way.
     """
 
-    plain_class: type[nn.Module]  # what it is mixed into
+    computes_like: type[nn.Module]  # the class it is mixed into
     _switches: Switches
     _name: str
 
@@ -289,7 +297,7 @@ class RunsAlone:
     def __reduce_ex__(self, protocol: int) -> tuple:
         """A class made here cannot be found by its name: copies and pickles make it again."""
         make, (cls, *args), *rest = super().__reduce_ex__(max(protocol, 2))
-        if plain := cls.__dict__.get("plain_class"):
+        if plain := cls.__dict__.get("computes_like"):
             return _bare, (plain, *args), *rest
         return make, (cls, *args), *rest
 
@@ -300,7 +308,7 @@ def running_alone(plain: type[nn.Module]) -> type[nn.Module]:
     if issubclass(plain, RunsAlone):
         return plain
     names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(plain.__name__, (RunsAlone, plain), {**names, "plain_class": plain})
+    return type(plain.__name__, (RunsAlone, plain), {**names, "computes_like": plain})
 
 
 def _bare(plain: type[nn.Module], *args: Any) -> nn.Module:
@@ -341,15 +349,9 @@ def _features_of(block: RunsAlone, x: Tensor) -> Tensor | None:
         return None
     if not fits(x, found):
         return None
-    first = found.stage.layers[0]
-    layout = _layout_of_any(x, first.conv1 if first.conv2 is None else first.conv2)
+    layout = layout_of(x)
     features = run_stage(x, found, switches.double_backward, layout)[1]
-    return features.contiguous(memory_format=layout_of(x))
-
-
-def _layout_of_any(*tensors: Tensor | None) -> torch.memory_format:
-    formats = [layout_of(t) for t in tensors if t is not None]
-    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+    return features.contiguous(memory_format=layout)
 
 
 def pools_unseen(features: nn.Module) -> bool:

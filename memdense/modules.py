@@ -192,6 +192,8 @@ class DilatedConv2d(nn.Conv2d):
             padding_mode other than zeros.
     """
 
+    computes_like = nn.Conv2d  # so that dense layers may have it
+
     def __init__(
         self,
         in_channels: int,

@@ -1,6 +1,6 @@
 """From modules to operations: how a stack's children run together, and running them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .buffers import reader_columns
+from .convolution import layout_of
 from .direct import autocast, autocast_dtype
 from .spec import Stage, StemSpec, output_length, reads_of
 from .structure import (
@@ -50,9 +51,11 @@ def is_transition(module: nn.Module) -> bool:
     return {"norm", "conv"} <= set(module._modules)
 
 
-def steps_of(children: dict[str, nn.Module], last_tail: str | None) -> Iterator[Step]:
+def steps_of(
+    children: dict[str, nn.Module], last_tail: str | None, types: Container[type]
+) -> Iterator[Step]:
     """How a stack's children run together. ``last_tail``: what becomes of a final norm ("norm",
-    "pool" or nothing).
+    "pool" or nothing). ``types``: classes that compute what they look like.
     """
     names = list(children)
     i = 0
@@ -67,7 +70,8 @@ def steps_of(children: dict[str, nn.Module], last_tail: str | None) -> Iterator[
         here, following = names[i], names[i + 1] if i + 1 < len(names) else None
         i += 1
         if not is_block(children[here]):
-            yield Step("module", (here,))
+            alone = is_transition(children[here]) and type(children[here]) in types
+            yield Step("tail", (here,), "transition") if alone else Step("module", (here,))
         elif following and is_transition(children[following]):
             yield Step("stage", (here, following), "transition")
             i += 1
@@ -156,7 +160,7 @@ def run_stage(
 ) -> tuple[Tensor, Tensor]:
     """Run a stage's operation and move its running statistics once: (output, block's features).
 
-    ``layout`` is that of the modules' activations, in which dropout is drawn.
+    ``layout`` is that of what modules would convolve, by which dropout is drawn.
     """
     stage = found.stage
     mask = _draw_mask(x, stage, layout)
@@ -180,9 +184,12 @@ def _draw_mask(x: Tensor, stage: Stage, layout: torch.memory_format) -> Tensor |
     n, _, h, w = x.shape
     masks = []
     for layer in stage.layers:
+        weight = layer.conv1 if layer.conv2 is None else layer.conv2
+        last = torch.channels_last in (layout, layout_of(weight))
         new = torch.empty(
-            (n, layer.growth, h, w), dtype=x.dtype, device=x.device, memory_format=layout
-        )
+            (n, layer.growth, h, w), dtype=x.dtype, device=x.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )  # fmt: skip
         if stage.drop_rate >= 1:  # nothing is drawn
             kept = torch.zeros_like(new, dtype=torch.bool)
         elif x.device.type == "cpu":

@@ -78,9 +78,8 @@ def check(
     """Raise :class:`Unsupported` unless ``module`` is exactly of one of ``types`` and does nothing
     beside; ``hooks`` may be there if they run anyway.
     """
-    cls = type(module)
-    if cls not in types and cls.__dict__.get("plain_class") not in types:
-        raise Unsupported(f"{name} is {article(cls.__name__)}, not {expected}")
+    if class_of(module) not in types:
+        raise Unsupported(f"{name} is {article(type(module).__name__)}, not {expected}")
     own = module.__dict__
     if not hooks and any(map(own.get, HOOKS)):
         kinds = [kind for attribute, kind in HOOKS.items() if own.get(attribute)]
@@ -89,8 +88,13 @@ def check(
         raise Unsupported(f"the forward of {name} was replaced on the instance")
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module``'s computes like: another where it says so of itself."""
+    return type(module).__dict__.get("computes_like", type(module))
+
+
 def article(word: str) -> str:
-    return f"{'an' if word[0] in 'AEIOUaeiou' else 'a'} {word}"
+    return f"{'an' if word[0] in 'AEIOaeio' else 'a'} {word}"
 
 
 def has_fused_relu(module: nn.Module) -> bool:
@@ -305,6 +309,9 @@ def _read_tail(
     conv = read_conv(children["conv"], f"{name}.conv", 1)
     check_fits(norm, f"{name}.norm", conv.weight.shape[1], conv.weight)
     pool = children.get("pool")
+    if type(pool) is nn.Identity:
+        check(pool, f"{name}.pool", (nn.Identity,), "an Identity")
+        pool = None
     if pool is not None:
         check(pool, f"{name}.pool", (nn.AvgPool2d,), "an AvgPool2d")
         if (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) != (

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -241,6 +242,14 @@ def test_layouts_and_dropout_are_the_modules(
     assert outputs[0].stride() == outputs[1].stride()
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
     assert_same_step(found, plain, images(), one_by_one)
+    for start, stop, channels in ((4, 5, 8), (4, 6, 8), (4, 8, 8), (5, 7, 16), (6, None, 8)):
+        x = images(2, channels, 6, 5).contiguous(memory_format=layout)
+        outputs = []
+        for model in (plain, found):
+            torch.manual_seed(3)
+            outputs.append(model.features[start:stop](x))
+        assert outputs[0].stride() == outputs[1].stride(), (start, stop)
+        torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "copy", "pickle", "torch.save"])
@@ -261,6 +270,106 @@ def test_copies_of_a_block(way: str, name: str) -> None:
     assert isinstance(other, type(stack_of(plain).denseblock1))
     assert stages_run(other, images(2, 8, 6, 6)) == 1
     assert_same_step(other, stack_of(plain).denseblock1, images(2, 8, 6, 6))
+
+
+class UNet(nn.Module):
+    """As FC-DenseNets are written: blocks in lists, their inputs concatenations of skips."""
+
+    def __init__(self, block: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.down = nn.ModuleList([block(8), block(20)])
+        self.middle = block(32)
+        self.up = nn.ModuleDict({"0": block(44 + 32), "1": block(76 + 12 + 20)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips = self.first(x), []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.middle(x)
+        for block in self.up.values():
+            x = F.interpolate(x, scale_factor=2.0)
+            x = block(torch.cat([x, skips.pop()], 1))
+        return x
+
+
+@pytest.mark.parametrize("bn_size", [None, 2])
+def test_blocks_anywhere_in_a_model(bn_size: int | None, capsys: pytest.CaptureFixture) -> None:
+    plain = UNet(lambda channels: memdense.DenseBlock(3, channels, bn_size, 4)).double()
+    randomise(plain, torch.Generator().manual_seed(1))
+    found = memdense.convert(copy.deepcopy(plain))
+    said = capsys.readouterr().err
+    assert "down: it is a ModuleList, not an nn.Sequential: only dense blocks can be" in said
+    assert "down.1: converted\n" in said and "the model.middle: converted\n" in said
+    assert list(found.state_dict()) == list(plain.state_dict())
+    x = images(2, 3, 16, 12)
+    assert_same_step(found, plain, x)
+    assert stages_run(found, x) == 5
+    kept = [saved_bytes(m, x, exclude=(m, x)) for m in (found, plain)]
+    assert kept[0] < 0.6 * kept[1], kept
+    rows = memdense.explain(found).rows
+    assert sum(row.efficient for row in rows) == 5 == sum(row.layers > 0 for row in rows)
+    memdense.convert(found, verbose=False, keep_bottlenecks=True)
+    assert found.middle._switches.keep_bottlenecks and pickle.dumps(found)
+    assert_same_step(found, plain, x)
+
+
+def test_timms_feature_lists() -> None:
+    timm = pytest.importorskip("timm")
+    plain = timm.create_model("densenet121", features_only=True, block_config=(2, 2, 2, 2))
+    plain = plain.double()
+    randomise(plain, torch.Generator().manual_seed(1))
+    found = memdense.convert(copy.deepcopy(plain), verbose=False)
+    x = images(2, 3, 64, 64)
+
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        return answered(lambda x: torch.cat([out.flatten(1) for out in model(x)], 1), x)
+
+    assert_same_step(found, plain, x, step)
+    assert stages_run(found, x) == 4
+
+
+def test_a_block_and_nothing_else() -> None:
+    plain = peers.torchvision().double().features.denseblock1
+    found = memdense.convert(copy.deepcopy(plain))
+    x = images(2, 8, 6, 6)
+    assert_same_step(found, plain, x)
+    assert stages_run(found, x) == 1
+    assert [row.efficient for row in memdense.explain(found).rows] == [True]
+
+
+def test_slices_that_begin_with_a_transition() -> None:
+    """As a U-Net cuts them."""
+    found, plain = pair("torchvision")
+    x = images(2, 20 - 4, 8, 6)
+    assert found.features[5:7].steps("norm")[0].kind == "tail"
+    assert_same_step(found.features[5:7], plain.features[5:7], x)
+    assert stages_run(found.features[5:7], x) == 2
+    # a class that nobody looked at may do anything
+    other = memdense.Features(nn.Sequential(plain.features.transition1))
+    assert [step.kind for step in other.steps("norm")] == ["module"]
+
+
+def test_a_transition_whose_pool_was_taken_out() -> None:
+    found, plain = pair("torchvision")
+    for model in (found, plain):
+        model.features.transition1.pool = nn.Identity()
+    assert_same_step(found, plain, images())
+    assert stages_run(found, images()) == 2
+
+
+def test_dilated_convolutions_in_layers() -> None:
+    found, plain = pair("torchvision")
+    for model in (found, plain):
+        layer = model.features.denseblock1.denselayer2
+        weight = layer.conv2.weight
+        kind = memdense.DilatedConv2d if model is found else nn.Conv2d
+        layer.conv2 = kind(*weight.shape[1::-1], 3, padding=2, dilation=2, bias=False)
+        layer.conv2.weight = nn.Parameter(weight.detach().clone())
+    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+        assert_same_step(found, plain, images())
 
 
 def test_reasons_of_a_block_alone_are_told_once() -> None:

@@ -516,14 +516,22 @@ class OwnForward(nn.Sequential):
         return super().forward(x) + 1
 
 
-def test_container_with_a_forward_of_its_own():
-    stack = OwnForward(OrderedDict(peers.torchvision().features.named_children()))
-    with pytest.warns(MemdenseWarning, match="it is an OwnForward, not an nn.Sequential"):
-        memdense.convert(stack, verbose=False)
+def test_container_with_a_forward_of_its_own(capsys):
+    """Only what is known of it, its blocks, is converted."""
+    plain = OwnForward(OrderedDict(prepared(peers.torchvision).features.named_children()))
+    stack = memdense.convert(copy.deepcopy(plain))
+    said = capsys.readouterr().err
+    assert "the model: it is an OwnForward, not an nn.Sequential: only dense blocks can" in said
+    assert "the model.denseblock1: converted\n" in said and type(stack) is OwnForward
+    assert_same_step(stack, plain, images())
+    rows = {row.modules: row for row in memdense.explain(stack).rows}
+    assert rows["denseblock1",].efficient and rows["denseblock2",].efficient
+    assert rows["transition1",].why == rows["norm5",].why == "not converted"
     model = peers.torchvision()
-    model.features.forward = lambda x: x
-    with pytest.warns(MemdenseWarning, match="its forward was replaced on the instance"):
-        memdense.convert(model, verbose=False)
+    forward = model.features.forward = lambda x: x
+    memdense.convert(model)
+    assert "its forward was replaced on the instance: only" in capsys.readouterr().err
+    assert model.features.forward is forward
 
 
 def test_errors():
