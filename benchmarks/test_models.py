@@ -9,7 +9,7 @@ import pytest
 from measure import Clock, ceilings
 from options import options_of
 from primitives import PRIMITIVES, Profile
-from variants import ARCHS, Setting, inputs, left_out, measure, memdense_model, names, step
+from variants import Setting, inputs, left_out, measure, memdense_model, names, step
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,7 +47,7 @@ def test_step(options, give, leave_out, setting: Setting, variant: str) -> None:
 @cache
 def profile(setting: Setting, quick: bool) -> dict[str, Any]:
     """Seconds of each primitive, and of the whole, in each of several steps; what they cost."""
-    model, clock = memdense_model(ARCHS[setting.name]).to(setting.device), Clock(setting.device)
+    model, clock = memdense_model(setting.arch).to(setting.device), Clock(setting.device)
     x, target = inputs(setting)
     ceiling = ceilings(setting.device, setting.dtype, quick)
     with Profile(clock, count=True) as counting:

@@ -2,7 +2,7 @@
 
 `torch.ops.memdense.channel_statistics(x) -> (mean, var)`: x [M, C], M >= 1, with unit column
 stride and any row stride, float32, float64 or bfloat16, on the CPU; mean and biased variance of
-each column, [C], float32 (float64 for float64). RuntimeError for any other x. Differentiable.
+each column, [C], float32 (float64 for float64). RuntimeError for any other x.
 The same input gives the same bits, whatever the number of threads.
 
 `conv3x3`, `conv3x3_input_gradient`, `conv3x3_weight_gradient`: a dilated 3x3 convolution into an
@@ -179,15 +179,6 @@ def _weight_gradient_fake(dy, x, stride, padding, dilation, tf32=False):
     return x.new_empty((dy.shape[1], x.shape[1], 3, 3), dtype=dtype)
 
 
-def _statistics_setup(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[0])
-
-
-def _statistics_backward(ctx, d_mean: Tensor, d_var: Tensor) -> Tensor:
-    x, mean = ctx.saved_tensors
-    return (d_mean + 2 * d_var * (x - mean)) / x.shape[0]
-
-
 if available():
     torch.library.register_fake("memdense::channel_statistics", _statistics_fake)
     torch.library.register_fake("memdense::conv3x3_weight_gradient", _weight_gradient_fake)
@@ -198,6 +189,3 @@ if available():
         "bn_relu_conv3x3_backward",
     ):
         torch.library.register_fake(f"memdense::{_name}", _written_fake)
-    torch.library.register_autograd(
-        "memdense::channel_statistics", _statistics_backward, setup_context=_statistics_setup
-    )

@@ -1,8 +1,7 @@
 """The two buffers of a dense block, X and G, with what is known of each of their channels.
 
 Both are (M, C_max) matrices, M = N*H*W pixels by all the channels the block will ever hold. Kernels
-see them only as strided prefixes and slices, and BatchNorm only as vectors; both kinds of vector
-are made here and nowhere else.
+see them only as strided prefixes and slices. A BatchNorm is vectors, whose formulas are here.
 """
 
 from dataclasses import dataclass
@@ -149,7 +148,7 @@ class Into(NamedTuple):
         """G, to be added to."""
         return self.g if self.seeded else self.g.zero_()
 
-    def credit(self, read: Reader, sums: Sums, stored: tuple[Tensor, Tensor] | None = None) -> Sums:
+    def credit(self, read: Reader, sums: Sums, stored: tuple[Tensor, Tensor] | None = None) -> None:
         """Add the reader's share, s*dbeta and s*r*dgamma, to S1 and S2; where G rounds, that of
         what it took in: ``stored``, the same two sums with G's steps d in place of s*dz.
         """
@@ -160,7 +159,6 @@ class Into(NamedTuple):
                 s1, s2 = stored[0], read.rstd * stored[1]
             self.sums[0] += s1
             self.sums[1] += s2
-        return sums
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,14 +6,13 @@ import copy
 import sys
 import warnings
 from collections import OrderedDict
-from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .backends import MemdenseWarning
-from .features import Features, Switches
+from .features import Features, RunsAlone, Switches, obstacle_alone
 from .modules import OWN_TYPES
 from .stage import Step, apart, is_block
 from .structure import HOOKS, article, class_of
@@ -61,6 +60,7 @@ def convert(
         ValueError: if no module inside holds dense blocks.
     """
     title = f"memdense.convert({type(model).__name__})"  # the class of a bare stack changes
+    check = check and torch._C._len_torch_dispatch_stack() == 0  # a mode's tensors cannot be copied
     switches = bool(keep_bottlenecks), bool(recompute_stem), bool(double_backward)
     converted = "converted" if check else "converted, unchecked"
     report: list[str] = []
@@ -135,7 +135,9 @@ def _blocks_apart(stack: nn.Module) -> dict[str, nn.Sequential]:
 
 def refusal(stack: nn.Sequential) -> str:
     """Why a stack cannot be converted, by its looks; empty if it can."""
-    blocks = [(part, reason) for part, reason in parts(as_features(stack)) if part.kind == "stage"]
+    blocks = [
+        (part, reason) for part, reason in parts(as_features(stack), True) if part.kind == "stage"
+    ]
     return "" if not all(reason for _, reason in blocks) else blocks[0][1]
 
 
@@ -148,14 +150,22 @@ def as_features(stack: nn.Module) -> Features:
     found = features.steps("norm")
     trusted = (_classes(features, part) for step in found for part in apart(step))
     features._switches.types = OWN_TYPES.union(*trusted)
-    features._switches.prospective = True
     return features
 
 
-def parts(features: Features) -> list[tuple[Step, str]]:
-    """What runs together now, with why it runs as plain modules where it does."""
-    found = (features.parts(step) for step in features.steps("norm"))
-    return [(part, reason) for (part, _, reason) in chain.from_iterable(found)]
+def parts(features: Features, alone: bool = False) -> list[tuple[Step, str]]:
+    """What runs together now, with why it runs as plain modules where it does; ``alone``: as if all
+    blocks could run alone.
+    """
+    result = []
+    for step in features.steps("norm"):
+        for part, found, reason in features.parts(step):
+            name = part.names[0]
+            block = features._modules[name]
+            if part.kind == "stage" and not found and (alone or isinstance(block, RunsAlone)):
+                reason = obstacle_alone(block, name, features._switches)
+            result.append((part, reason))
+    return result
 
 
 def become_features(
@@ -168,7 +178,9 @@ def become_features(
     Classes of which no instance could run now, and be checked, stay untrusted.
     """
     features = as_features(stack)
-    runnable = [part for found, reason in parts(features) if not reason for part in apart(found)]
+    runnable = [
+        part for found, reason in parts(features, True) if not reason for part in apart(found)
+    ]
     types = OWN_TYPES.union(*(_classes(features, part) for part in runnable))
     stack.__class__ = Features
     stack._switches = Switches(
@@ -235,8 +247,13 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
     memo: dict[int, object] = {}
     for module in part.modules():
         memo.update((id(getattr(module, hooks)), OrderedDict()) for hooks in HOOKS)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
+        # pruning and weight_norm leave what they compute among the attributes
+        for name, tensor in (
+            *module._parameters.items(),
+            *module._buffers.items(),
+            *vars(module).items(),
+        ):
+            if isinstance(tensor, Tensor):
                 memo[id(tensor)] = _substitute(name, tensor)
     return copy.deepcopy(part, memo)
 

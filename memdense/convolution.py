@@ -278,17 +278,6 @@ def _needed_gradients(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
     return [_as_promised(g, layout) for g, layout in found if g is not None]
 
 
-def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> list[Tensor]:
-    empty = []
-    if need[0]:
-        empty.append(torch.empty_like(x, memory_format=layout_of(x)))
-    if need[1]:
-        empty.append(weight.new_empty(weight.shape))
-    if need[2]:
-        empty.append(dy.new_empty((dy.shape[1],)))
-    return empty
-
-
 _backward_operation = torch.library.custom_op(
     "memdense::dilated_conv3x3_backward",
     _needed_gradients,
@@ -300,7 +289,14 @@ _backward_operation = torch.library.custom_op(
 
 @_backward_operation.register_fake
 def _(dy, x, weight, stride, padding, dilation, need):
-    return _empty_gradients(dy, x, weight, need)
+    empty = []
+    if need[0]:
+        empty.append(torch.empty_like(x, memory_format=layout_of(x)))
+    if need[1]:
+        empty.append(weight.new_empty(weight.shape))
+    if need[2]:
+        empty.append(dy.new_empty((dy.shape[1],)))
+    return empty
 
 
 def _plain_gradients(

@@ -25,6 +25,16 @@ def watched(*tensors: Tensor | None) -> bool:
     return any([t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in tensors])
 
 
+def foreign(t: Tensor | None) -> bool:
+    """Whether a class of its own carries out the operations on ``t``, and may know only PyTorch's.
+    Not those that tracing wraps tensors in.
+    """
+    cls = type(t)
+    if t is None or cls in _PLAIN or cls.__module__.startswith("torch._subclasses."):
+        return False
+    return cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func's, or forward-mode AD, wants operations of PyTorch's own,
     which have rules for it.

@@ -1,8 +1,8 @@
 """A stage's forward and backward: a dense block and its tail, in primitives.
 
-Beside each step stands the observation of the design it uses. Notation: M pixels, X (M, C_max) the
-features, G (M, C_max) their gradient, layer l reads the prefix X[:, :C_l] and writes the k channels
-behind it; s, t, p, q, a, b, c are vectors.
+docs/how-it-works.md is this in mathematics. Notation: M pixels, X (M, C_max) the features, G
+(M, C_max) their gradient, layer l reads the prefix X[:, :C_l] and writes the k channels behind it;
+s, t, p, q, a, b, c are vectors.
 """
 
 from collections.abc import Sequence

@@ -121,7 +121,7 @@ def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
         features, found = stack, parts(stack)
     else:
         features = as_features(stack)
-        found = parts(features)
+        found = parts(features, alone=True)
         if any(isinstance(child, RunsAlone) for child in stack.children()):
             found = [(piece, reason) for part, reason in found for piece in apart(part)]
     backend = ops.backend_for(next(stack.parameters()).device).name

@@ -13,14 +13,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .backends import warn_plain
 from .convolution import layout_of
-from .direct import transformed
+from .direct import foreign, transformed
 from .modules import OWN_TYPES
 from .stage import (
     Step,
     apart,
-    autocast_obstacle,
     fits,
     is_block,
+    obstacle_now,
     read_once,
     readings,
     rectified_mean,
@@ -37,12 +37,13 @@ from .structure import (
     check,
     check_global_hooks,
     class_of,
+    global_hooks,
     read_stage,
     read_stem,
     read_tail,
 )
 
-_TRANSFORMED = "torch.func's transforms and forward-mode AD need operations of their own"
+_ALL = "the whole model"
 
 
 @dataclass(eq=False)
@@ -53,7 +54,6 @@ class Switches:
         efficient, keep_bottlenecks, recompute_stem, double_backward: see
             :class:`memdense.DenseNet`.
         types: classes of blocks, layers and transitions that compute what they look like.
-        prospective: whether blocks are read as though they ran alone, which they do not yet.
         said: reasons that a warning has given.
     """
 
@@ -62,17 +62,28 @@ class Switches:
     recompute_stem: bool = True
     double_backward: bool = False
     types: frozenset[type] = OWN_TYPES
-    prospective: bool = False
     said: set[str] = field(default_factory=set)
 
     def obstacle(self, x: Any) -> str:
         """Why all runs as plain modules with this input; empty where it need not."""
+        return self._asked_for(x) or _surprise(x)
+
+    def run_efficiently(self, what: str, x: Any) -> bool:
+        """Whether there is no obstacle; a surprising one is told of."""
+        if self._asked_for(x):
+            return False
+        if reason := _surprise(x):
+            warn_plain(what, reason, self.said)
+        return not reason
+
+    def _asked_for(self, x: Any) -> str:
+        """Obstacles that nobody needs to be told of."""
         if not self.efficient:
             return "efficient is False"
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             return "tracing"
-        if transformed():
-            return _TRANSFORMED
+        if torch.compiler.is_exporting():
+            return "exporting, to where these operations are not"
         # modules say best what is wrong with an input, and do with an empty one what they do
         if not isinstance(x, Tensor):
             return f"it is {article(type(x).__name__)}"
@@ -80,16 +91,23 @@ class Switches:
             return f"{x.dtype} of shape {tuple(x.shape)}"
         return ""
 
-    def run_efficiently(self, x: Any) -> bool:
-        reason = self.obstacle(x)
-        if reason == _TRANSFORMED:
-            warn_plain("the whole model", reason, self.said)
-        return not reason
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has not warned yet."""
+        return {**vars(self), "said": set()}
 
     @property
     def keeps(self) -> bool:
         """Whether bottlenecks are kept now."""
         return self.keep_bottlenecks and torch.is_grad_enabled()
+
+
+def _surprise(x: Tensor) -> str:
+    """Why modules must run that the user would not expect to."""
+    if transformed():
+        return "torch.func's transforms and forward-mode AD need operations of their own"
+    if foreign(x):
+        return f"{article(type(x).__name__)} carries out operations itself"
+    return global_hooks() or ""
 
 
 def _switch(name: str) -> property:
@@ -143,11 +161,12 @@ class Features(nn.Sequential):
             readings[found] = readings.setdefault(self, {})
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) to the last norm's output, (N, C, H', W'), in the memory format that the
         modules would give it.
         """
-        if not self._switches.run_efficiently(x):
+        x = input
+        if not self._switches.run_efficiently(_ALL, x):
             return super().forward(x)
         layout = self._layout(x)
         out = self._run(x, self.steps("norm"), layout)[0]
@@ -155,7 +174,7 @@ class Features(nn.Sequential):
 
     def pooled(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
-        if self._switches.run_efficiently(x):
+        if self._switches.run_efficiently(_ALL, x):
             steps = self.steps("pool")
             if steps[-1].tail == "pool":
                 return self._run(x, steps, self._layout(x))[0]
@@ -166,7 +185,7 @@ class Features(nn.Sequential):
         (to autograd too). Where the block ran efficiently it is channels last: the block's buffer.
         """
         steps = [part for step in self.steps(None) for part in apart(step)]
-        if self._switches.run_efficiently(x):
+        if self._switches.run_efficiently(_ALL, x):
             return self._run(x, steps, self._layout(x))[1]
         outputs = []
         for step in steps:
@@ -210,8 +229,8 @@ class Features(nn.Sequential):
                 if part.kind == "module":
                     x = modules[0](x)
                     continue
-                if not reason and part.kind != "stem":
-                    reason = autocast_obstacle(x)
+                if found is not None:
+                    reason = obstacle_now(x, found)
                 if reason:
                     warn_plain(" and ".join(part.names), reason, self._switches.said)
                     found = None
@@ -229,13 +248,13 @@ class Features(nn.Sequential):
         return x, outputs
 
     def parts(self, step: Step) -> list[tuple[Step, StageModules | StemModules | None, str]]:
-        """A step as it runs now, with what was read of it, and why it runs as modules if it does.
-        A block and its tail come apart where one of them cannot run efficiently.
+        """A step as it runs now, with what was read of it, or why it runs as modules. A block and
+        its tail come apart where one of them cannot run efficiently.
         """
         if step.kind == "module":
             return [(step, None, "")]
         try:
-            return [(step, self._read(step), "")]
+            return [(step, self.read(step), "")]
         except Unsupported as reason:
             why = str(reason)
         if step.kind != "stage":
@@ -245,12 +264,10 @@ class Features(nn.Sequential):
             if block[1] and tail[1]:  # each could, but they do not fit together
                 tail = tail[0], None, why
             return [block, tail]
-        block = self._modules[step.names[0]]
-        if self._switches.prospective or isinstance(block, RunsAlone):
-            why = _obstacle_alone(block, step.names[0], self._switches)
-        return [(step, None, why)]
+        itself = isinstance(self._modules[step.names[0]], RunsAlone)  # its forward decides again
+        return [(step, None, "" if itself else why)]
 
-    def _read(self, step: Step) -> StageModules | StemModules:
+    def read(self, step: Step) -> StageModules | StemModules:
         """The modules of a step, as operations take them. Raises ``Unsupported`` where they must
         run as modules.
         """
@@ -327,7 +344,8 @@ def read_alone(block: nn.Module, name: str, switches: Switches) -> StageModules:
     )
 
 
-def _obstacle_alone(block: nn.Module, name: str, switches: Switches) -> str:
+def obstacle_alone(block: nn.Module, name: str, switches: Switches) -> str:
+    """Why a block that was called runs as modules; empty if it does not."""
     try:
         read_alone(block, name, switches)
     except Unsupported as reason:
@@ -338,10 +356,11 @@ def _obstacle_alone(block: nn.Module, name: str, switches: Switches) -> str:
 def _features_of(block: RunsAlone, x: Tensor) -> Tensor | None:
     """What a block makes of x, in the modules' memory format; None where they must run."""
     switches = block._switches
-    if not switches.run_efficiently(x):
+    if not switches.run_efficiently(block._name, x):
         return None
     try:
-        found, reason = read_alone(block, block._name, switches), autocast_obstacle(x)
+        found = read_alone(block, block._name, switches)
+        reason = obstacle_now(x, found)
     except Unsupported as unsupported:
         reason = str(unsupported)
     if reason:

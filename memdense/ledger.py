@@ -423,7 +423,7 @@ class Efficient(Walk):
         conv = stage.tail.conv
         if conv is None:
             scratch.mean_backward(geometry, last)
-            return Buffer("weight gradients", 0)
+            return NOTHING
         gradient = self.ledger.new("weight gradients", conv.numel() * WIDE)
         if stage.tail.spec.pool == 2:
             scratch.pool_conv1x1_backward(geometry, last, conv.shape[0])

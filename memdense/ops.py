@@ -170,8 +170,8 @@ def _(dout, dfeatures, features, statistics, bottlenecks, tensors, mask, spec, n
     dx = [_images(features, n, c, h, w)] if need_x else []
     return dx + [
         torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, n in zip(tensors, need, strict=True)
-        if n
+        for t, wanted in zip(tensors, need, strict=True)
+        if wanted
     ]
 
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from . import _extension
 from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
-from .ledger import Machine, Network, Setting, read_network, replay
+from .ledger import Ledger, Machine, Network, Setting, read_network, replay
 from .memory import format_bytes
 from .spec import pair
 from .structure import Unsupported
@@ -482,19 +483,7 @@ def plan(
     height, width = _size(image, model)
     machine = _machine(device, backend, dtype)
     _check_choice("optimizer", optimizer, OPTIMIZERS)
-    if not isinstance(batch, Integral):
-        raise ValueError(f"batch must be a whole number, got {batch!r}")
-    _check_positive(batch=batch, backward_share=backward_share, bucket_cap_mb=bucket_cap_mb)
-    if backward_share > 1:
-        raise ValueError(f"backward_share must be at most 1, got {backward_share}")
-    _check_positive(**{f"devices[{i}]": n for i, n in enumerate(devices)})
-    if (images_per_second is None) != (bandwidth is None):
-        raise ValueError("images_per_second and bandwidth go together")
-    if images_per_second is not None:
-        _check_positive(images_per_second=images_per_second)
-        if not devices:
-            raise ValueError("images_per_second needs devices: how many there are, say 1, 2, 4, 8")
-
+    _check_numbers(batch, devices, images_per_second, bandwidth, backward_share, bucket_cap_mb)
     network = _network(model, height, width)
     smallest = 2 if any(p.height * p.width == 1 for p in network.parts) else 1
     if batch < smallest:
@@ -511,37 +500,26 @@ def plan(
         step = max(replay(network, n, setting, machine).peak, state.optimizer_step)
         return state.total + 4 * n * network.image_values + step
 
+    def largest(setting: Setting) -> int:
+        return largest_batch(lambda n: total(setting, n) <= limit - reserved, smallest)
+
     settings = _settings(network)
-    room = 0 if limit is None else limit - reserved
     if limit is not None:
         least = min(total(s, smallest) for s in settings)
-        if least > room:
+        if least > limit - reserved:
             left = f", {format_bytes(reserved)} of it reserved," if reserved else ""
             raise ValueError(
                 f"a budget of {format_bytes(limit)}{left} holds no training step: the model's "
                 f"state takes {format_bytes(state.total)}, and a step with a batch of {smallest} "
                 f"needs {format_bytes(least + reserved)} at the least"
             )
-    found = []
-    for setting in settings:
-        ledger = replay(network, batch, setting, machine)
-        largest = largest_total = None
-        if limit is not None:
-            largest = largest_batch(lambda n, s=setting: total(s, n) <= room, smallest)
-            largest_total = total(setting, largest) if largest else 0
-        alive = sorted(ledger.at_peak.items(), key=lambda item: -item[1])
-        found.append(
-            SettingPlan(
-                setting.name,
-                ledger.kept,
-                ledger.peak,
-                total(setting, batch),
-                ledger.peak_where,
-                tuple((name, size) for name, size in alive if size),
-                largest,
-                largest_total,
-            )
+    found = [
+        _setting_plan(
+            setting, replay(network, batch, setting, machine), batch, partial(total, setting),
+            None if limit is None else largest(setting),
         )
+        for setting in settings
+    ]  # fmt: skip
     buckets = bucket_sizes([p.nbytes for p in model.parameters()], bucket_cap_mb)
     scaling = ()
     if images_per_second is not None:
@@ -567,10 +545,49 @@ def plan(
         title += f" less {_as_given(reserve)}" if reserved else ""
     assumptions = _assumptions(
         machine, optimizer, ddp, gradient_as_bucket_view, scaling, bandwidth, overlap,
-        backward_share, len(buckets), buckets[-1],
+        backward_share, buckets,
     )  # fmt: skip
     images = 4 * batch * network.image_values
     return Plan(title, state, images, tuple(found), limit, reserved, scaling, tuple(assumptions))
+
+
+def _check_numbers(
+    batch: int,
+    devices: Sequence[int],
+    images_per_second: float | None,
+    bandwidth: float | str | None,
+    backward_share: float,
+    bucket_cap_mb: float,
+) -> None:
+    if not isinstance(batch, Integral):
+        raise ValueError(f"batch must be a whole number, got {batch!r}")
+    _check_positive(batch=batch, backward_share=backward_share, bucket_cap_mb=bucket_cap_mb)
+    if backward_share > 1:
+        raise ValueError(f"backward_share must be at most 1, got {backward_share}")
+    _check_positive(**{f"devices[{i}]": n for i, n in enumerate(devices)})
+    if (images_per_second is None) != (bandwidth is None):
+        raise ValueError("images_per_second and bandwidth go together")
+    if images_per_second is not None:
+        _check_positive(images_per_second=images_per_second)
+        if not devices:
+            raise ValueError("images_per_second needs devices: how many there are, say 1, 2, 4, 8")
+
+
+def _setting_plan(
+    setting: Setting, ledger: Ledger, batch: int, total: Callable[[int], int], largest: int | None
+) -> SettingPlan:
+    """``total``: all bytes by the batch; ``largest``: the batch that fits, 0 if none does."""
+    alive = sorted(ledger.at_peak.items(), key=lambda item: -item[1])
+    return SettingPlan(
+        setting.name,
+        ledger.kept,
+        ledger.peak,
+        total(batch),
+        ledger.peak_where,
+        tuple((name, size) for name, size in alive if size),
+        largest,
+        total(largest) if largest else largest,
+    )
 
 
 def _as_given(size: int | str) -> str:
@@ -678,12 +695,12 @@ def _assumptions(
     bandwidth: float | str | None,
     overlap: bool,
     backward_share: float,
-    buckets: int,
-    last_bucket: int,
+    buckets: Sequence[int],
 ) -> Iterator[str]:
     yield (
-        "one batch of float32 images that need no gradient, cross entropy, all parameters learn "
-        "and are float32; .grad exists before the step (with set_to_none=True it is a little less)"
+        "one batch of float32 images that need no gradient, cross entropy of the classifier's "
+        "output, all parameters learn and are float32; .grad exists before the step (with "
+        "set_to_none=True it is a little less)"
     )
     if machine.dtype.itemsize < 4:
         yield f"{str(machine.dtype).removeprefix('torch.')} by autocast, weights cast as needed"
@@ -708,8 +725,8 @@ def _assumptions(
         if overlap:
             yield (
                 f"backward takes {backward_share:.0%} of a step and hides the all-reduce, which "
-                f"starts with it, but for the last of {buckets} buckets "
-                f"({format_bytes(last_bucket)})"
+                f"starts with it, but for the last of {len(buckets)} buckets "
+                f"({format_bytes(buckets[-1])})"
             )
         else:
             yield "the all-reduce starts when backward has ended"

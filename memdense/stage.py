@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from . import ops
 from .buffers import reader_columns
 from .convolution import layout_of
-from .direct import autocast, autocast_dtype
+from .direct import autocast, autocast_dtype, foreign
 from .spec import Stage, StemSpec, output_length, reads_of
 from .structure import (
     Moving,
     Snapshot,
     StageModules,
     StemModules,
+    article,
     convolution_dtype_fits,
     global_hooks,
     misfit,
@@ -117,9 +118,17 @@ def read_once(
     return found
 
 
-def autocast_obstacle(x: Tensor) -> str:
-    """Whether modules would keep more of x's digits than autocast leaves a convolution."""
-    dtype = autocast_dtype(x.device)
+def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
+    """Why modules must run that could do without: a parameter that carries out operations itself;
+    an x of which modules would keep more digits than autocast leaves a convolution.
+    """
+    stem = isinstance(found, StemModules)
+    for t in (found.conv.weight, *found.norm[1:]) if stem else found.tensors:
+        if foreign(t):
+            return (
+                f"a parameter is {article(type(t).__name__)}, which carries out operations itself"
+            )
+    dtype = None if stem else autocast_dtype(x.device)
     if dtype is None or x.dtype in (dtype, torch.float64):
         return ""
     return f"autocast convolves in {dtype}, but what comes in is {x.dtype}"

@@ -58,11 +58,25 @@ class NormModule(NamedTuple):
     running: Running | None
 
 
+# what runs in place of these, as guided backpropagation does with ReLU's
+_METHODS = [
+    (cls, name, getattr(cls, name))
+    for cls in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
+    for name in ("forward", "_conv_forward")
+    if hasattr(cls, name)
+]
+
+
 def global_hooks() -> str | None:
-    """What hangs on every module of the process, if anything."""
+    """What was changed for every module of the process, if anything."""
     for name, kind in HOOKS.items():
         if getattr(_module, "_global" + name, None):
             return f"a global {kind} is registered"
+    if torch.compiler.is_compiling():  # which took the methods that there are
+        return None
+    for cls, name, method in _METHODS:
+        if getattr(cls, name) is not method:
+            return f"{cls.__name__}.{name} was replaced"
     return None
 
 
@@ -84,8 +98,9 @@ def check(
     if not hooks and any(map(own.get, HOOKS)):
         kinds = [kind for attribute, kind in HOOKS.items() if own.get(attribute)]
         raise Unsupported(f"{name} carries a {kinds[0]}")
-    if "forward" in own:
-        raise Unsupported(f"the forward of {name} was replaced on the instance")
+    for attribute in _attributes(module):
+        if callable(getattr(type(module), attribute, None)):
+            raise Unsupported(f"the {attribute} of {name} was replaced on the instance")
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -253,6 +268,10 @@ class StageModules(NamedTuple):
     moving: Moving
 
 
+def _stage_modules(stage: Stage, norms: Sequence[NormModule]) -> StageModules:
+    return StageModules(stage, *flatten(stage), spec_of(stage).encode(), moving(norms))
+
+
 def read_stage(
     block: nn.Module,
     name: str,
@@ -287,8 +306,7 @@ def read_stage(
         norms.append(norm)
         first = layers[0].conv1
         check_fits(norm, tail_name, first.shape[1] + sum(x.growth for x in layers), first)
-    stage = Stage(layers, end, rates.pop(), keep_bottlenecks)
-    return StageModules(stage, *flatten(stage), spec_of(stage).encode(), moving(norms))
+    return _stage_modules(Stage(layers, end, rates.pop(), keep_bottlenecks), norms)
 
 
 def _read_tail(
@@ -331,8 +349,7 @@ def read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) -
     """What follows a dense block, alone: a stage without layers. Raises as :func:`read_stage`."""
     check_global_hooks()
     tail, norm = _read_tail(module, name, kind, types)
-    stage = Stage([], tail, 0.0, False)
-    return StageModules(stage, *flatten(stage), spec_of(stage).encode(), moving([norm]))
+    return _stage_modules(Stage([], tail, 0.0, False), [norm])
 
 
 class StemModules(NamedTuple):
@@ -352,13 +369,10 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
     names = list(modules)
     conv, norm = modules[names[0]], read_norm(modules[names[1]], names[1])
     check(conv, names[0], (nn.Conv2d,), "a Conv2d")
-    if (
-        conv.groups != 1
-        or conv.bias is not None
-        or conv.padding_mode != "zeros"
-        or isinstance(conv.padding, str)
-    ):
+    if conv.groups != 1 or conv.bias is not None or isinstance(conv.padding, str):
         raise Unsupported(f"{names[0]} has groups, a bias or padding by name")
+    if conv.padding_mode != "zeros":
+        raise Unsupported(f"{names[0]} has the padding_mode {conv.padding_mode}")
     if not has_fused_relu(norm.module):
         check(modules[names[2]], names[2], (nn.ReLU,), "a ReLU")
     pool = modules[names[-1]]

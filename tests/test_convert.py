@@ -15,6 +15,7 @@ import torchvision
 from exactness import answered, assert_close, assert_same_step, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import memdense
 from memdense import Features, MemdenseWarning
@@ -379,6 +380,28 @@ def test_one_odd_block_does_not_keep_the_others_back(capsys):
     converted = memdense.convert(copy.deepcopy(plain))
     assert "denseblock1 as plain modules for now" in capsys.readouterr().err
     with pytest.warns(MemdenseWarning, match="denseblock1.denselayer2 has the children"):
+        assert_same_step(converted, plain, images())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.3),
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["pruned", "weight_norm", "parametrized"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_computed_weights_keep_only_their_block_back(change, capsys):
+    plain = prepared(peers.torchvision)
+    converted = copy.deepcopy(plain)
+    for model in (converted, plain):
+        change(model.features.denseblock2.denselayer1.conv1)
+    memdense.convert(converted)
+    said = capsys.readouterr().err
+    assert "features: converted;" in said and "denseblock2 as plain modules for now" in said
+    with pytest.warns(MemdenseWarning, match="runs denseblock2 as plain"):
         assert_same_step(converted, plain, images())
 
 

@@ -479,6 +479,98 @@ def test_what_hangs_on_features_runs(how: str, efficient: bool) -> None:
     assert_same_step(ours, theirs, x)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_programs_are_pytorchs(strict: bool) -> None:
+    """They are loaded where memdense is not."""
+    model, x = memdense.DenseNet(**NET).eval(), torch.randn(2, 3, 40, 40)
+    program = torch.export.export(model, (x,), strict=strict)
+    assert "memdense" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def periodic(self: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
+    wide = nn.functional.pad(x, (self.padding[1],) * 2 + (self.padding[0],) * 2, "circular")
+    return nn.functional.conv2d(wide, weight, bias, self.stride)
+
+
+@pytest.mark.parametrize("where", ["conv0", "denseblock1.denselayer2.conv2"])
+def test_methods_replaced_on_an_instance(where: str) -> None:
+    """As those who want periodic images do it."""
+    model = memdense.DenseNet(**NET).double()
+    plain = copy.deepcopy(model)
+    plain.features.efficient = False
+    x = torch.randn(2, 3, 40, 40).double()
+    model(x), plain(x)
+    for m in (model, plain):
+        conv = m.features.get_submodule(where)
+        conv._conv_forward = periodic.__get__(conv)
+    with pytest.warns(memdense.MemdenseWarning, match=f"the _conv_forward of {where} was replaced"):
+        assert_same_step(model, plain, x)
+
+
+def test_methods_replaced_in_pytorchs_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As guided backpropagation does it."""
+    model = memdense.DenseNet(**NET).double()
+    plain = copy.deepcopy(model)
+    plain.features.efficient = False
+    x = torch.randn(2, 3, 40, 40).double()
+    assert_same_step(model, plain, x)
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: nn.functional.softplus(x))
+    assert {row.why for row in memdense.explain(model).rows} == {"ReLU.forward was replaced"}
+    with pytest.warns(memdense.MemdenseWarning, match="ReLU.forward was replaced"):
+        assert_same_step(model, plain, x)
+    monkeypatch.undo()
+    with warnings.catch_warnings(action="error"):
+        assert_same_step(model, plain, x)
+
+
+def test_what_concerns_the_whole_model_is_told_once_by_each_copy() -> None:
+    model, x = memdense.DenseNet(**NET), torch.randn(2, 3, 40, 40)
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with pytest.warns(memdense.MemdenseWarning) as caught:
+                m(x), m(x)
+            (said,) = (
+                str(w.message).removeprefix("memdense runs the whole model ") for w in caught
+            )
+            assert said == "as plain modules: a global forward hook is registered"
+
+
+class Shard(torch.Tensor):
+    """A tensor that carries out PyTorch's operations itself and knows no others, as DTensor."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> "Shard":
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten", func
+        unwrap = torch.utils._pytree.tree_map_only
+        out = func(*unwrap(cls, lambda t: t.inner, args), **unwrap(cls, lambda t: t.inner, kwargs))
+        return unwrap(torch.Tensor, cls, out)
+
+
+@pytest.mark.parametrize("parameters", [False, True])
+def test_tensors_that_carry_out_operations_themselves(parameters: bool) -> None:
+    model, x = memdense.DenseNet(**NET).eval(), torch.randn(2, 3, 40, 40)
+    expected = model(x)
+    if parameters:
+        shards = {n: nn.Parameter(Shard(p.detach()), False) for n, p in model.named_parameters()}
+        model.load_state_dict(shards, strict=False, assign=True)
+    with torch.no_grad(), pytest.warns(memdense.MemdenseWarning, match="a Shard"):
+        found = model(Shard(x))
+    torch.testing.assert_close(found.inner, expected)
+
+
+def test_features_take_their_input_by_name() -> None:
+    features, x = memdense.DenseNet(**NET).features.eval(), torch.randn(2, 3, 40, 40)
+    assert torch.equal(features(input=x), features(x))
+
+
 def test_compiled_features_are_called() -> None:
     model, graphs = memdense.DenseNet(**NET).eval(), []
     x = torch.randn(2, 3, 40, 40)

@@ -95,8 +95,8 @@ class GradientSums:
         self.sums[row] += gradient.sum(axes)
         self.sums[row + 1] += x_hat.mul_(gradient).sum(axes)
 
-    def total(self) -> Sums:
-        """The sums, with the reader's share credited."""
+    def credited(self) -> Sums:
+        """The sums, of which S1 and S2 now have the reader's share."""
         parts = [row.to(self.read.mean.dtype, copy=True) for row in self.sums]
         sums = Sums(*parts[:2])
         if self.into is not None:
@@ -365,7 +365,7 @@ class Reference:
             torch.mm(dy, weight, out=da)
             self._answer(da, z, x[rows], read, sums)
             self._add_into(g[rows], da, x[rows], read, sums)
-        return sums.total(), dweight
+        return sums.credited(), dweight
 
     def _normalised(self, dz: Tensor, y: Tensor, behind: NormGradient) -> Tensor:
         """dy = a*dz + b*y + c, as y's dtype stores it."""
@@ -410,7 +410,7 @@ class Reference:
                 geometry.pixels(dz)[n, h] = da
             else:
                 self._add_into(geometry.pixels(g)[n, h], da, lines, read, sums)
-        return dz, sums.total(), dweight
+        return dz, sums.credited(), dweight
 
     @staticmethod
     def _add_conv3x3_weight(
@@ -492,7 +492,7 @@ class Reference:
             ).permute(0, 2, 3, 1)
             self._answer(da, z, source[n, h], read, sums)
             self._add_into(target[n, h], da, source[n, h], read, sums)
-        return sums.total(), dweight
+        return sums.credited(), dweight
 
     def bn_relu(self, x: Tensor, read: Reader, relu: bool) -> Tensor:
         """s*x + t, relu or not: (M, C), packed."""
@@ -511,7 +511,7 @@ class Reference:
             da = self.scratch.take("da", x[rows].shape, x.dtype, x.device).copy_(dout[rows])
             self._answer(da, z, x[rows], read, sums)
             self._add_into(g[rows], da, x[rows], read, sums)
-        return sums.total()
+        return sums.credited()
 
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
         """The mean of relu(s*x + t) over each image: (N, C)."""
@@ -535,7 +535,7 @@ class Reference:
             )
             self._answer(da, self._read(lines, read), lines, read, sums)
             self._add_into(target[n, h], da, lines, read, sums)
-        return sums.total()
+        return sums.credited()
 
     # ---- the stem
 
@@ -587,7 +587,7 @@ class Reference:
         sums = GradientSums(read, None)
         for rows in self.row_bands(x):
             self._answer(dz[rows], self._read(x[rows], read), x[rows], read, sums)
-        return dz, sums.total()
+        return dz, sums.credited()
 
     def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
         """a*dz + b*x + c, in dz's place."""
