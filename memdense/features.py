@@ -82,7 +82,7 @@ class Switches:
             return "efficient is False"
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             return "tracing"
-        if torch.compiler.is_exporting():
+        if torch.compiler._is_exporting_flag:  # Dynamo of torch 2.11 takes is_exporting() for true
             return "exporting, to where these operations are not"
         # modules say best what is wrong with an input, and do with an empty one what they do
         if not isinstance(x, Tensor):
