@@ -97,7 +97,8 @@ class Inputs:
         read, weight = reads(self.vectors), self.weight.to(dtype)
         share = Share(self.credited.to(acc), read.mean, geometry.rows)
         x, dz, y, dx = (wrap(t.to(dtype)) for t in (self.x, self.dz, self.y, self.dx))
-        small, pooled, per_image = (t.to(dtype) for t in (self.small, self.pooled, self.per_image))
+        small, per_image = (wrap(t.to(dtype)) for t in (self.small, self.per_image))
+        pooled = self.pooled.to(dtype)
 
         def into_g(name: str, method: str, *args: object, seeded: bool = True) -> None:
             g = wrap(g_before.clone() if seeded else torch.full_like(g_before, torch.nan))

@@ -1,5 +1,10 @@
 """The Triton kernels without a product against the reference, in the interpreter or on a GPU."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from exactness import into_of, reader_of
@@ -169,6 +174,18 @@ def test_statistics_far_from_zero():
     Triton().statistics(x, moments)
     var, mean = torch.var_mean(x.double(), 0, correction=0)
     torch.testing.assert_close(moments.double(), torch.stack((mean, var)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
+def test_reads_nothing_behind_its_memory():
+    """tests/guarded.py, where that ends the process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", Path(__file__).with_name("guarded.py")],
+        env=os.environ | {"PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- running statistics

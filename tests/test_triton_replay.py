@@ -323,7 +323,9 @@ def ask(moving: list[Tensor], fixed: list[Tensor], *rest: Any) -> None:
 
 
 def test_other_looks_are_other_tapes(replays: list[replay.Tape]) -> None:
-    """Of an input that moves: shape, stride, dtype, alignment; of a fixed one where it is, too."""
+    """Of an input that moves: shape, stride, dtype, alignment, what may be read behind it; of a
+    fixed one where it is, too.
+    """
     w = torch.randn(3, 4)
     there = torch.randn(20)
     base = torch.randn(64)
@@ -331,7 +333,8 @@ def test_other_looks_are_other_tapes(replays: list[replay.Tape]) -> None:
         "as it is": ([torch.randn(5, 3)], [w]),
         "shape": ([torch.randn(6, 3)], [w]),
         "stride": ([torch.randn(3, 5).t()], [w]),
-        "slice": ([base[4:19].view(5, 3)], [w]),
+        "memory behind it": ([base[4:19].view(5, 3)], [w]),
+        "less of it": ([torch.randn(20)[:15].view(5, 3)], [w]),
         "alignment": ([base[1:16].view(5, 3)], [w]),
         "dtype": ([torch.randn(5, 3).double()], [w.double()]),
         "memory": ([torch.randn(5, 3)], [there[:12].view(3, 4)]),
@@ -351,11 +354,13 @@ def test_other_looks_are_other_tapes(replays: list[replay.Tape]) -> None:
             t.copy_(torch.randn(t.shape))
         ask(*case)
         assert len(replays) == count and len(tapes()) == len(looks)
+    ask([base[32:47].view(5, 3)], [w])
+    assert replays[-1] is replays[3] and len(tapes()) == len(looks)
     # what moves may overlap: each is where it is
     x = torch.randn(6, 3)
     for _ in range(3):
         ask([x[1:], x[:-1]], [w])
-    assert len(replays) == len(looks) + 1
+    assert len(replays) == len(looks) + 2
 
 
 def test_what_cannot_be_replayed(replays: list[replay.Tape]) -> None:

@@ -286,16 +286,17 @@ def gradient_configs(
 
 @cached
 def _forward_plan(
-    k: Config, precise: str, m: int, c: int, b: int, ldx: int, ldw: int, eps: float
-) -> Plan:
+    k: Config, precise: str, m: int, c: int, b: int, touched: tuple[int, int],
+    strides: tuple[int, int], eps: float,
+) -> Plan:  # fmt: skip
     tiles = cdiv(m, k.rows)
     return Plan(
         forward_1x1,
         (tiles,),
-        (m, c, readable(c, ldx), readable(c, ldw), b, ldx, ldw, eps, tiles, b * tiles),
+        (m, c, *touched, b, *strides, eps, tiles, b * tiles),
         (
-            k.rows, k.columns, k.inner, blocks(b, precise)[1], m % k.rows == 0,
-            readable(c, ldx) > c, precise,
+            k.rows, k.columns, k.inner, blocks(b, precise)[1], m % k.rows == 0, touched[0] > c,
+            precise,
         ),
         k.warps,
         k.stages,
@@ -311,7 +312,8 @@ def forward(x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None) -> 
     k = choose("forward_1x1", x.dtype, (m, c, b), candidates)
     y = x.new_empty((m, b))
     partial = None if moments is None else moments_partial(x, b, cdiv(m, k.rows))
-    plan = _forward_plan(k, precise, m, c, b, x.stride(0), weight.stride(0), read.eps)
+    touched, strides = (readable(x), readable(weight)), (x.stride(0), weight.stride(0))
+    plan = _forward_plan(k, precise, m, c, b, touched, strides, read.eps)
     plan(x, weight, read.mean, read.var, read.weight, read.bias, y, partial)
     if moments is not None:
         merge(partial, moments, m, k.rows)
@@ -320,17 +322,16 @@ def forward(x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None) -> 
 
 @cached
 def _gradients_plan(
-    k: Config, precise: str, m: int, c: int, b: int, strides: tuple[int, ...], eps: float,
+    k: Config, precise: str, m: int, c: int, b: int, touched: tuple[int, int, int],
+    strides: tuple[int, ...], eps: float,
     splits: int, need_weight: bool, seeded: bool, rounds: bool,
 ) -> Plan:  # fmt: skip
     across, count = cdiv(c, k.columns), blocks(b, precise)[1]
-    _, ldw, ldx, ldg = strides
-    writable = readable(c, ldg) if seeded else c
     return Plan(
         gradients_1x1,
         (across * splits,),
         (
-            m, c, readable(c, ldx), readable(c, ldw), writable, b, *strides, eps,
+            m, c, *touched, b, *strides, eps,
             across, share_of(m, splits, k.rows), c * splits, b * c,
         ),
         (
@@ -370,7 +371,8 @@ def backward(
     partial = sums_partial(x, c, splits, into)
     weights = x.new_empty((splits, b, c), dtype=torch.float32) if need_weight else None
     plan = _gradients_plan(
-        k, precise, m, c, b, (dy.stride(0), weight.stride(0), x.stride(0), g.stride(0)),
+        k, precise, m, c, b, (readable(x), readable(weight), readable(g) if into.seeded else c),
+        (dy.stride(0), weight.stride(0), x.stride(0), g.stride(0)),
         read.eps, splits, need_weight, into.seeded, into.rounds,
     )  # fmt: skip
     plan(dy, weight, x, read.mean, read.var, read.weight, read.bias, g, partial, weights)

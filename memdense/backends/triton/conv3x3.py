@@ -305,7 +305,7 @@ def _shifts(dilation: tuple[int, int], width: int, stride: int) -> tuple[int, in
 @cached
 def _forward_plan(
     dtype: torch.dtype, precise: str, geometry: Geometry, c: int, k: int,
-    dilation: tuple[int, int],
+    dilation: tuple[int, int], touched: int,
     strides: tuple[int, ...], eps: float, factor: float, tiles: int,
 ) -> Plan:  # fmt: skip
     config = forward_config(dtype, precise, c, k)
@@ -315,10 +315,10 @@ def _forward_plan(
         forward_3x3,
         (tiles, cdiv(k, config.columns)),
         (
-            geometry.rows, h, w, c, readable(c, ldx), k, *dilation,
+            geometry.rows, h, w, c, touched, k, *dilation,
             ldx, *_shifts(dilation, w, ldx), *rest, eps, factor, tiles, k * tiles,
         ),
-        (config.rows, config.columns, config.inner, readable(c, ldx) != c, precise),
+        (config.rows, config.columns, config.inner, touched != c, precise),
         config.warps,
         config.stages,
     )  # fmt: skip
@@ -341,7 +341,7 @@ def forward(
     partial = None if moments is None else moments_partial(x, k, tiles)
     mask, factor = (None, 1.0) if keep is None else keep
     plan = _forward_plan(
-        x.dtype, precise, geometry, c, k, dilation,
+        x.dtype, precise, geometry, c, k, dilation, readable(x),
         (x.stride(0), *weight.stride(), 0 if mask is None else mask.stride(0), out.stride(0)),
         read.eps, factor, tiles,
     )  # fmt: skip
@@ -353,23 +353,22 @@ def forward(
 @cached
 def _input_plan(
     dtype: torch.dtype, precise: str, geometry: Geometry, c: int, k: int,
-    dilation: tuple[int, int],
+    dilation: tuple[int, int], touched: tuple[int, int, int],
     strides: tuple[int, ...], eps: float, into: bool, seeded: bool, rounds: bool, tiles: int,
 ) -> Plan:  # fmt: skip
     config = input_config(dtype, precise, c, k, into)
     _, h, w = geometry
     ldy, *rest, ldx, ldg = strides
-    writable = readable(c, ldg) if seeded else c
+    cx, cg, ck = touched
     return Plan(
         input_gradient_3x3,
         (tiles, cdiv(c, config.columns)),
         (
-            geometry.rows, h, w, c, readable(c, ldx), writable, k, readable(k, ldy), *dilation,
+            geometry.rows, h, w, c, cx, cg, k, ck, *dilation,
             ldy, *_shifts(dilation, w, ldy), *rest, ldx, ldg, eps, tiles, c * tiles,
         ),
         (
-            config.rows, config.columns, config.inner, into, seeded, rounds,
-            readable(k, ldy) != k, precise,
+            config.rows, config.columns, config.inner, into, seeded, rounds, ck != k, precise,
         ),
         config.warps,
         config.stages,
@@ -379,17 +378,18 @@ def _input_plan(
 @cached
 def _weight_plan(
     dtype: torch.dtype, precise: str, geometry: Geometry, c: int, k: int,
-    dilation: tuple[int, int],
+    dilation: tuple[int, int], touched: tuple[int, int],
     ldy: int, ldx: int, eps: float, splits: int,
 ) -> Plan:  # fmt: skip
     config = weight_config(dtype, precise, c, k)
     _, h, w = geometry
+    cx, ck = touched
     share = share_of(geometry.rows, splits, config.rows)
     return Plan(
         weight_gradient_3x3,
         (cdiv(c, config.columns), cdiv(k, config.inner), splits),
         (
-            geometry.rows, h, w, c, readable(c, ldx), k, readable(k, ldy), *dilation,
+            geometry.rows, h, w, c, cx, k, ck, *dilation,
             ldy, *_shifts(dilation, w, ldy), ldx, eps, share,
             config.rows // w % h, config.rows % w, k * c * 9,
         ),
@@ -422,11 +422,12 @@ def backward(
     tiles = cdiv(m, input_config(x.dtype, precise, c, k, into is not None).rows)
     partial = sums_partial(x, c, tiles, into)
     g = x.new_empty((m, c)) if into is None else into.g
+    seeded = into is not None and into.seeded
     plan = _input_plan(
         x.dtype, precise, geometry, c, k, dilation,
+        (readable(x), readable(g) if seeded else c, readable(dy)),
         (dy.stride(0), *weight.stride(), x.stride(0), g.stride(0)),
-        read.eps, into is not None, into is not None and into.seeded,
-        into is not None and into.rounds, tiles,
+        read.eps, into is not None, seeded, into is not None and into.rounds, tiles,
     )  # fmt: skip
     plan(dy, weight, x, read.mean, read.var, read.weight, read.bias, g, partial)
     weights = None
@@ -434,8 +435,9 @@ def backward(
         splits = weight_splits(x.dtype, precise, m, c, k, multiprocessors(x.device))
         weights = x.new_empty((splits, k, c, 3, 3), dtype=torch.float32)
         plan = _weight_plan(
-            x.dtype, precise, geometry, c, k, dilation, dy.stride(0), x.stride(0), read.eps, splits
-        )
+            x.dtype, precise, geometry, c, k, dilation, (readable(x), readable(dy)),
+            dy.stride(0), x.stride(0), read.eps, splits,
+        )  # fmt: skip
         plan(dy, x, read.mean, read.var, read.weight, read.bias, weights)
     sums, dweight = merge_sums(partial, read, into, weights)
     return (g if into is None else None), sums, dweight

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from ... import _extension
+from ...buffers import ROW_UNIT
 
 ALIGNMENT = 16  # bytes that Triton's widest loads want
 
@@ -178,12 +179,27 @@ def power(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def readable(channels: int, stride: int) -> int:
-    """How many columns of a (M, channels) matrix may be read: up to the next multiple of 16, where
-    its rows reach that far. What lies behind ``channels`` may be anything, so kernels select on it.
+@cached
+def extent(shape: torch.Size, stride: tuple[int, ...]) -> int:
+    """Values from a tensor's first to its last, both included."""
+    return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
+def room(t: Tensor) -> int:
+    """Values in t's storage behind its last one, up to as many as padding ever takes."""
+    values = t.untyped_storage().nbytes() // t.itemsize
+    behind = values - t.storage_offset() - extent(t.shape, t.stride())
+    return behind if behind < ROW_UNIT else ROW_UNIT - 1
+
+
+def readable(matrix: Tensor) -> int:
+    """How many columns of a (M, C) matrix may be read: up to the next multiple of 16, where its
+    rows and, behind the last of them, its storage reach that far. What lies behind C may be
+    anything, so kernels select on it.
     """
-    wide = cdiv(channels, 16) * 16
-    return wide if wide <= stride else channels
+    c = matrix.shape[1]
+    wide = cdiv(c, ROW_UNIT) * ROW_UNIT
+    return wide if wide == c or (wide <= matrix.stride(0) and wide - c <= room(matrix)) else c
 
 
 def share_of(rows: int, programs: int, height: int) -> int:
@@ -235,14 +251,6 @@ def walk(rows: int, channels: int) -> Walk:
     walkers = min(cdiv(rows, height), max(1, WALKERS // across))
     share = share_of(rows, walkers, height)
     return Walk(height, columns, across, cdiv(rows, share), share)
-
-
-def readable_slice(matrix: Tensor) -> int:
-    """:func:`readable` of a matrix that need not begin where its rows do: behind a slice there may
-    be no memory.
-    """
-    c = matrix.shape[1]
-    return c if matrix.storage_offset() else readable(c, matrix.stride(0))
 
 
 @cached

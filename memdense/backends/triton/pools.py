@@ -323,9 +323,9 @@ def _vectors(read: Reader) -> tuple[Tensor | None, ...]:
 
 
 @cached
-def _norm_plan(m: int, c: int, ldx: int, eps: float, relu: bool) -> Plan:
+def _norm_plan(m: int, c: int, touched: int, ldx: int, eps: float, relu: bool) -> Plan:
     rows, columns, programs = tiling(m, c)
-    sizes = (m, c, readable(c, ldx), ldx, eps)
+    sizes = (m, c, touched, ldx, eps)
     return Plan(norm_rows, (programs,), sizes, (rows, columns, relu), warps=8)
 
 
@@ -333,14 +333,14 @@ def bn_relu(x: Tensor, read: Reader, relu: bool) -> Tensor:
     """(M, C), packed."""
     m, c = x.shape
     out = x.new_empty((m, c))
-    _norm_plan(m, c, x.stride(0), read.eps, relu)(x, *_vectors(read), out)
+    _norm_plan(m, c, readable(x), x.stride(0), read.eps, relu)(x, *_vectors(read), out)
     return out
 
 
 @cached
-def _mean_plan(n: int, pixels: int, c: int, ldx: int, eps: float) -> Plan:
+def _mean_plan(n: int, pixels: int, c: int, touched: int, ldx: int, eps: float) -> Plan:
     rows, columns = min(64, power(pixels)), min(128, power(c))
-    sizes = (pixels, c, readable(c, ldx), ldx, eps)
+    sizes = (pixels, c, touched, ldx, eps)
     return Plan(mean_images, (n * cdiv(c, columns),), sizes, (rows, columns), warps=8)
 
 
@@ -348,16 +348,18 @@ def bn_relu_mean(x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
     """(N, C)."""
     n, c = geometry.n, x.shape[1]
     out = x.new_empty((n, c))
-    plan = _mean_plan(n, geometry.h * geometry.w, c, x.stride(0), read.eps)
+    plan = _mean_plan(n, geometry.h * geometry.w, c, readable(x), x.stride(0), read.eps)
     plan(x, *_vectors(read), out)
     return out
 
 
 @cached
-def _pool_plan(geometry: Geometry, m: int, c: int, ldx: int, ldo: int, eps: float) -> Plan:
+def _pool_plan(
+    geometry: Geometry, m: int, c: int, touched: int, ldx: int, ldo: int, eps: float
+) -> Plan:
     columns = min(64, power(c))
     rows = min(2048 // columns, power(m))  # of four pixels each
-    sizes = (geometry.h, geometry.w, m, c, readable(c, ldx), ldo, ldx, ldo, eps)
+    sizes = (geometry.h, geometry.w, m, c, touched, ldo, ldx, ldo, eps)
     grid = (cdiv(m, rows) * cdiv(c, columns),)
     return Plan(pool_quads, grid, sizes, (rows, columns))
 
@@ -366,7 +368,8 @@ def _pool(x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
     """avg_pool2x2(relu(s*x + t)): (N * H//2 * W//2, C)."""
     m, c = geometry.quads.rows, x.shape[1]
     out = new_matrix(x, m, c)
-    _pool_plan(geometry, m, c, x.stride(0), out.stride(0), read.eps)(x, *_vectors(read), out)
+    plan = _pool_plan(geometry, m, c, readable(x), x.stride(0), out.stride(0), read.eps)
+    plan(x, *_vectors(read), out)
     return out
 
 
@@ -377,12 +380,11 @@ def bn_relu_pool_conv1x1(x: Tensor, read: Reader, weight: Tensor, geometry: Geom
 
 @cached
 def _answer_plan(
-    source: str, geometry: Geometry, m: int, c: int, strides: tuple[int, int, int], eps: float,
+    source: str, geometry: Geometry, m: int, c: int, touched: tuple[int, int, int],
+    strides: tuple[int, int, int], eps: float,
     relu: bool, seeded: bool, rounds: bool,
 ) -> Plan:  # fmt: skip
     rows, columns, across, walkers, share = walk(m, c)
-    ldd, ldx, ldg = strides
-    touched = readable(c, ldd), readable(c, ldx), readable(c, ldg) if seeded else c
     sizes = (geometry.h, geometry.w, m, c, *touched, *strides, eps, share, walkers, c * walkers)
     constants = (rows, columns, source, relu, seeded, rounds)
     return Plan(answer_rows, (across * walkers,), sizes, constants, warps=8)
@@ -394,7 +396,8 @@ def _answer(
     (m, c), g = x.shape, into.g
     partial = sums_partial(x, c, walk(m, c).walkers, into)
     plan = _answer_plan(
-        source, geometry, m, c, (d.stride(0), x.stride(0), g.stride(0)), read.eps,
+        source, geometry, m, c, (readable(d), readable(x), readable(g) if into.seeded else c),
+        (d.stride(0), x.stride(0), g.stride(0)), read.eps,
         relu, into.seeded, into.rounds,
     )  # fmt: skip
     plan(d, x, *_vectors(read), g, partial)
@@ -456,12 +459,13 @@ def _strips(
 
 @cached
 def _maxpool_plan(
-    dtype: torch.dtype, geometry: Geometry, c: int, ldx: int, eps: float, backward: bool
-) -> Plan:
+    dtype: torch.dtype, geometry: Geometry, c: int, touched: int, ldx: int, eps: float,
+    backward: bool,
+) -> Plan:  # fmt: skip
     _, h, w = geometry
     n, h2, w2 = geometry.windows
     side, columns, walk, segments, tiles = _strips(dtype, n, h2, w2, c)
-    sizes = (h, w, h2, w2, c, readable(c, ldx), ldx, eps, segments)
+    sizes = (h, w, h2, w2, c, touched, ldx, eps, segments)
     grid, constants = (tiles * cdiv(c, columns),), (side, columns, walk)
     if not backward:
         return Plan(maxpool, grid, sizes, constants, warps=8)
@@ -472,7 +476,7 @@ def bn_relu_maxpool(x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor
     """Values (M', C) and winners (M', C), uint8."""
     m, c = geometry.windows.rows, x.shape[1]
     out, winner = x.new_empty((m, c)), x.new_empty((m, c), dtype=torch.uint8)
-    plan = _maxpool_plan(x.dtype, geometry, c, x.stride(0), read.eps, False)
+    plan = _maxpool_plan(x.dtype, geometry, c, readable(x), x.stride(0), read.eps, False)
     plan(x, *_vectors(read), out, winner)
     return out, winner
 
@@ -485,6 +489,6 @@ def bn_relu_maxpool_backward(
     dz = x.new_empty((m, c))
     tiles = _strips(x.dtype, *geometry.windows, c)[-1]
     partial = sums_partial(x, c, tiles, None)
-    plan = _maxpool_plan(x.dtype, geometry, c, x.stride(0), read.eps, True)
+    plan = _maxpool_plan(x.dtype, geometry, c, readable(x), x.stride(0), read.eps, True)
     plan(dout, winner, x, *_vectors(read), dz, partial)
     return dz, merge_sums(partial, read, None)[0]

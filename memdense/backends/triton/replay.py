@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import _extension
 from . import cuda, launch, tuning
-from .launch import ALIGNMENT, Plan, keep_if_captured
+from .launch import ALIGNMENT, Plan, extent, keep_if_captured, room
 
 aten = torch.ops.aten
 Tensors = Sequence[Tensor | None]
@@ -76,10 +76,7 @@ class Piece:
 
 def _bytes(t: Tensor) -> int:
     """From a tensor's first value to its last, both included."""
-    if not t.numel():
-        return 0
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return (1 + last) * t.itemsize
+    return extent(t.shape, t.stride()) * t.itemsize
 
 
 class Around(NamedTuple):
@@ -555,7 +552,7 @@ def _expect_device(device: torch.device, *tensors: Tensors) -> None:
 
 
 def _signature(t: Tensor | None) -> tuple | None:
-    """What of an input that moves decides which kernels run."""
+    """What of an input that moves decides which kernels run, and how far these read."""
     if t is None:
         return None
-    return t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNMENT, t.storage_offset() != 0
+    return t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNMENT, room(t)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import NormGradient, Share
-from .launch import Plan, cached, readable_slice, tiling
+from .launch import Plan, cached, readable, tiling
 from .shared import behind_vectors, tile_of
 
 
@@ -69,10 +69,10 @@ def normalise_rows(
 
 @cached
 def _settle_plan(
-    m: int, c: int, readable: tuple[int, int], strides: tuple[int, ...], count: int, factor: float
+    m: int, c: int, touched: tuple[int, int], strides: tuple[int, ...], count: int, factor: float
 ) -> Plan:
     rows, columns, programs = tiling(m, c)
-    sizes = (m, c, *readable, *strides, count, factor)
+    sizes = (m, c, *touched, *strides, count, factor)
     return Plan(settle_rows, (programs,), sizes, (rows, columns), warps=8)
 
 
@@ -86,19 +86,19 @@ def settle(g: Tensor, x: Tensor, share: Share | None, keep: tuple[Tensor, float]
         g.stride(0), x.stride(0),
         0 if mask is None else mask.stride(0), 0 if sums is None else sums.stride(0),
     )  # fmt: skip
-    readable = readable_slice(g), readable_slice(x)
+    touched = readable(g), readable(x)
     count = 0 if share is None else share.rows
-    plan = _settle_plan(m, c, readable, strides, count, factor)
+    plan = _settle_plan(m, c, touched, strides, count, factor)
     plan(g, x, sums, mean, mask, dy)
     return dy
 
 
 @cached
 def _normalise_plan(
-    m: int, c: int, readable: int, ldz: int, ldx: int, count: int, eps: float, batch: bool
+    m: int, c: int, touched: int, ldz: int, ldx: int, count: int, eps: float, batch: bool
 ) -> Plan:
     rows, columns, programs = tiling(m, c)
-    sizes = (m, c, readable, ldz, ldx, count, eps)
+    sizes = (m, c, touched, ldz, ldx, count, eps)
     return Plan(normalise_rows, (programs,), sizes, (rows, columns, batch), warps=8)
 
 
@@ -106,7 +106,7 @@ def normalised_(dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
     """dy of dz and x (M, C), in dz's place."""
     read, (m, c) = behind.read, x.shape
     plan = _normalise_plan(
-        m, c, readable_slice(x), dz.stride(0), x.stride(0), behind.rows, read.eps, read.batch
+        m, c, readable(x), dz.stride(0), x.stride(0), behind.rows, read.eps, read.batch
     )
     plan(dz, x, read.mean, read.var, read.weight, *behind.sums)
     return dz

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry
-from .launch import Plan, cached, readable_slice, walk
+from .launch import Plan, cached, readable, walk
 from .reduce import merge, moments_partial
 from .shared import walk_of
 
@@ -77,10 +77,10 @@ def pack_rows(
 
 
 @cached
-def _plan(axes: Axes, m: int, c: int, readable: int, channel_stride: int, ldo: int) -> Plan:
+def _plan(axes: Axes, m: int, c: int, touched: int, channel_stride: int, ldo: int) -> Plan:
     rows, columns, across, walkers, share = walk(m, c)
     (_, s0), (n1, s1), (n2, s2) = ((1, 0),) * (3 - len(axes)) + axes
-    sizes = (m, c, readable, n1, n2, s0, s1, s2, channel_stride, ldo, share, walkers, c * walkers)
+    sizes = (m, c, touched, n1, n2, s0, s1, s2, channel_stride, ldo, share, walkers, c * walkers)
     return Plan(pack_rows, (across * walkers,), sizes, (rows, columns, len(axes)), warps=8)
 
 
@@ -98,12 +98,12 @@ def _axes(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Axes:
 
 
 def _run(
-    x: Tensor, out: Tensor | None, axes: Axes, m: int, c: int, readable: int, stride: int,
+    x: Tensor, out: Tensor | None, axes: Axes, m: int, c: int, touched: int, stride: int,
     moments: Tensor | None,
 ) -> None:  # fmt: skip
     walks = walk(m, c)
     partial = None if moments is None else moments_partial(x, c, walks.walkers)
-    plan = _plan(axes, m, c, readable, stride, 0 if out is None else out.stride(0))
+    plan = _plan(axes, m, c, touched, stride, 0 if out is None else out.stride(0))
     plan(x, out, partial)
     if moments is not None:
         merge(partial, moments, m, walks.share)
@@ -112,7 +112,7 @@ def _run(
 def statistics(x: Tensor, moments: Tensor) -> None:
     """Of the columns of x (M, C), into moments (2, C)."""
     m, c = x.shape
-    _run(x, None, ((m, x.stride(0)),), m, c, readable_slice(x), 1, moments)
+    _run(x, None, ((m, x.stride(0)),), m, c, readable(x), 1, moments)
 
 
 def pack(x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
