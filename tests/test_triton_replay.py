@@ -8,6 +8,7 @@ import copy
 import ctypes
 import itertools
 import random
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -188,23 +189,31 @@ def run_at(grid: tuple[int, ...], plan: launch.Plan, dtypes: Any, pointers: Any,
 
 
 def test_launches_from_addresses(replays: list[replay.Tape]) -> None:
-    """As on a GPU, where a replay hands compiled kernels nothing but numbers."""
-    count = 0
+    """As on a GPU, where a replay hands compiled kernels nothing but numbers: it keeps their code,
+    though plans may be gone.
+    """
+    count, plans = 0, set()
+
+    class Kernel:
+        """Code that is unloaded with it."""
 
     def compile_and_launch(plan: launch.Plan, tensors: tuple[Tensor | None, ...]) -> Any:
         dtypes = [None if t is None else t.dtype for t in tensors]
-        launched = len(tensors)
+        launched, kernel = len(tensors), Kernel()
+        loaded = weakref.ref(kernel)
+        plans.add(plan)
 
         def run(*arguments: Any) -> None:
             nonlocal count
             count += 1
+            assert loaded()
             x, y, z, stream, function, metadata, *hooks = arguments[:9]
             assert (stream, function, metadata, hooks) == (17, "cubin", "meta", [None] * 3)
             rest = arguments[9:]
             run_at((x, y, z), plan, dtypes, rest[:launched], rest[launched:])
 
         plan.kernel[plan.grid](*tensors, *plan.arguments)
-        return launch.Compiled(run, "cubin", "meta")
+        return launch.Compiled(run, "cubin", "meta", kernel)
 
     model = network(drop_rate=0.4)
     twin = copy.deepcopy(model)
@@ -216,6 +225,9 @@ def test_launches_from_addresses(replays: list[replay.Tape]) -> None:
         mock.patch.object(launch.Plan, "compile_and_launch", compile_and_launch),
     ):
         for seed in range(3):
+            if seed == 2:
+                for plan in plans:
+                    plan.compiled.clear()
             assert_same(step(model, seed, True), expected[seed])
     assert len(replays) == 4
     launches = sum(get is not None for tape in replays for _, get in tape.steps)

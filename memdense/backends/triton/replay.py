@@ -84,6 +84,7 @@ class Around(NamedTuple):
 
     before: tuple
     behind: tuple = ()
+    kernel: Any = None  # whose code the launch knows by a number only
 
 
 class Step(NamedTuple):
@@ -190,7 +191,8 @@ class Recorder(TorchDispatchMode):
             self._step(Step(plan, places, {}))
             return
         before = *plan.grid, STREAM, compiled.function, compiled.metadata, None, None, None
-        self._step(Step(compiled.run, places, {}, around=Around(before, plan.arguments)))
+        around = Around(before, plan.arguments, compiled.kernel)
+        self._step(Step(compiled.run, places, {}, around=around))
 
     def constant(self, make: Callable[[], Tensor]) -> Tensor:
         with self._pause():
@@ -314,7 +316,7 @@ class _Values:
 
     def launch(self, step: Step) -> tuple[Callable[..., None], itemgetter]:
         """A launch, as a function and what gets its arguments out of the list."""
-        before, behind = (map(self.index, values) for values in step.around)
+        before, behind = (map(self.index, values) for values in step.around[:2])
         return step.function, itemgetter(*before, *map(self.index_of, step.args), *behind)
 
 
@@ -343,6 +345,7 @@ class Tape:
         dropped = self._dropped(recorder.steps, {place.piece for place in returned})
         for step, over in zip(recorder.steps, dropped, strict=True):
             self.steps.append(values.launch(step) if step.around else (_Call(step, over), None))
+        self.kernels = [step.around.kernel for step in recorder.steps if step.around]
         self.rest, self.stream_index = values.rest, values.stream_index
         self.launches = any(get is not None for _, get in self.steps)
         # what has memory when a replay begins, beside its scratch, which comes behind it; where the
