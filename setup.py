@@ -18,7 +18,7 @@ MODE = os.environ.get("MEMDENSE_BUILD", "auto")
 # In errors, files are told as csrc has them.
 SHORT_PATHS = f"-fmacro-prefix-map={Path(__file__).resolve().parent}/="
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
-ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU says what it is
+ARCHITECTURES = "8.0;9.0+PTX"  # every GPU that the kernels are for, whichever is here
 
 
 def without(what: str, instead: str, reason: object) -> None:
@@ -62,8 +62,8 @@ def cuda_extension(cpp_extension, torch):
             file=sys.stderr,
         )
         return None
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
     extension = cpp_extension.CppExtension(
         "memdense._CUDA",
         sorted(glob("csrc/cuda/*.cu")),

@@ -336,3 +336,31 @@ def test_a_broken_nvcc_leaves_the_cpu_part(source, tmp_path, mode):
     else:
         assert done.returncode != 0
         assert "the CUDA kernels could not be built" in done.stdout
+
+
+# what setup.py has nvcc compile for where there is a GPU of capability 12.0
+FLAGS = """
+import runpy, setuptools, torch
+from torch.utils import cpp_extension
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda *device: (12, 0)
+setuptools.setup = lambda **options: None
+runpy.run_path("setup.py")
+print(*cpp_extension._get_cuda_arch_flags())
+"""
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [("", ["compute_90", "sm_80", "sm_90"]), ("8.6", ["sm_86"])],
+    ids=["usual", "asked for"],
+)
+def test_cuda_kernels_are_for_every_device(source, tmp_path, asked, code):
+    """Not just for those where they are built."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(shutil.which("true"))
+    environment = {"CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": asked}
+    done = run_python(source, "-c", FLAGS, **environment)
+    assert sorted(re.findall(r",code=(\w+)", done.stdout)) == code, done.stdout
