@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from memdense.backends import Reference
-from memdense.backends.triton import Triton, pools, running
+from memdense.backends.triton import Triton, launch, pools, running
 from memdense.backends.triton.cast import _table, cast
 from memdense.backends.triton.launch import INTERPRETED, recorded
 from memdense.buffers import Geometry, NormGradient, Reader, Share, Sums
@@ -341,6 +342,18 @@ def test_cast_follows_weights():
     # the same memory, seen differently
     weights[1] = weights[1].as_strided((5, 7, 3, 3), (9, 45, 1, 3))
     assert torch.equal(Triton().cast(weights, torch.float16)[1], weights[1].half())
+
+
+def test_tables_outlive_what_reads_them(monkeypatch):
+    """Caches may drop them: the allocator is told of streams that read, and graphs keep them."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(launch, "_captured", {})
+    table = mock.Mock(is_cuda=True, device="cuda:1")
+    for capturing, kept in ((False, []), (True, [table])):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
+        launch.keep_while_read(table)
+        table.record_stream.assert_called_once_with("stream of cuda:1")
+        assert list(launch._captured.values()) == kept
 
 
 # ---- launches

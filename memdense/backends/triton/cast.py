@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import ROW_UNIT
-from .launch import Plan, cached, cdiv, constant, keep_if_captured
+from .launch import Plan, cached, cdiv, constant
 
 BLOCK = 4096  # values that a program writes
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)
@@ -135,7 +135,6 @@ def cast(weights: list[Tensor], dtype: torch.dtype, turned: bool = False) -> lis
     )
     device = weights[wanted[0]].device
     table = constant(lambda: _table(sources, turned, device))
-    keep_if_captured(table)
     places, total, largest = _layout(tuple(source[2] for source in sources), turned)
     packed = torch.empty(total, dtype=dtype, device=device)
     _plan(len(wanted), largest)(table, packed)

@@ -153,17 +153,27 @@ class Plan:
 
 
 def constant(make: Callable[[], Tensor]) -> Tensor:
-    """``make()``: a tensor that depends on no values, only on where a stage's parameters are."""
-    return make() if thread.recorder is None else thread.recorder.constant(make)
+    """``make()``: a table that depends on no values, only on where a stage's parameters are."""
+
+    def kept() -> Tensor:
+        table = make()
+        keep_while_read(table)
+        return table
+
+    return kept() if thread.recorder is None else thread.recorder.constant(kept)
 
 
-# A captured graph reads its tables of pointers whenever it runs, so these are never dropped.
 _captured: dict[int, Tensor] = {}
 
 
-def keep_if_captured(table: Tensor) -> None:
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured[id(table)] = table
+def keep_while_read(table: Tensor) -> None:
+    """What caches may drop, until what is about to read it on the current stream has done so."""
+    if not table.is_cuda:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        _captured[id(table)] = table  # a graph reads it whenever it runs
+    else:
+        table.record_stream(torch.cuda.current_stream(table.device))
 
 
 # for what depends on sizes alone, plans above all; one that is lost is made again

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import _extension
 from . import cuda, launch, tuning
-from .launch import ALIGNMENT, Plan, extent, keep_if_captured, room
+from .launch import ALIGNMENT, Plan, extent, keep_while_read, room
 
 aten = torch.ops.aten
 Tensors = Sequence[Tensor | None]
@@ -389,7 +389,7 @@ class Tape:
     def __call__(self, moving: Tensors, fixed: Tensors, device: torch.device) -> list:
         """The outputs for inputs like the recorded ones."""
         for table in self.constants:
-            keep_if_captured(table)
+            keep_while_read(table)
         run = _Replay(self, (*moving, *fixed), device)
         values, tensors = run.values, run.tensors
         for step, get in self.steps:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cast import SOURCES
-from .launch import Plan, cached, keep_if_captured
+from .launch import Plan, cached, keep_while_read
 
 FIELDS = tl.constexpr(7)  # of a line in the table
 BLOCK = 1024  # channels that a program takes at a time
@@ -136,7 +136,7 @@ def update(
     )
     if table is None:
         return False
-    keep_if_captured(table)
+    keep_while_read(table)
     _plan(len(means), statistics.shape[1], rows)(table, statistics)
     # as BatchNorm does it: autograd hears of its counts, not of what F.batch_norm moves
     torch.autograd.graph.increment_version([t for t in counts if not t.is_inference()])
