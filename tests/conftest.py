@@ -49,9 +49,8 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """The emulation, built once for all tests."""
+def build_emulation(tmp_path_factory, name: str):
+    """Once for all tests."""
     import emulated
 
     if not shutil.which(emulated.COMPILER):
@@ -61,10 +60,15 @@ def built(tmp_path_factory):
         directory = directory.parent  # once for all workers
     directory = directory / "emulation"
     directory.mkdir(exist_ok=True)
-    with open(directory / "lock", "w") as lock:
+    with open(directory / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        library = emulated.build(directory)
+        library = emulated.build(directory, name)
     return emulated.Emulation(library)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    return build_emulation(tmp_path_factory, "emulated")
 
 
 @pytest.fixture
@@ -72,6 +76,12 @@ def emulation(built):
     built.configure()
     yield built
     built.configure()
+
+
+@pytest.fixture(scope="session")
+def raced(tmp_path_factory):
+    """The emulation that watches for races."""
+    return build_emulation(tmp_path_factory, "raced")
 
 
 @pytest.fixture

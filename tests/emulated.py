@@ -18,20 +18,21 @@ COMPILER = os.environ.get("CXX", "c++")
 SHARED = 100 * 1024  # bytes a block may have
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w"),
-    "-Dmemdense=memdense_emulated",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     *("-I", str(ROOT / "tests" / "emulation"), "-I", str(ROOT / "csrc" / "cuda")),
 ]
+# what the kernels in each library are compiled with: "raced" is told of their accesses
+KERNELS = {"emulated": (), "raced": ("-fsanitize=thread", "-fno-threadsafe-statics")}
 
 
-def build(directory: Path) -> Path:
+def build(directory: Path, name: str) -> Path:
     """The operations of csrc/cuda, of another name and on the CPU, with the emulation inside."""
-    library = directory / "emulated.so"
+    library = directory / f"{name}.so"
     if library.exists():
         return library
     sources = [
         ROOT / "csrc" / "ops.cpp",
-        ROOT / "tests" / "emulation" / "emulation.cpp",
+        *(ROOT / "tests" / "emulation").glob("*.cpp"),
         *(ROOT / "csrc" / "cuda").glob("*.cu"),
     ]
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
@@ -42,8 +43,10 @@ def build(directory: Path) -> Path:
         assert done.returncode == 0, done.stderr
 
     def compiled(source: Path) -> Path:
-        target = directory / f"{source.name}.o"
-        run(*FLAGS, *includes, "-x", "c++", "-c", source, "-o", target)
+        target = directory / f"{name}.{source.name}.o"
+        more = KERNELS[name] if source.name.startswith("conv3x3_") else ()
+        flags = *FLAGS, f"-Dmemdense=memdense_{name}", *more, *includes
+        run(*flags, "-x", "c++", "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
@@ -55,15 +58,16 @@ def build(directory: Path) -> Path:
 
 
 class Emulation:
-    """torch.ops.memdense_emulated, and the machine it runs on."""
+    """The operations that a library of :func:`build` has, and the machine they run on."""
 
     def __init__(self, library: Path):
         self.library = library
         torch.ops.load_library(str(library))
         self.machine = ctypes.CDLL(str(library))
-        self.op = torch.ops.memdense_emulated
+        self.machine.races.restype = ctypes.c_char_p
+        self.op = getattr(torch.ops, f"memdense_{library.stem}")
         for name in ("bn_relu_conv3x3", "bn_relu_conv3x3_backward"):
-            torch.library.register_fake(f"memdense_emulated::{name}", _extension._written_fake)
+            torch.library.register_fake(f"{self.op.name}::{name}", _extension._written_fake)
         self.configure()
 
     def configure(self, multiprocessors: int = 3, shared: int = SHARED, order: int = 0) -> None:
@@ -87,3 +91,13 @@ class Emulation:
         counts = (ctypes.c_int64 * 4)()
         self.machine.counters(counts)
         return tuple(counts)
+
+    def watch_races(self, without: int = -2) -> None:
+        """In "raced", from here on; as if barrier ``without`` were not there, or -1 a warp's."""
+        self.machine.watch_races(without)
+
+    def races(self) -> tuple[int, int, str]:
+        """Accesses to shared memory that were watched, races among them, and one of these."""
+        counts = (ctypes.c_int64 * 2)()
+        first = self.machine.races(counts)
+        return *counts, first.decode()

@@ -87,6 +87,39 @@ def test_two_teams(emulation, kind, multiprocessors):
             assert_same_bits(found, layer.run(emulation.op, False, torch.channels_last))
 
 
+def watched(raced, kind: Kind, without: int = -2) -> tuple[int, int, str]:
+    """Accesses and races of layers in two teams and in one, with a weight that stays in shared
+    memory and one that does not.
+    """
+    raced.watch_races(without)
+    for number, (shape, multiprocessors, shared) in enumerate(
+        [
+            ((3, 14, 14, 64, 32, (1, 1)), 1, 227),
+            ((5, 9, 9, 40, 12, (1, 1)), 5, 227),
+            ((1, 9, 12, 72, 16, (2, 1)), 2, 64),
+            ((1, 14, 14, 128, 40, (1, 1)), 2, 64),
+        ]
+    ):
+        raced.configure(multiprocessors, shared * 1024, order=number)
+        layer = Layer(shape, kind, "cpu", number % 2 == 0)
+        layer.run(raced.op, number > 1, torch.channels_last)
+    return raced.races()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_no_races(raced, kind):
+    """Something orders any two threads that touch the same shared memory, if one of them writes."""
+    accesses, races, first = watched(raced, kind)
+    assert accesses > 1e6 and not races, first
+
+
+@pytest.mark.parametrize("number", [-1, 0, 1, 2])
+def test_races_without_a_barrier(raced, number):
+    """A warp's, the block's, each team's: none is for nothing. That of their turns orders work."""
+    _, races, first = watched(raced, KINDS[1], without=number)
+    assert races and "by thread" in first
+
+
 @pytest.mark.parametrize(("multiprocessors", "shared"), [(132, 227), (108, 163), (82, 99)])
 def test_plans(emulation, multiprocessors, shared):
     """No more shared memory than there is, a tile for each block, and both numbers of teams."""

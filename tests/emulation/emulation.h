@@ -6,7 +6,8 @@
 // barriers can be reversed or shuffled, each warp running ahead of the next as far as barriers let
 // it (the results' bits must not notice). Matrix instructions
 // follow the fragment layouts of the PTX ISA; a warp whose lanes disagree about the next one, a
-// barrier that not all threads reach and an address outside shared memory are errors.
+// barrier that not all threads reach and an address outside shared memory are errors. races.h finds
+// what no barrier orders, where the compiler tells of a kernel's accesses.
 #pragma once
 
 #include <setjmp.h>
@@ -26,10 +27,14 @@
 #include <utility>
 #include <vector>
 
+#include "races.h"
+
 #define MEMDENSE_DISPATCH CPU
 #define MEMDENSE_DEVICE inline
 #define MEMDENSE_BOTH inline
 #define MEMDENSE_KERNEL(threads, blocks) void
+// A function that tells of its accesses to shared memory by itself.
+#define MEMDENSE_UNWATCHED __attribute__((no_sanitize("thread")))
 
 namespace memdense::device {
 
@@ -60,6 +65,7 @@ class Machine {
   Properties properties{3, 101376, 102400};
   int order = 0;  // of threads: 0 ascending, 1 descending, otherwise a shuffle's seed
   int64_t launches = 0, matrix_reads = 0, bank_cycles = 0, partial_barriers = 0;
+  Races races;
 
   // ---- a launch
   void run(const std::function<void()>& kernel, const Grid& grid) {
@@ -99,10 +105,16 @@ class Machine {
     if (barrier.arrived > 0 && barrier.threads != threads) fail("threads disagree about a barrier");
     barrier.threads = threads;
     if (threads < threads_) ++partial_barriers;
+    races.arrive(number, barrier.clock, current_);
     if (++barrier.arrived == threads) {
       barrier.arrived = 0;
-      for (const int waiting : barrier.waiting) fibers_[waiting].ready = true;
+      for (const int waiting : barrier.waiting) {
+        fibers_[waiting].ready = true;
+        races.leave(barrier.clock, waiting);
+      }
+      if (waits) races.leave(barrier.clock, current_);
       barrier.waiting.clear();
+      barrier.clock.clear();
     } else if (waits) {
       barrier.waiting.push_back(current_);
       wait();
@@ -119,16 +131,18 @@ class Machine {
     for (int lane = 0; lane < kLanes; ++lane) fibers_[first + lane].ready = true;
   }
 
-  void copy_async(char* to, const void* from, bool valid) {
+  MEMDENSE_UNWATCHED void copy_async(char* to, const void* from, bool valid) {
     if (address(to, 16) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) {
       fail("an unaligned asynchronous copy");
     }
+    races.write(current_, to, 16);
     std::memset(to, 0xff, 16);
     fibers_[current_].copies.push_back({to, valid ? from : nullptr});
   }
 
-  void wait_async() {
+  MEMDENSE_UNWATCHED void wait_async() {
     for (const auto& [to, from] : fibers_[current_].copies) {
+      races.write(current_, to, 16);
       from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
     }
     fibers_[current_].copies.clear();
@@ -153,6 +167,7 @@ class Machine {
   struct Barrier {
     int arrived = 0, threads = 0;
     std::vector<int> waiting;
+    Races::Clock clock;
   };
 
   static void enter() {
@@ -216,6 +231,7 @@ class Machine {
       fiber.ready = true;
       fiber.copies.clear();
     }
+    races.begin(shared_.data(), shared, threads_);
     std::vector<int> warps(threads_ / kLanes), lanes(kLanes);
     std::iota(warps.begin(), warps.end(), 0);
     std::iota(lanes.begin(), lanes.end(), 0);
@@ -231,6 +247,7 @@ class Machine {
       }
       if (!progress) throw std::runtime_error("emulation: threads wait for each other");
     }
+    races.end();
     for (int i = 0; i < kGuard; ++i) {
       if (shared_.data()[shared + i] != '\xff') {
         throw std::runtime_error("emulation: a write outside shared memory");
@@ -252,7 +269,12 @@ class Machine {
       load(lanes, operation == kLoadTransposed);
     } else if (operation == kTf32) {
       multiply_tf32(lanes);
-    } else if (operation != kSynchronize) {
+    } else if (operation == kSynchronize) {
+      const int first = static_cast<int>(lanes - exchanges_.data());
+      Races::Clock clock;
+      for (int i = 0; i < kLanes; ++i) races.arrive(Races::kWarp, clock, first + i);
+      for (int i = 0; i < kLanes; ++i) races.leave(clock, first + i);
+    } else {
       multiply(lanes, operation);
     }
   }
@@ -261,7 +283,8 @@ class Machine {
   double shuffled() const { return exchanges_[current_].value; }
 
  private:
-  void load(Exchange* lanes, bool transposed) {
+  MEMDENSE_UNWATCHED void load(Exchange* lanes, bool transposed) {
+    const int first = static_cast<int>(lanes - exchanges_.data());
     for (int matrix = 0; matrix < 4; ++matrix) {
       char rows[8][16];
       std::set<uint32_t> lines[8];  // of each group of four banks
@@ -270,6 +293,7 @@ class Machine {
         if (address % 16 || address + 16 > static_cast<uint32_t>(shared_bytes_)) {
           fail("an address outside shared memory, or an unaligned one, for ldmatrix");
         }
+        races.read(first + matrix * 8 + row, shared_.data() + address, 16);
         std::memcpy(rows[row], shared_.data() + address, 16);
         lines[address / 16 % 8].insert(address);
       }
