@@ -49,6 +49,12 @@ def cuda_directories(nvcc: Path) -> list[str]:
     return re.findall(r'"-L([^"]+)"', lines)
 
 
+def architectures() -> str:
+    """What was asked for, as far as the kernels are for it: containers ask for every GPU there is."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    return ";".join(a for a in asked if not re.match(r"[0-7]\.", a)) or ARCHITECTURES
+
+
 def cuda_extension(cpp_extension, torch):
     """The extension of csrc/cuda; None, with the reason said, where there is no nvcc."""
     if not torch.version.cuda:
@@ -62,8 +68,7 @@ def cuda_extension(cpp_extension, torch):
             file=sys.stderr,
         )
         return None
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     extension = cpp_extension.CppExtension(
         "memdense._CUDA",
         sorted(glob("csrc/cuda/*.cu")),

@@ -354,8 +354,12 @@ print(*cpp_extension._get_cuda_arch_flags())
 @needs_cuda_torch
 @pytest.mark.parametrize(
     ("asked", "code"),
-    [("", ["compute_90", "sm_80", "sm_90"]), ("8.6", ["sm_86"])],
-    ids=["usual", "asked for"],
+    [
+        ("", ["compute_90", "sm_80", "sm_90"]),
+        ("8.6", ["sm_86"]),
+        ("7.5 8.0 9.0+PTX", ["compute_90", "sm_80", "sm_90"]),
+    ],
+    ids=["usual", "asked for", "older ones too"],
 )
 def test_cuda_kernels_are_for_every_device(source, tmp_path, asked, code):
     """Not just for those where they are built."""
