@@ -50,7 +50,7 @@ def cuda_directories(nvcc: Path) -> list[str]:
 
 
 def architectures() -> str:
-    """What was asked for, as far as the kernels are for it: containers ask for every GPU there is."""
+    """Of what was asked for, what the kernels are for: containers ask for every GPU there is."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     return ";".join(a for a in asked if not re.match(r"[0-7]\.", a)) or ARCHITECTURES
 

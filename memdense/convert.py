@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import MemdenseWarning
-from .features import Features, RunsAlone, Switches, obstacle_alone
+from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
 from .stage import Step, apart, is_block
 from .structure import HOOKS, article, class_of
@@ -64,11 +64,14 @@ def convert(
     switches = bool(keep_bottlenecks), bool(recompute_stem), bool(double_backward)
     converted = "converted" if check else "converted, unchecked"
     report: list[str] = []
+    said: set[str] = set()
     done = False
-    for name, stack in find_stacks(model):
+    stacks = find_stacks(model)
+    for name, stack in stacks:
         if isinstance(stack, Features):
             off = "" if stack.efficient else ", switched off: set its attribute efficient to True"
             report.append(f"{name}: runs on memdense already{off}")
+            stack.let_blocks_run_alone()  # new ones among them
             done = True
             continue
         pieces = {name: stack}
@@ -76,12 +79,20 @@ def convert(
             report.append(f"{name}: {reason}: only dense blocks can be efficient")
             pieces = {f"{name}.{child}": alone for child, alone in _blocks_apart(stack).items()}
         for piece, part in pieces.items():
+            if part is not stack and (owner := _owner(part[0], stacks)):
+                report.append(f"{piece}: runs on memdense already, with {owner}")
+                done = True
+                continue
             if why := refusal(part) or (check and _difference(part)):
                 report.append(f"{piece}: left alone: {why}")
                 continue
             become_features(part, *switches)
+            part._switches.said = said
             done = True
-            report.append(f"{piece}: {converted}" + (f"; {ONE_BY_ONE}" if part is stack else ""))
+            report.append(
+                f"{piece}: {converted}"
+                + (f"; {ONE_BY_ONE}" if part is stack and not is_block(model) else "")
+            )
             report += [
                 f"  {' and '.join(p.names)} as plain modules for now: {why}"
                 for p, why in parts(part)
@@ -133,6 +144,16 @@ def _blocks_apart(stack: nn.Module) -> dict[str, nn.Sequential]:
     return {name: nn.Sequential(OrderedDict([(name, m)])) for name, m in children if is_block(m)}
 
 
+def _owner(block: nn.Module, stacks: list[tuple[str, nn.Module]]) -> str:
+    """The name of the stack whose switches a block follows; empty if there is none."""
+    owners = (
+        name
+        for name, stack in stacks
+        if isinstance(stack, Features) and stack._switches is getattr(block, "_switches", None)
+    )
+    return next(owners, "")
+
+
 def refusal(stack: nn.Sequential) -> str:
     """Why a stack cannot be converted, by its looks; empty if it can."""
     blocks = [
@@ -163,7 +184,7 @@ def parts(features: Features, alone: bool = False) -> list[tuple[Step, str]]:
             name = part.names[0]
             block = features._modules[name]
             if part.kind == "stage" and not found and (alone or isinstance(block, RunsAlone)):
-                reason = obstacle_alone(block, name, features._switches)
+                reason = read_alone(block, name, features._switches)[1]
             result.append((part, reason))
     return result
 
@@ -228,6 +249,8 @@ def _first_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     expected = {name: tensor for name, tensor in expected.items() if tensor.numel()}
     largest = max(t.abs().max() for name, t in expected.items() if "gradient" in name)
     for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            return f"{name} has another shape"
         # a gradient that cancels to nothing is rounding: measure it by the others
         floor = 1e-3 * largest if "gradient" in name else 0.0
         error, scale = (found[name] - tensor).abs().max(), max(tensor.abs().max(), floor)
@@ -255,7 +278,11 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
         ):
             if isinstance(tensor, Tensor):
                 memo[id(tensor)] = _substitute(name, tensor)
-    return copy.deepcopy(part, memo)
+    part = copy.deepcopy(part, memo)
+    for module in part.modules():
+        if isinstance(module, RunsAlone):
+            module._switches = None
+    return part
 
 
 def _substitute(name: str, tensor: Tensor) -> Tensor:

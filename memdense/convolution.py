@@ -187,7 +187,7 @@ def layout_of(x: Tensor) -> torch.memory_format:
     c, step = x.shape[1], x.stride(1)
     if c > 1 and step > 1 and x.is_contiguous():
         return torch.contiguous_format
-    last = c > 1 and step == 1 and x.stride(3) == c
+    last = c > 1 and step == 1 and x.stride(3) == c and x.stride(0) > x.stride(2)
     if last and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return suggest_memory_format(x)

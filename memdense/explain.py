@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import _extension, ops
 from .backends import triton_reason
 from .convert import ONE_BY_ONE, as_features, find_stacks, own_forward, parts, refusal
-from .features import Features, RunsAlone, Switches
+from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
 from .spec import output_length, pair
 from .stage import Step, apart
@@ -134,6 +134,8 @@ def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
             first = features._modules[part.names[0]]
             layers = len(first._modules) if part.kind == "stage" else 0
             switches = _switches_of(stack, first)
+            if switches and features is not stack:  # it trusts other classes than its neighbours
+                reason = read_alone(first, part.names[0], switches)[1]
             if why := reason or _off(stack, switches):
                 yield Row(name, part.names, layers, False, "", (), why)
             else:
@@ -170,6 +172,8 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
     if isinstance(stack, Features):
         if stack._switches.types != OWN_TYPES:  # another model's, whose forward may do anything
             yield ONE_BY_ONE
+    elif len(stack._modules) == 1 and isinstance(next(stack.children()), RunsAlone):
+        return
     elif reason := own_forward(stack):
         yield f"{reason}: memdense.convert changes only its dense blocks"
     else:

@@ -4,7 +4,7 @@ run so where they are called alone.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ class Features(nn.Sequential):
             return super().forward(x)
         layout = self._layout(x)
         out = self._run(x, self.steps("norm"), layout)[0]
-        return out.contiguous(memory_format=layout)
+        return out.contiguous(memory_format=layout) if out.dim() == 4 else out
 
     def pooled(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
@@ -182,7 +182,8 @@ class Features(nn.Sequential):
 
     def block_outputs(self, x: Tensor) -> list[Tensor]:
         """(N, C_in, H, W) to the output of each dense block, from which the later ones are computed
-        (to autograd too). Where the block ran efficiently it is channels last: the block's buffer.
+        (to autograd too). Where the block ran efficiently it is channels last, the block's buffer,
+        unless hooks on it were to see it.
         """
         steps = [part for step in self.steps(None) for part in apart(step)]
         if self._switches.run_efficiently(_ALL, x):
@@ -303,7 +304,7 @@ class RunsAlone:
     """
 
     computes_like: type[nn.Module]  # the class it is mixed into
-    _switches: Switches
+    _switches: Switches | None = None  # of a block that was made of this class: plain modules
     _name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -324,8 +325,14 @@ def running_alone(plain: type[nn.Module]) -> type[nn.Module]:
     """A dense block's class with :class:`RunsAlone`."""
     if issubclass(plain, RunsAlone):
         return plain
-    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(plain.__name__, (RunsAlone, plain), {**names, "computes_like": plain})
+
+    @wraps(plain.forward)  # for its signature
+    def forward(self: RunsAlone, *args: Any, **kwargs: Any) -> Any:
+        return RunsAlone.forward(self, *args, **kwargs)
+
+    own = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own |= {"computes_like": plain, "forward": forward}
+    return type(plain.__name__, (RunsAlone, plain), own)
 
 
 def _bare(plain: type[nn.Module], *args: Any) -> nn.Module:
@@ -333,37 +340,29 @@ def _bare(plain: type[nn.Module], *args: Any) -> nn.Module:
     return cls.__new__(cls, *args)
 
 
-def read_alone(block: nn.Module, name: str, switches: Switches) -> StageModules:
-    """A block whose own hooks run anyway. Raises ``Unsupported``."""
+def read_alone(block: nn.Module, name: str, switches: Switches) -> tuple[StageModules | None, str]:
+    """What is read of a block that was called, and so its hooks; or why it runs as modules."""
     types = switches.types | {type(block)}  # a subclass calls what is read here
-    return read_once(
-        block,
-        (types, switches.keeps),
-        [block],
-        lambda: read_stage(block, name, None, "", "", types, switches.keeps, alone=True),
-    )
-
-
-def obstacle_alone(block: nn.Module, name: str, switches: Switches) -> str:
-    """Why a block that was called runs as modules; empty if it does not."""
+    own = () if torch.compiler.is_compiling() else (*block._modules, *block.__dict__)
     try:
-        read_alone(block, name, switches)
+        found = read_once(
+            block,
+            (types, switches.keeps, own),
+            list(block._modules.values()),  # a reading that held the block would keep it alive
+            lambda: read_stage(block, name, None, "", "", types, switches.keeps, alone=True),
+        )
     except Unsupported as reason:
-        return str(reason)
-    return ""
+        return None, str(reason)
+    return found, ""
 
 
 def _features_of(block: RunsAlone, x: Tensor) -> Tensor | None:
     """What a block makes of x, in the modules' memory format; None where they must run."""
     switches = block._switches
-    if not switches.run_efficiently(block._name, x):
+    if switches is None or not switches.run_efficiently(block._name, x):
         return None
-    try:
-        found = read_alone(block, block._name, switches)
-        reason = obstacle_now(x, found)
-    except Unsupported as unsupported:
-        reason = str(unsupported)
-    if reason:
+    found, reason = read_alone(block, block._name, switches)
+    if reason := reason or obstacle_now(x, found):
         warn_plain(block._name, reason, switches.said)
         return None
     if not fits(x, found):

@@ -101,9 +101,18 @@ def check(
     if torch.compiler.is_compiling():  # Dynamo of torch 2.11 cannot walk through it
         replaced = [n for n in ("forward", "_conv_forward") if n in own]
     else:
-        replaced = [n for n in _attributes(module) if callable(getattr(type(module), n, None))]
+        replaced = [n for n in _attributes(module) if _computes(type(module), n)]
     if replaced:
         raise Unsupported(f"the {replaced[0]} of {name} was replaced on the instance")
+
+
+def _computes(cls: type[nn.Module], name: str) -> bool:
+    """Whether it names a method that a forward may call: its own, or one that all modules have not,
+    as they have ``train``, which is replaced to freeze norms.
+    """
+    if name in ("forward", "_call_impl"):
+        return True
+    return callable(getattr(cls, name, None)) and not hasattr(nn.Module, name)
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

@@ -3,9 +3,12 @@ modules in float64.
 """
 
 import copy
+import gc
+import inspect
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -462,3 +465,78 @@ def test_autocast_alone() -> None:
         out, expected = (m.features.denseblock1(x.bfloat16()) for m in (found, plain))
     assert out.dtype == expected.dtype == torch.bfloat16
     assert F.mse_loss(out.float(), expected.float()) < 1e-3 * expected.float().square().mean()
+
+
+def test_blocks_that_ran_go_with_their_model() -> None:
+    model, _ = pair("torchvision")
+    handle = model.features.denseblock1.register_forward_hook(lambda *_: None)
+    model(images()), one_by_one(model, images())
+    blocks = [weakref.ref(model.features.denseblock1), weakref.ref(model.features.denseblock2)]
+    del model, handle
+    gc.collect()
+    assert [block() for block in blocks] == [None, None]
+
+
+def test_what_is_made_of_a_blocks_class_runs_as_modules() -> None:
+    block = memdense.DenseNet(4, (2, 3), 8).features.denseblock1
+    assert type(block)(2, 8, 4, 4)(torch.randn(2, 8, 6, 6)).shape == (2, 16, 6, 6)
+    model, plain = pair("sequential")
+    x = images(2, 8, 6, 6)
+    torch.testing.assert_close(model.block0[:1](x), plain.block0[:1](x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_blocks_signature_stays() -> None:
+    found, plain = pair("torchvision")
+    signatures = [inspect.signature(m.features.denseblock1.forward) for m in (found, plain)]
+    assert signatures[0] == signatures[1]
+    assert torch.fx.symbolic_trace(found.features.denseblock1)
+    given = {"init_features": images(2, 8, 6, 6)}
+    program = torch.export.export(found.features.denseblock1, (), given)
+    assert "memdense" not in program.graph_module.code
+
+
+class Liar(peers.PrevLayer):
+    def forward(self, *features: Tensor) -> Tensor:
+        return 2 * super().forward(*features)
+
+
+def test_blocks_that_run_alone_are_checked_again(capsys: pytest.CaptureFixture) -> None:
+    model = nn.ModuleList([peers.GpleissStyle().features.denseblock1])
+    memdense.convert(model)
+    model[0].denselayer2.__class__ = Liar
+    (row,) = memdense.explain(model).rows
+    with pytest.warns(MemdenseWarning, match="0.denselayer2 is a Liar") as caught:
+        model[0](torch.randn(2, 8, 6, 6))
+    assert not row.efficient and str(caught[0].message).endswith(row.why)
+    memdense.convert(model)
+    assert "left alone: Liar, PrevBlock" in capsys.readouterr().err
+
+
+def test_blocks_in_a_stack_and_in_a_list(capsys: pytest.CaptureFixture) -> None:
+    model = peers.torchvision()
+    model.blocks = nn.ModuleList([model.features.denseblock1, model.features.denseblock2])
+    memdense.convert(model)
+    assert "blocks.0: runs on memdense already, with features" in capsys.readouterr().err
+    model.features.efficient = False
+    assert stages_run(model, torch.randn(2, 3, 37, 40)) == 0
+    model.features.efficient = True
+    model.features.denseblock1 = peers.torchvision().features.denseblock1
+    x = torch.randn(2, 8, 6, 6)
+    assert stages_run(model.features.denseblock1, x) == 0
+    memdense.convert(model, verbose=False)
+    assert stages_run(model.features.denseblock1, x) == 1
+
+
+def test_blocks_that_return_the_new_features_only(capsys: pytest.CaptureFixture) -> None:
+    class Up(memdense.DenseBlock):
+        def forward(self, init_features: Tensor) -> Tensor:
+            return super().forward(init_features)[:, init_features.shape[1] :]
+
+    memdense.convert(nn.ModuleList([Up(2, 8, 4, 4)]))
+    said = capsys.readouterr().err
+    assert "0: left alone: Up compute something else" in said and "has another shape" in said
+
+
+def test_a_head_in_the_stack_and_images_in_channels_last() -> None:
+    found, plain = pair("sequential")
+    assert_same_step(found, plain, images().to(memory_format=torch.channels_last))

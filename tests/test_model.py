@@ -508,6 +508,20 @@ def test_methods_replaced_on_an_instance(where: str) -> None:
         assert_same_step(model, plain, x)
 
 
+def test_norms_kept_frozen_by_their_train_method() -> None:
+    model = memdense.DenseNet(**NET).double()
+    plain = copy.deepcopy(model)
+    plain.features.efficient = False
+    for m in (model, plain):
+        for norm in (m.features.norm0, m.features.denseblock1.denselayer1.norm2):
+            norm.eval()
+            norm.train = lambda mode: None
+        m.train()
+    with warnings.catch_warnings(action="error"):
+        assert_same_step(model, plain, torch.randn(2, 3, 40, 40).double())
+    assert all(row.efficient for row in memdense.explain(model).rows)
+
+
 def test_methods_replaced_in_pytorchs_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As guided backpropagation does it."""
     model = memdense.DenseNet(**NET).double()
