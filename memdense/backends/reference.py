@@ -267,6 +267,13 @@ class Reference:
         if moments is not None:
             sums.merge(moments)
 
+    def statistics(self, x: Tensor, moments: Tensor) -> None:
+        """Mean and biased variance of the columns of x (M, C)."""
+        sums = MomentSums(self.scratch)
+        for rows in self.row_bands(x):
+            sums.add(x[rows])
+        sums.merge(moments)
+
     def bn_relu_conv1x1(
         self, x: Tensor, read: Reader, weight: Tensor, moments: Tensor | None
     ) -> Tensor:
@@ -538,13 +545,6 @@ class Reference:
         return sums.credited()
 
     # ---- the stem
-
-    def statistics(self, x: Tensor, moments: Tensor) -> None:
-        """Mean and biased variance of the columns of x (M, C)."""
-        sums = MomentSums(self.scratch)
-        for rows in self.row_bands(x):
-            sums.add(x[rows])
-        sums.merge(moments)
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """max_pool3x3(relu(s*x + t)), stride 2, padding 1, for x (M, C): values (M', C) and uint8

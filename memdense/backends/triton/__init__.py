@@ -131,11 +131,6 @@ class Triton(Reference):
             return super().settle(g, x, share, keep)
         return settle.settle(g, x, share, keep)
 
-    def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
-        if not _fits(x, dz):
-            return super().normalised_(dz, x, behind)
-        return settle.normalised_(dz, x, behind)
-
     def bn_relu_conv1x1_backward(
         self,
         dz: Tensor,
@@ -248,3 +243,8 @@ class Triton(Reference):
         if not (_fits(x, dout) and packed):
             return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
         return pools.bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+
+    def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
+        if not _fits(x, dz):
+            return super().normalised_(dz, x, behind)
+        return settle.normalised_(dz, x, behind)

@@ -281,7 +281,7 @@ def forward_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
     return Config(64, columns, inner, 4, 1)
 
 
-def input_config(dtype: torch.dtype, precise: str, c: int, k: int, into: bool) -> Config:
+def input_config(precise: str, c: int, k: int, into: bool) -> Config:
     """Columns are input channels, the inner ones outputs."""
     if precise == "ieee":
         return Config(64, min(power(c), 32), 16, 4, 1)
@@ -356,7 +356,7 @@ def _input_plan(
     dilation: tuple[int, int], touched: tuple[int, int, int],
     strides: tuple[int, ...], eps: float, into: bool, seeded: bool, rounds: bool, tiles: int,
 ) -> Plan:  # fmt: skip
-    config = input_config(dtype, precise, c, k, into)
+    config = input_config(precise, c, k, into)
     _, h, w = geometry
     ldy, *rest, ldx, ldg = strides
     cx, cg, ck = touched
@@ -419,7 +419,7 @@ def backward(
 ) -> tuple[Tensor | None, Sums, Tensor | None]:
     """dz (M, C), or into G; the reader's sums and dW (k, C, 3, 3) in float32."""
     (m, c), k, precise = x.shape, len(weight), precision(x.dtype)
-    tiles = cdiv(m, input_config(x.dtype, precise, c, k, into is not None).rows)
+    tiles = cdiv(m, input_config(precise, c, k, into is not None).rows)
     partial = sums_partial(x, c, tiles, into)
     g = x.new_empty((m, c)) if into is None else into.g
     seeded = into is not None and into.seeded

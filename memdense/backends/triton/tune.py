@@ -61,9 +61,9 @@ def problems(
         def backward(dz=dz, y=y, behind=behind, weight=weight, x=x, read=read, into=into) -> object:
             return conv1x1.backward(dz, y, behind, weight, x, read, into, True)
 
-        new, processors = hopper(device), multiprocessors(device)
-        configs = conv1x1.forward_configs(dtype, precise, m, b, new, processors)
-        walks = conv1x1.gradient_configs(dtype, precise, b, new, conv1x1.roomy(m, dtype))
+        on_hopper, processors = hopper(device), multiprocessors(device)
+        configs = conv1x1.forward_configs(dtype, precise, m, b, on_hopper, processors)
+        walks = conv1x1.gradient_configs(dtype, precise, b, on_hopper, conv1x1.roomy(m, dtype))
         kernels = ("forward_1x1", configs, forward), ("gradients_1x1", walks, backward)
         for kernel, candidates, run in kernels:
             if len(candidates) >= least:
