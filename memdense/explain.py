@@ -134,7 +134,7 @@ def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
             first = features._modules[part.names[0]]
             layers = len(first._modules) if part.kind == "stage" else 0
             switches = _switches_of(stack, first)
-            if switches and features is not stack:  # it trusts other classes than its neighbours
+            if switches and features is not stack:  # a block trusts what it was converted with
                 reason = read_alone(first, part.names[0], switches)[1]
             if why := reason or _off(stack, switches):
                 yield Row(name, part.names, layers, False, "", (), why)
