@@ -5,6 +5,7 @@ run so where they are called alone.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -304,11 +305,12 @@ class RunsAlone:
     """
 
     computes_like: type[nn.Module]  # the class it is mixed into
+    takes: str  # the name of its forward's first argument
     _switches: Switches | None = None  # of a block that was made of this class: plain modules
     _name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = *args, *kwargs.values()
+        given = (*args, *kwargs.values()) if kwargs.keys() <= {self.takes} else ()
         features = _features_of(self, given[0]) if len(given) == 1 else None
         return super().forward(*args, **kwargs) if features is None else features
 
@@ -326,12 +328,14 @@ def running_alone(plain: type[nn.Module]) -> type[nn.Module]:
     if issubclass(plain, RunsAlone):
         return plain
 
+    _, takes, *_ = signature(plain.forward).parameters
+
     @wraps(plain.forward)  # for its signature
     def forward(self: RunsAlone, *args: Any, **kwargs: Any) -> Any:
         return RunsAlone.forward(self, *args, **kwargs)
 
     own = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own |= {"computes_like": plain, "forward": forward}
+    own |= {"computes_like": plain, "takes": takes, "forward": forward}
     return type(plain.__name__, (RunsAlone, plain), own)
 
 

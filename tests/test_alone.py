@@ -402,6 +402,8 @@ def test_a_block_alone_by_keyword() -> None:
         out = found.features.denseblock1(init_features=x)
     assert stages.called
     torch.testing.assert_close(out, plain.features.denseblock1(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'images'"):
+        found.features.denseblock1(images=x)
 
 
 def test_a_class_of_ones_own_around_a_block() -> None:
