@@ -25,7 +25,8 @@ from triton.compiler import ASTSource
 
 from memdense import buffers, engine, spec
 from memdense.backends.triton import Triton, conv1x1, conv3x3, running, tune, tuning
-from memdense.backends.triton.launch import ALIGNMENT, Launch, cdiv, recorded
+from memdense.backends.triton.launch import ALIGNMENT, Launch, recorded
+from memdense.backends.triton.tiles import cdiv
 
 TYPES = {
     torch.float32: "fp32",

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memdense
 from memdense import buffers
 from memdense.backends.triton import Triton, replay
-from memdense.backends.triton.launch import extent
+from memdense.backends.triton.tiles import extent
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 PAGE = mmap.PAGESIZE

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memdense import _extension
 from memdense.backends import Reference
-from memdense.backends.triton import Triton, conv1x1, launch, tuning
+from memdense.backends.triton import Triton, conv1x1, launch, tiles, tuning
 from memdense.buffers import Into, NormGradient, Reader, Sums
 
 pytestmark = (
@@ -280,7 +280,7 @@ def test_splits_of_the_gradients_add_up(monkeypatch):
 def test_every_configuration_gives_the_same_numbers(dtype):
     case = Case.draw(40, 40, 48)
     exact, theirs = case.run(Reference(), torch.float64), references(case.run, dtype)
-    sizes, precise = (1, 1 << 15, 1 << 20), launch.precision(dtype)
+    sizes, precise = (1, 1 << 15, 1 << 20), tiles.precision(dtype)
     kernels = {
         "forward_1x1": [
             conv1x1.forward_configs(dtype, precise, m, 48, new, 132)

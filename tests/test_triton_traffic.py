@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from traffic import Traffic, per_row, total
 
-from memdense.backends.triton import Triton, conv1x1, launch, pools, tuning
+from memdense.backends.triton import Triton, conv1x1, launch, pools, tiles, tuning
 from memdense.backends.triton import statistics as packing
 from memdense.buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 
@@ -152,7 +152,7 @@ def test_without_product(name, monkeypatch, interpreter):
         monkeypatch.setattr(module, plan, getattr(module, plan).__wrapped__)
     # programs walk down lines and rows, as on large inputs
     monkeypatch.setattr(pools, "BUSY", 0)
-    monkeypatch.setattr(launch, "WALKERS", 1)
+    monkeypatch.setattr(tiles, "WALKERS", 1)
     run, table = without_product(64)[name]
     found = total(per_row(run, ROWS))
     assert table <= 1.001 * found.unique and found.unique <= 1.1 * table

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memdense.__main__ import main
-from memdense.backends.triton import launch, tune, tuning
+from memdense.backends.triton import launch, tiles, tune, tuning
 from memdense.backends.triton.tuning import Config, choose
 
 A, B, C = Config(64, 64, 32, 4, 2), Config(128, 64, 32, 8, 2), Config(32, 64, 32, 4, 2)
@@ -65,7 +65,7 @@ def test_large_tiles_are_for_large_shared_memory(monkeypatch):
     capabilities = {(8, 0): False, (8, 9): False, (9, 0): True, (10, 0): True, (12, 0): False}
     for capability, expected in capabilities.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert launch.hopper.__wrapped__(torch.device("cuda")) == expected, capability
+        assert tiles.hopper.__wrapped__(torch.device("cuda")) == expected, capability
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="runs in Triton's interpreter")

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import ROW_UNIT
-from .launch import Plan, cached, cdiv, constant
+from .launch import Plan, constant
+from .tiles import cached, cdiv
 
 BLOCK = 4096  # values that a program writes
 SOURCES = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,20 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, NormGradient, Reader, Sums
-from .launch import (
-    Plan,
-    cached,
-    cdiv,
-    hopper,
-    multiprocessors,
-    power,
-    precision,
-    readable,
-    share_of,
-)
+from .launch import Plan
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .settle import normalised_
 from .shared import norm_vectors, relu, store_moments, store_sums
+from .tiles import cached, cdiv, hopper, multiprocessors, power, precision, readable, share_of
 from .tuning import Config, choose
 
 MAX_BLOCKS = 3  # accumulators side by side; a wider B takes another path

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry, Into, Reader, Sums
-from .launch import Plan, cached, cdiv, multiprocessors, power, precision, readable, share_of
+from .launch import Plan
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .shared import answer, norm_vectors, relu, store_moments, store_sums
+from .tiles import cached, cdiv, multiprocessors, power, precision, readable, share_of
 from .tuning import Config
 
 SPLIT_ROWS = 512  # the fewest that a split of the weight's gradient is worth

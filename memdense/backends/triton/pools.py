@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry, Into, Reader, Sums, new_matrix
-from .launch import Plan, cached, cdiv, power, readable, tiling, walk
+from .launch import Plan
 from .reduce import merge_sums, sums_partial
 from .shared import answer, norm_vectors, relu, store_sums, tile_of, walk_of
+from .tiles import cached, cdiv, power, readable, tiling, walk
 
 # ---- tails, forward
 

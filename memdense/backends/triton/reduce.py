@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, Reader, Sums
-from .launch import Plan, cached, cdiv, power
+from .launch import Plan
+from .tiles import cached, cdiv, power
 
 WALK = 1024  # tiles that a program takes at a time
 BLOCK = 1024  # weights that a program sums

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import _extension
 from . import cuda, launch, tuning
-from .launch import ALIGNMENT, Plan, extent, keep_while_read, room
+from .launch import ALIGNMENT, Plan, keep_while_read
+from .tiles import extent, room
 
 aten = torch.ops.aten
 Tensors = Sequence[Tensor | None]

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .cast import SOURCES
-from .launch import Plan, cached, keep_while_read
+from .launch import Plan, keep_while_read
+from .tiles import cached
 
 FIELDS = tl.constexpr(7)  # of a line in the table
 BLOCK = 1024  # channels that a program takes at a time

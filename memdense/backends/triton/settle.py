@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import NormGradient, Share
-from .launch import Plan, cached, readable, tiling
+from .launch import Plan
 from .shared import behind_vectors, tile_of
+from .tiles import cached, readable, tiling
 
 
 @triton.jit

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry
-from .launch import Plan, cached, readable, walk
+from .launch import Plan
 from .reduce import merge, moments_partial
 from .shared import walk_of
+from .tiles import cached, readable, walk
 
 Axes = tuple[tuple[int, int], ...]  # (size, stride) of each, outermost first
 

@@ -10,7 +10,7 @@ import triton
 
 from ...buffers import Into, NormGradient, Reader, Sums
 from . import conv1x1
-from .launch import hopper, multiprocessors, precision
+from .tiles import hopper, multiprocessors, precision
 from .tuning import Config, bucket, device_name, forced, save
 
 # M, C, B: the blocks of an ImageNet network at batches 16, 64 and 256, and those of narrower and
