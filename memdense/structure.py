@@ -58,7 +58,7 @@ class NormModule(NamedTuple):
     running: Running | None
 
 
-# what runs in place of these, as guided backpropagation does with ReLU's
+# methods that some replace for all modules, as guided backpropagation does ReLU's
 _METHODS = [
     (cls, name, getattr(cls, name))
     for cls in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
