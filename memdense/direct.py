@@ -44,6 +44,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def batched(*gradients: Tensor | None) -> bool:
+    """Whether each stands for many: torch.func's vmap, or autograd's ``is_grads_batched``."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return transformed() or any(g is not None and legacy(g) for g in gradients)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast has convolutions compute in on a device; None where it is off."""
     kind = device.type

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import engine, plain
 from .backends import backend_for, chosen, unless_chosen
 from .buffers import StatisticsTable, accumulator, row_stride
 from .convolution import layout_of
-from .direct import learns, watched
+from .direct import batched, learns, watched
 from .spec import Norm, Stage, StageSpec, StemSpec, output_length, unflatten
 
 Update = Callable[[Tensor], None]  # of running statistics, by a stage's or the stem's own
@@ -209,14 +210,18 @@ def _gradients(
         # a tail nobody used: its parameters get no gradient, not a gradient of zeros
         first = len(need) - spec.tail_tensors
         need[first:] = [False] * (len(need) - first)
-    if torch.is_grad_enabled():
-        if x is None:
-            raise RuntimeError(_DOUBLE_BACKWARD)
-        with quiet(features):
-            s = unflatten(spec, _cast_convolutions(tensors, x))
+    twice = torch.is_grad_enabled()
+    if twice and x is None:
+        raise RuntimeError(_DOUBLE_BACKWARD)
+    if twice or batched(dout, dfeatures):  # PyTorch's own operations have rules for it
+        with quiet(features), torch.enable_grad():
+            s = unflatten(spec, _cast_convolutions(tensors, features))
+            if x is None:
+                channels = features.shape[1] - sum(layer.growth for layer in s.layers)
+                x = Parameter(features[:, :channels])  # requires_grad_ is refused in a transform
             s = StatisticsTable(s, x.shape[1], table=statistics).running(s)
             found = plain.gradients(
-                plain.stage(x, s, mask), (dout, dfeatures), [x, *tensors], [need_x, *need]
+                plain.stage(x, s, mask), (dout, dfeatures), [x, *tensors], [need_x, *need], twice
             )
         return found[0], found[1:]
     seen = watched(dout, dfeatures, features, statistics, mask, *rest)
@@ -416,12 +421,13 @@ def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
     rest = (None,) * 3
     if dout is None:
         return (None,) * 4 + rest
-    if torch.is_grad_enabled():
+    twice = torch.is_grad_enabled()
+    if twice or batched(dout):
         s = StemSpec.decode(ctx.spec)
         running = (None, None) if s.norm.batch else statistics.unbind()
-        with quiet(x):
+        with quiet(x), torch.enable_grad():
             out = plain.stem(x, weight.to(x.dtype), Norm(s.norm, gamma, beta, *running), s)
-            return (*plain.gradients([out], [dout], [x, weight, gamma, beta], need), *rest)
+            return (*plain.gradients([out], [dout], [x, weight, gamma, beta], need, twice), *rest)
     seen = watched(dout, x, weight, gamma, beta, convolved, winner, statistics)
     run = stem_backward if seen else _stem_backward
     tensors = x, weight, gamma, beta, convolved, winner, statistics

@@ -1,5 +1,5 @@
 """A stage in plain differentiable PyTorch: what its operation computes, and how it is
-differentiated twice.
+differentiated twice, or for many gradients at once.
 """
 
 from collections.abc import Sequence
@@ -65,9 +65,10 @@ def gradients(
     grads: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
     need: Sequence[bool],
+    twice: bool,
 ) -> list[Tensor | None]:
-    """Differentiable gradients of ``outputs`` with respect to those inputs that ``need`` marks;
-    None elsewhere.
+    """Gradients of ``outputs`` with respect to those inputs that ``need`` marks, None elsewhere;
+    differentiable where they are needed ``twice``.
     """
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [t for t, n in zip(inputs, need, strict=True) if n]
@@ -76,7 +77,7 @@ def gradients(
             [o for o, _ in pairs],
             wanted,
             [g for _, g in pairs],
-            create_graph=True,
+            create_graph=twice,
             allow_unused=True,
         )
     )

@@ -69,6 +69,30 @@ def test_differentiating_twice_without_the_switch_says_so() -> None:
         torch.autograd.grad(found(x).sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, dict(drop_rate=0.3), dict(bn_size=None), dict(keep_bottlenecks=True, double_backward=True)],
+    ids=str,
+)
+def test_many_gradients_at_once(kwargs: dict, training: bool, how: str) -> None:
+    """Rows of a Jacobian, of inputs and parameters."""
+
+    def rows(model: nn.Module, x: Tensor) -> list[Tensor]:
+        torch.manual_seed(0)
+        out = model.train(training)(x).flatten()
+        inputs, eye = [x, *model.parameters()], torch.eye(len(out), dtype=out.dtype)
+        if how == "vmap":
+            return torch.func.vmap(lambda g: torch.autograd.grad(out, inputs, g))(eye)
+        return torch.autograd.grad(out, inputs, eye, is_grads_batched=True)
+
+    x = images(3).requires_grad_()
+    for found, expected in zip(*(rows(model, x) for model in pair(**kwargs)), strict=True):
+        assert expected.shape[0] == 9
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("norm_eval", [False, True])
 def test_stage_gradgradcheck(norm_eval: bool) -> None:
     block = memdense.DenseBlock(2, 3, 1, 2)
