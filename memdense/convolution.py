@@ -15,7 +15,7 @@ from torch._prims_common import (
 from torch.nn import functional as F
 
 from . import _extension
-from .direct import autocast, learns, transformed, watched
+from .direct import autocast, batched, learns, transformed, watched
 from .spec import output_length, pair
 
 _DTYPES = {
@@ -321,7 +321,7 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or batched(dy):
         if _overrides(x) and not watched(dy, x, weight):
             found = torch.ops.aten.convolution_backward_overrideable(
                 dy, x, weight, *ctx.geometry, False, (0, 0), 1, need

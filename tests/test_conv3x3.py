@@ -453,6 +453,29 @@ def test_transforms_differentiate():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("batched", [False, True], ids=["vmap", "is_grads_batched"])
+@pytest.mark.parametrize(
+    "convolve",
+    [dilated_conv3x3, torch.ops.memdense.dilated_conv3x3, convolution._Convolution.apply],
+    ids=["called", "operation", "function"],
+)
+def test_many_gradients_at_once(convolve, batched):
+    torch.manual_seed(0)
+    shapes = (2, 3, 6, 5), (4, 3, 3, 3), (4,)
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def rows(convolve):
+        out = convolve(*leaves, (1, 2), (2, 1), (2, 1)).flatten()
+        eye = torch.eye(len(out), dtype=out.dtype)
+        if batched:
+            return torch.autograd.grad(out, leaves, eye, is_grads_batched=True)
+        return torch.func.vmap(lambda g: torch.autograd.grad(out, leaves, g))(eye)
+
+    for a, b in zip(rows(convolve), rows(F.conv2d), strict=True):
+        assert error(a, b) <= 1e-12
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 3, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_layout_of_ambiguous_images(shape, layout):
