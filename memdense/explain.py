@@ -15,6 +15,7 @@ from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
 from .spec import output_length, pair
 from .stage import Step, apart
+from .structure import NORMS
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
     if torch.is_autocast_enabled(x.device.type):
         yield f"under autocast, in {torch.get_autocast_dtype(x.device.type)}"
     for name, height, width in _block_sizes(features, x):
-        norms = (m for m in features._modules[name].modules() if isinstance(m, nn.BatchNorm2d))
+        norms = (m for m in features._modules[name].modules() if isinstance(m, NORMS))
         if x.shape[0] * height * width == 1 and any(norm.training for norm in norms):
             yield f"{name} gets one value per channel, which BatchNorm refuses in training"
 
@@ -208,7 +209,7 @@ def _block_sizes(features: Features, x: Tensor) -> Iterator[tuple[str, int, int]
 
 
 def size_after(module: nn.Module, size: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if size is None or isinstance(module, nn.BatchNorm2d | nn.ReLU | nn.Identity):
+    if size is None or isinstance(module, (*NORMS, nn.ReLU, nn.Identity)):
         return size
     if isinstance(module, nn.Sequential):
         for child in module:

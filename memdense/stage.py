@@ -14,6 +14,7 @@ from .convolution import layout_of
 from .direct import autocast, autocast_dtype, foreign
 from .spec import Stage, StemSpec, output_length, reads_of
 from .structure import (
+    NORMS,
     Moving,
     Snapshot,
     StageModules,
@@ -60,7 +61,7 @@ def steps_of(
     """
     names = list(children)
     i = 0
-    if len(names) > 3 and isinstance(children[names[1]], nn.BatchNorm2d):
+    if len(names) > 3 and isinstance(children[names[1]], NORMS):
         size = 4 if isinstance(children[names[2]], nn.ReLU) else 3
         if isinstance(children[names[0]], nn.Conv2d) and isinstance(
             children[names[size - 1]], nn.MaxPool2d
@@ -76,7 +77,7 @@ def steps_of(
         elif following and is_transition(children[following]):
             yield Step("stage", (here, following), "transition")
             i += 1
-        elif following and isinstance(children[following], nn.BatchNorm2d) and i + 1 == len(names):
+        elif following and isinstance(children[following], NORMS) and i + 1 == len(names):
             # without a last tail the norm's output is nobody's
             yield (
                 Step("stage", (here, following), last_tail) if last_tail else Step("stage", (here,))

@@ -23,6 +23,7 @@ HOOKS = {
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
 }
+NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 _LAYER = {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2"}
 _TRANSITION = {"norm", "relu", "conv", "pool"}
 
@@ -61,7 +62,7 @@ class NormModule(NamedTuple):
 # methods that some replace for all modules, as guided backpropagation does ReLU's
 _METHODS = [
     (cls, name, getattr(cls, name))
-    for cls in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
+    for cls in (nn.Conv2d, *NORMS, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
     for name in ("forward", "_conv_forward")
     if hasattr(cls, name)
 ]
@@ -136,7 +137,9 @@ def has_fused_relu(module: nn.Module) -> bool:
 
 def read_norm(module: nn.Module, name: str) -> NormModule:
     fused = has_fused_relu(module)
-    check(module, name, (type(module),) if fused else (nn.BatchNorm2d,), "a BatchNorm2d")
+    check(module, name, (type(module),) if fused else NORMS, "a BatchNorm2d")
+    if type(module) is nn.SyncBatchNorm and module.training:
+        raise Unsupported(f"{name} is a SyncBatchNorm, which synchronises in training")
     if fused:
         check(module.act, f"{name}.act", (nn.ReLU,), "a ReLU")
     # a module's own attribute access takes longer than all else here; DataParallel's replicas have
