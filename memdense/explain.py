@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from . import _extension, ops
 from .backends import triton_reason
 from .convert import ONE_BY_ONE, as_features, find_stacks, own_forward, parts, refusal
+from .direct import foreign
 from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
 from .spec import output_length, pair
-from .stage import Step, apart
-from .structure import NORMS
+from .stage import Step, apart, obstacle_now
+from .structure import NORMS, article
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
     parameters = {(str(p.device), str(p.dtype).removeprefix("torch.")) for p in stack.parameters()}
     mode = "training" if stack.training else "evaluation"
     yield f"{mode} mode, {' and '.join(' '.join(p) for p in sorted(parameters))}"
+    for kind in sorted({type(p).__name__ for p in stack.parameters() if foreign(p)}):
+        yield f"a parameter is {article(kind)}: plain modules, unless FSDP gathers it for forward"
     if isinstance(stack, Features):
         if stack._switches.types != OWN_TYPES:  # another model's, whose forward may do anything
             yield ONE_BY_ONE
@@ -189,6 +192,9 @@ def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
         return
     if torch.is_autocast_enabled(x.device.type):
         yield f"under autocast, in {torch.get_autocast_dtype(x.device.type)}"
+    first, found, _ = features.parts(features.steps("norm")[0])[0]
+    if found and (reason := obstacle_now(x, found)):
+        yield f"{first.names[0]} runs as plain modules: {reason}"
     for name, height, width in _block_sizes(features, x):
         norms = (m for m in features._modules[name].modules() if isinstance(m, NORMS))
         if x.shape[0] * height * width == 1 and any(norm.training for norm in norms):

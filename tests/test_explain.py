@@ -215,6 +215,8 @@ def test_notes_on_an_input():
     ]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert notes(torch.randn(2, 3, 32, 32)) == ["features: under autocast, in torch.bfloat16"]
+        tail = memdense.explain(model.features[4:], torch.randn(2, 6, 8, 8))
+        assert any("denseblock1 runs as plain modules: autocast" in note for note in tail.notes)
     small = torch.randn(1, 3, 9, 12)
     assert notes(small) == [
         "features: denseblock2 gets one value per channel, which BatchNorm refuses in training"

@@ -578,6 +578,7 @@ def test_tensors_that_carry_out_operations_themselves(parameters: bool) -> None:
     with torch.no_grad(), pytest.warns(memdense.MemdenseWarning, match="a Shard"):
         found = model(Shard(x))
     torch.testing.assert_close(found.inner, expected)
+    assert ("a parameter is a Shard: plain modules" in str(memdense.explain(model))) == parameters
 
 
 def test_features_take_their_input_by_name() -> None:
