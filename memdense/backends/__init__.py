@@ -3,12 +3,14 @@ one runs; the choice is made here.
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from types import FrameType
 
 import torch
 
@@ -38,7 +40,22 @@ def warn_plain(what: str, reason: str, known: set[str]) -> None:
     if reason not in known:
         known.add(reason)
         message = f"memdense runs {what} as plain modules: {reason}"
-        warnings.warn(message, MemdenseWarning, stacklevel=4)
+        warnings.warn(message, MemdenseWarning, stacklevel=_users_level())
+
+
+def _package(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+def _users_level() -> int:
+    """The stacklevel at which a caller's warning shows the user's line, not one of torch's."""
+    level = 2
+    if torch.compiler.is_compiling():
+        return level
+    frame = sys._getframe(level)
+    while frame.f_back and _package(frame) in ("memdense", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 @contextmanager
@@ -139,4 +156,4 @@ def backend_for(device: torch.device) -> Reference:
 @cache
 def _warn(message: str) -> None:
     """Once."""
-    warnings.warn(message, MemdenseWarning, stacklevel=3)
+    warnings.warn(message, MemdenseWarning, stacklevel=_users_level())
