@@ -173,7 +173,7 @@ def run_stage(
     ``layout`` is that of what modules would convolve, by which dropout is drawn.
     """
     stage = found.stage
-    mask = _draw_mask(x, stage, layout)
+    mask = _draw_mask(x, stage, found.drop_channels, layout)
 
     def update(statistics: Tensor) -> None:
         columns = list(reader_columns(stage, x.shape[1])[0].values())
@@ -187,25 +187,31 @@ def run_stage(
     return (features if stage.tail is None else out), features
 
 
-def _draw_mask(x: Tensor, stage: Stage, layout: torch.memory_format) -> Tensor | None:
-    """Dropout's mask, (M, L*k) bool, drawn as ``F.dropout`` would draw it layer by layer."""
+def _draw_mask(
+    x: Tensor, stage: Stage, channels: bool, layout: torch.memory_format
+) -> Tensor | None:
+    """Dropout's mask, (M, L*k) bool, drawn layer by layer as ``F.dropout`` would draw it, or
+    ``F.dropout2d`` for whole ``channels``.
+    """
     if stage.drop_rate == 0:
         return None
     n, _, h, w = x.shape
     masks = []
     for layer in stage.layers:
         weight = layer.conv1 if layer.conv2 is None else layer.conv2
-        last = torch.channels_last in (layout, layout_of(weight))
+        last = not channels and torch.channels_last in (layout, layout_of(weight))
         new = torch.empty(
-            (n, layer.growth, h, w), dtype=x.dtype, device=x.device,
+            (n, layer.growth, 1, 1) if channels else (n, layer.growth, h, w),
+            dtype=x.dtype, device=x.device,
             memory_format=torch.channels_last if last else torch.contiguous_format,
         )  # fmt: skip
         if stage.drop_rate >= 1:  # nothing is drawn
             kept = torch.zeros_like(new, dtype=torch.bool)
-        elif x.device.type == "cpu":
+        elif channels or x.device.type == "cpu":
             kept = new.bernoulli_(1 - stage.drop_rate).bool()
         else:
             kept = torch.native_dropout(new, stage.drop_rate, True)[1]
+        kept = kept.expand(n, layer.growth, h, w)
         masks.append(kept.permute(0, 2, 3, 1).reshape(n * h * w, layer.growth))
     return torch.cat(masks, 1)
 

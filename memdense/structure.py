@@ -24,7 +24,7 @@ HOOKS = {
     "_backward_hooks": "backward hook",
 }
 NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
-_LAYER = {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2"}
+_LAYER = {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout"}
 _TRANSITION = {"norm", "relu", "conv", "pool"}
 
 
@@ -60,9 +60,10 @@ class NormModule(NamedTuple):
 
 
 # methods that some replace for all modules, as guided backpropagation does ReLU's
+_KINDS = nn.Conv2d, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Sequential
 _METHODS = [
     (cls, name, getattr(cls, name))
-    for cls in (nn.Conv2d, *NORMS, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
+    for cls in (*NORMS, *_KINDS)
     for name in ("forward", "_conv_forward")
     if hasattr(cls, name)
 ]
@@ -225,10 +226,32 @@ def stands_beside(tensor: Tensor, values: Tensor) -> bool:
     return tensor.dtype == values.dtype or narrow
 
 
+class Dropout(NamedTuple):
+    """Of a layer's new values: each by itself, or a channel of an image as a whole."""
+
+    rate: float
+    channels: bool
+
+
+def _read_dropout(layer: nn.Module, module: nn.Module | None, name: str) -> Dropout:
+    """A layer's own, and that of its last child."""
+    rate = float(getattr(layer, "drop_rate", 0.0)) if layer.training else 0.0
+    if not 0 <= rate <= 1:
+        raise Unsupported(f"{name} has a drop_rate that is no probability, {rate}")
+    if module is None:
+        return Dropout(rate, False)
+    check(module, f"{name}.dropout", (nn.Dropout, nn.Dropout2d), "a Dropout or Dropout2d")
+    if not module.training or module.p == 0:
+        return Dropout(rate, False)
+    if rate:
+        raise Unsupported(f"{name} has dropout twice")
+    return Dropout(float(module.p), type(module) is nn.Dropout2d)
+
+
 class LayerModules(NamedTuple):
     layer: Layer
     norms: list[NormModule]
-    drop_rate: float
+    dropout: Dropout
 
 
 def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerModules:
@@ -246,15 +269,13 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
         )
     norm1 = read_norm(children["norm1"], f"{name}.norm1")
     read_relu(parts, "relu1", norm1.module, name)
-    rate = float(getattr(module, "drop_rate", 0.0)) if module.training else 0.0
-    if not 0 <= rate <= 1:
-        raise Unsupported(f"{name} has a drop_rate that is no probability, {rate}")
+    dropout = _read_dropout(module, children.get("dropout"), name)
     check(module, own_name, types, "a dense layer that was looked at when the model was converted")
     if "conv2" not in children:
         conv1 = read_conv(children["conv1"], f"{name}.conv1", 3)
         check_fits(norm1, f"{name}.norm1", conv1.weight.shape[1], conv1.weight)
         return LayerModules(
-            Layer(norm1.norm, conv1.weight, None, None, pair(conv1.dilation)), [norm1], rate
+            Layer(norm1.norm, conv1.weight, None, None, pair(conv1.dilation)), [norm1], dropout
         )
     conv1 = read_conv(children["conv1"], f"{name}.conv1", 1)
     norm2 = read_norm(children["norm2"], f"{name}.norm2")
@@ -268,12 +289,13 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
             f"{conv1.weight.shape[0]}"
         )
     layer = Layer(norm1.norm, conv1.weight, norm2.norm, conv2.weight, pair(conv2.dilation))
-    return LayerModules(layer, [norm1, norm2], rate)
+    return LayerModules(layer, [norm1, norm2], dropout)
 
 
 class StageModules(NamedTuple):
     """A stage, and what running it takes: its :func:`flatten`ed tensors, its encoded spec, and the
-    buffers it moves, whose norms are numbered in the order of its readers.
+    buffers it moves, whose norms are numbered in the order of its readers. ``drop_channels``:
+    dropout is of whole channels.
     """
 
     stage: Stage
@@ -281,10 +303,14 @@ class StageModules(NamedTuple):
     running: list[Tensor]
     spec: str
     moving: Moving
+    drop_channels: bool
 
 
-def _stage_modules(stage: Stage, norms: Sequence[NormModule]) -> StageModules:
-    return StageModules(stage, *flatten(stage), spec_of(stage).encode(), moving(norms))
+def _stage_modules(
+    stage: Stage, norms: Sequence[NormModule], drop_channels: bool = False
+) -> StageModules:
+    spec = spec_of(stage).encode()
+    return StageModules(stage, *flatten(stage), spec, moving(norms), drop_channels)
 
 
 def read_stage(
@@ -305,23 +331,25 @@ def read_stage(
     check_global_hooks()
     what = "a dense block that was looked at when the model was converted"
     check(block, name, types, what, hooks=alone)
-    layers, norms, rates = [], [], set()
+    layers, norms, dropouts = [], [], set()
     for child, module in block._modules.items():
         found = read_layer(module, f"{name}.{child}", types)
         layers.append(found.layer)
         norms += found.norms
-        rates.add(found.drop_rate)
+        dropouts.add(found.dropout)
     if not layers:
         raise Unsupported(f"{name} has no layers")
-    if len(rates) != 1:
-        raise Unsupported(f"{name} has layers of different dropout rates")
+    if len(dropouts) != 1:
+        raise Unsupported(f"{name} has layers of different dropout")
+    dropout = dropouts.pop()
     end = None
     if tail is not None:
         end, norm = _read_tail(tail, tail_name, tail_kind, types)
         norms.append(norm)
         first = layers[0].conv1
         check_fits(norm, tail_name, first.shape[1] + sum(x.growth for x in layers), first)
-    return _stage_modules(Stage(layers, end, rates.pop(), keep_bottlenecks), norms)
+    stage = Stage(layers, end, dropout.rate, keep_bottlenecks)
+    return _stage_modules(stage, norms, dropout.channels)
 
 
 def _read_tail(

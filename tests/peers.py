@@ -155,6 +155,7 @@ PEERS: dict[str, Callable[[], nn.Module]] = {
     "timm": timm,
     "timm, deep stem and dropout": lambda: timm(stem_type="deep", proj_drop_rate=0.3),
     "monai": monai,
+    "monai, dropout": lambda: monai(dropout_prob=0.3),
     "torchxrayvision": torchxrayvision,
     "torchxrayvision, dropout": lambda: torchxrayvision(drop_rate=0.3),
     "gpleiss": GpleissStyle,

@@ -99,6 +99,27 @@ def test_switches(switch):
     assert_same_step(converted, plain, images())
 
 
+@pytest.mark.parametrize("drop", [nn.Dropout(0.4), nn.Dropout2d(1.0), nn.Dropout2d(0)], ids=str)
+def test_dropout_of_the_layers_own(drop):
+    build = peers.PEERS["monai, dropout"]
+    converted, plain = pair(lambda: replaced(nn.Dropout2d, lambda _: copy.copy(drop), build))
+    assert_same_step(converted, plain, images())
+    assert runs_efficiently(converted)
+
+
+def test_dropout_alone_in_training():
+    """Draws of a network whose predictions vary, as Monte Carlo dropout makes them."""
+    converted, plain = pair(peers.PEERS["monai, dropout"])
+    for model in (converted.eval(), plain.eval()):
+        for module in model.modules():
+            module.train(isinstance(module, nn.Dropout2d))
+    assert_same_step(converted, plain, images())
+    assert runs_efficiently(converted)
+    next(m for m in converted.modules() if isinstance(m, nn.Dropout2d)).p = 0.5
+    with pytest.warns(MemdenseWarning, match="layers of different dropout"):
+        converted(images())
+
+
 def test_channels_last():
     converted, plain = pair(peers.torchvision)
     assert_same_step(converted, plain, images().to(memory_format=torch.channels_last))
@@ -337,8 +358,12 @@ def test_look_alikes_are_refused(part, reason, capsys):
     assert "unchecked" in capsys.readouterr().err and type(model.features) is Features
 
 
-def replaced(old: type[nn.Module], new: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    model = peers.torchvision()
+def replaced(
+    old: type[nn.Module],
+    new: Callable[[nn.Module], nn.Module],
+    build: Callable[[], nn.Module] = peers.torchvision,
+) -> nn.Module:
+    model = build()
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, old):
@@ -361,10 +386,15 @@ def replaced(old: type[nn.Module], new: Callable[[nn.Module], nn.Module]) -> nn.
             lambda: peers.monai(3),
             "denseblock1.denselayer1.layers.norm1 is a BatchNorm3d, not a BatchNorm2d",
         ),
-        (lambda: peers.monai(dropout_prob=0.2), "has the children .* dropout"),
+        (
+            lambda: replaced(
+                nn.Dropout2d, lambda _: nn.AlphaDropout(), peers.PEERS["monai, dropout"]
+            ),
+            "denseblock1.denselayer1.layers.dropout is an AlphaDropout, not a Dropout or Dropout2d",
+        ),
         (lambda: peers.monai(act="prelu"), "relu1 is a PReLU, not a ReLU"),
     ],
-    ids=["GroupNorm", "ELU", "3-D", "Dropout2d", "PReLU"],
+    ids=["GroupNorm", "ELU", "3-D", "AlphaDropout", "PReLU"],
 )
 def test_other_architectures_are_left_alone(build, reason):
     model = build()
