@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import joint
 from .spec import Norm, Stage, reads_of
 
 
@@ -200,7 +201,8 @@ def reader_columns(stage: Stage, channels: int) -> tuple[dict[tuple[int, int], s
 
 class StatisticsTable:
     """Mean and biased variance of every normalised channel of a stage, one (2, columns) tensor to
-    keep.
+    keep. Where processes hold the batch together a last column tells this one's share in its rows,
+    and how many they are.
     """
 
     def __init__(
@@ -209,13 +211,29 @@ class StatisticsTable:
         self.columns, width = reader_columns(stage, channels)
         if table is None:
             # zeros: columns that nobody reads must not hold garbage that changes from run to run
+            width += bool(stage.group)
             table = like.new_zeros((2, width), dtype=accumulator(like.dtype))
-        self.table = table
+        self.table, self.group = table, stage.group
         self.mean, self.var = table.unbind()
 
     def of(self, columns: slice) -> Tensor:
         """(2, columns): where their mean and variance stand."""
         return self.table[:, columns]
+
+    def gather(self, moments: Tensor | None, rows: int) -> None:
+        """Statistics of all processes' rows in place of this one's."""
+        if self.group and moments is not None:
+            self.table[:, -1] = joint.gather(moments, rows, self.group)
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """Sums (2, C) over all processes' rows, by this one's share in them."""
+        return joint.add_up(sums, self.table[0, -1], self.group) if self.group else sums
+
+    def behind(self, read: Reader, sums: Sums, rows: int) -> NormGradient:
+        """The gradient behind a BatchNorm with one reader, whose own sums are given."""
+        if self.group and read.batch:
+            sums = Sums(*self.add_up(torch.stack(sums)))
+        return NormGradient(read, sums, rows)
 
     def keep_running(self, stage: Stage) -> None:
         """Copy the running statistics that norms read by: the modules' may move before backward."""
@@ -305,6 +323,8 @@ class GradientBuffer:
     def slice(self, columns: slice) -> Tensor:
         return self.matrix[:, columns]
 
-    def share(self, columns: slice, mean: Tensor) -> Share | None:
-        """Of a slice whose batch mean is ``mean``; None where no reader used batch statistics."""
-        return Share(self.sums[:, columns], mean, self.rows) if self.credited else None
+    def share(self, columns: slice, table: StatisticsTable) -> Share | None:
+        """Of a slice; None where no reader used batch statistics."""
+        if not self.credited:
+            return None
+        return Share(table.add_up(self.sums[:, columns]), table.mean[columns], self.rows)

@@ -282,6 +282,8 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
     for module in part.modules():
         if isinstance(module, RunsAlone):
             module._switches = None
+        if type(module) is nn.SyncBatchNorm:  # other processes do not take part
+            module.__class__ = nn.BatchNorm2d
     return part
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import joint
 from .buffers import (
     FeatureBuffer,
     Geometry,
@@ -55,15 +56,18 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
     def moments(columns: slice, wanted: bool) -> Tensor | None:
         return table.of(columns) if wanted else None
 
+    own = moments(entering, shared)
     if not stage.layers:
         X = FeatureBuffer(as_rows(x), geometry)
-        if shared:
-            backend.statistics(X.matrix, table.of(entering))
+        if own is not None:
+            backend.statistics(X.matrix, own)
+            table.gather(own, geometry.rows)
         return Forward(
             _tail_forward(X, stage, table, backend), x.new_empty((0,)), table.table, kept
         )
     X = FeatureBuffer(new_matrix(x, geometry.rows, last), geometry)
-    backend.pack(x, X.slice(entering), geometry, moments(entering, shared))
+    backend.pack(x, X.slice(entering), geometry, own)
+    table.gather(own, geometry.rows)
 
     c = channels
     for i, layer in enumerate(stage.layers):
@@ -75,13 +79,14 @@ def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> F
         else:
             own = moments(table.columns[i, 2], layer.norm2.spec.batch)
             y = backend.bn_relu_conv1x1(X.prefix(c), read1, layer.conv1, own)
+            table.gather(own, geometry.rows)
             read, conv = table.reader(layer.norm2, (i, 2)), layer.conv2
             if stage.keep_bottlenecks:
                 kept.append(y)
         # a channel's statistics are computed once, where it is produced
-        backend.bn_relu_conv3x3(
-            y, read, conv, layer.dilation, geometry, X.slice(new), keep, moments(new, shared),
-        )  # fmt: skip
+        own = moments(new, shared)
+        backend.bn_relu_conv3x3(y, read, conv, layer.dilation, geometry, X.slice(new), keep, own)
+        table.gather(own, geometry.rows)
         del y
         c = new.stop
 
@@ -171,8 +176,7 @@ def backward(
 
     def settle(part: slice, keep: tuple[Tensor, float] | None) -> Tensor:
         """dy = G + p*x + q of a slice whose readers have all answered."""
-        share = G.share(part, table.mean[part])
-        return backend.settle(G.slice(part), X.slice(part), share, keep)
+        return backend.settle(G.slice(part), X.slice(part), G.share(part, table), keep)
 
     def answered(i: int, number: int, sums: Sums) -> None:
         """A norm's parameter gradients are the two sums its backward leaves."""
@@ -210,7 +214,7 @@ def backward(
             del dy
             answered(i, 2, sums2)
             # norm2 has one reader, so its share is known at once: dY = a*dz + b*y + c
-            behind = NormGradient(read2, sums2, geometry.rows)
+            behind = table.behind(read2, sums2, geometry.rows)
             sums1, found[i, "conv1"] = backend.bn_relu_conv1x1_backward(
                 dz, y, behind, layer.conv1, x, read1, into, needed[i, "conv1"]
             )
@@ -268,7 +272,7 @@ class StemForward(NamedTuple):
     out: Tensor  # (N, C, H', W'), channels last
     convolved: Tensor  # conv0's output; empty where it is recomputed
     winner: Tensor  # (M', C) uint8: the max-pool's winner in its window
-    statistics: Tensor  # (2, C)
+    statistics: Tensor  # (2, C), and a column as StatisticsTable has it
 
 
 def _convolve(x: Tensor, weight: Tensor, spec: StemSpec) -> Tensor:
@@ -297,13 +301,17 @@ def stem_forward(
     convolved = _convolve(x, weight, spec)
     n, _, h, w = convolved.shape
     rows = as_rows(convolved)
-    statistics = x.new_empty((2, rows.shape[1]), dtype=accumulator(x.dtype))
+    c = rows.shape[1]
+    statistics = x.new_empty((2, c + bool(spec.group)), dtype=accumulator(x.dtype))
+    own = statistics[:, :c]
     if norm.spec.batch:
-        backend.statistics(rows, statistics)
+        backend.statistics(rows, own)
+        if spec.group:
+            statistics[:, c] = joint.gather(own, len(rows), spec.group)
     else:
-        statistics[0], statistics[1] = norm.mean, norm.var
+        own[0], own[1] = norm.mean, norm.var
     geometry = Geometry(n, h, w)
-    out, winner = backend.bn_relu_maxpool(rows, reader(norm, *statistics), geometry)
+    out, winner = backend.bn_relu_maxpool(rows, reader(norm, *own), geometry)
     images = geometry.windows.images(out)
     return StemForward(
         images, x.new_empty((0,)) if spec.recompute else convolved, winner, statistics
@@ -327,13 +335,16 @@ def stem_backward(
         convolved = _convolve(x, weight, spec)
     n, _, h, w = convolved.shape
     rows = as_rows(convolved)
-    read = reader(norm, *statistics)
+    read = reader(norm, *statistics[:, : rows.shape[1]])
     dz, sums = backend.bn_relu_maxpool_backward(
         as_rows(dout.to(rows.dtype)), winner, rows, read, Geometry(n, h, w)
     )
     dx = dweight = None
     if need[0] or need[1]:
-        dconvolved = backend.normalised_(dz, rows, NormGradient(read, sums, len(rows)))
+        share = sums
+        if spec.group:
+            share = Sums(*joint.add_up(torch.stack(sums), statistics[0, -1], spec.group))
+        dconvolved = backend.normalised_(dz, rows, NormGradient(read, share, len(rows)))
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             Geometry(n, h, w).images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
             spec.stride, spec.padding, spec.dilation, False, (0, 0), 1, (need[0], need[1], False),

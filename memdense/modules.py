@@ -168,7 +168,8 @@ class BNReLUConv1x1(nn.Module):
         """Why running the children one by one would do anything else."""
         try:
             check_global_hooks()
-            read_norm(self.norm, "norm")
+            if read_norm(self.norm, "norm").group:
+                return "norm synchronises with other processes"
             read_conv(self.conv, "conv", 1)
         except Unsupported as reason:
             return str(reason)

@@ -6,6 +6,7 @@ backend is chosen in :mod:`memdense.backends` and nowhere else.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import engine, plain
-from .backends import backend_for, chosen, unless_chosen
+from .backends import Reference, backend_for, chosen, unless_chosen
 from .buffers import StatisticsTable, accumulator, row_stride
 from .convolution import layout_of
 from .direct import batched, learns, watched
@@ -25,6 +26,7 @@ _DOUBLE_BACKWARD = (
     "memdense does not keep what differentiating a gradient (create_graph=True) needs: "
     "build the model with double_backward=True, or set model.features.double_backward = True"
 )
+_JOINT = "SyncBatchNorm's gradients cannot be differentiated, nor taken many at once"
 
 
 @contextmanager
@@ -63,11 +65,17 @@ def _stage(
         double_backward: keep x, so that gradients can be differentiated.
     """
     with quiet(x):
-        out, features, statistics, *bottlenecks = backend_for(x.device).call(
+        out, features, statistics, *bottlenecks = _runner(x.device, spec)(
             _forward_pass, (x, mask), (*tensors, *running), spec, len(tensors)
         )
     # .data: not views to autograd, so that a user may change them in place as any module's output
     return out.data, features.data, statistics, bottlenecks
+
+
+def _runner(device: torch.device, spec: str) -> Callable[..., list[Tensor]]:
+    """What runs a pass: the backend's own way, or where processes talk in it one by one."""
+    backend = backend_for(device)
+    return partial(Reference.call, backend) if StageSpec.decode(spec).group else backend.call
 
 
 def _forward_pass(
@@ -132,7 +140,7 @@ def _stage_backward(
     :func:`memdense.engine.backward`.
     """
     with quiet(features):
-        return backend_for(features.device).call(
+        return _runner(features.device, spec)(
             _backward_pass,
             (dout, dfeatures, features, statistics, mask, *bottlenecks),
             tensors,
@@ -210,10 +218,12 @@ def _gradients(
         # a tail nobody used: its parameters get no gradient, not a gradient of zeros
         first = len(need) - spec.tail_tensors
         need[first:] = [False] * (len(need) - first)
-    twice = torch.is_grad_enabled()
+    twice, many = torch.is_grad_enabled(), batched(dout, dfeatures)
     if twice and x is None:
         raise RuntimeError(_DOUBLE_BACKWARD)
-    if twice or batched(dout, dfeatures):  # PyTorch's own operations have rules for it
+    if (twice or many) and spec.group:
+        raise RuntimeError(_JOINT)
+    if twice or many:  # PyTorch's own operations have rules for it
         with quiet(features), torch.enable_grad():
             s = unflatten(spec, _cast_convolutions(tensors, features))
             if x is None:
@@ -366,7 +376,7 @@ def _(x, weight, gamma, beta, mean, var, spec):
         _images(x, n, c, *small),
         convolved,
         winner,
-        x.new_empty((2, c), dtype=accumulator(x.dtype)),
+        x.new_empty((2, c + bool(s.group)), dtype=accumulator(x.dtype)),
     )
 
 
@@ -424,6 +434,8 @@ def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
     twice = torch.is_grad_enabled()
     if twice or batched(dout):
         s = StemSpec.decode(ctx.spec)
+        if s.group:
+            raise RuntimeError(_JOINT)
         running = (None, None) if s.norm.batch else statistics.unbind()
         with quiet(x), torch.enable_grad():
             out = plain.stem(x, weight.to(x.dtype), Norm(s.norm, gamma, beta, *running), s)

@@ -62,6 +62,7 @@ class StageSpec:
     tail: TailSpec | None
     drop_rate: float = 0.0
     keep_bottlenecks: bool = False
+    group: str = ""  # of processes that norms synchronise with
 
     @property
     def tail_tensors(self) -> int:
@@ -77,12 +78,12 @@ class StageSpec:
         )
         t = self.tail
         tail = t and f"('{t.kind}', {_text(t.norm)}, {t.relu}, {t.pool})"
-        return f"([{layers}], {tail}, {self.drop_rate}, {self.keep_bottlenecks})"
+        return f"([{layers}], {tail}, {self.drop_rate}, {self.keep_bottlenecks}, '{self.group}')"
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def decode(text: str) -> "StageSpec":
-        layers, tail, drop_rate, keep_bottlenecks = ast.literal_eval(text)
+        layers, tail, *rest = ast.literal_eval(text)
         layers = tuple(
             LayerSpec(NormSpec(*norm1), norm2 and NormSpec(*norm2), tuple(dilation))
             for norm1, norm2, dilation in layers
@@ -90,7 +91,7 @@ class StageSpec:
         if tail is not None:
             kind, norm, relu, pool = tail
             tail = TailSpec(kind, NormSpec(*norm), relu, pool)
-        return StageSpec(layers, tail, drop_rate, keep_bottlenecks)
+        return StageSpec(layers, tail, *rest)
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,17 @@ class StemSpec:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     recompute: bool
+    group: str = ""
 
     def encode(self) -> str:
         pairs = "".join(f"({h}, {w}), " for h, w in (self.stride, self.padding, self.dilation))
-        return f"({_text(self.norm)}, {pairs}{self.recompute})"
+        return f"({_text(self.norm)}, {pairs}{self.recompute}, '{self.group}')"
 
     @staticmethod
     @lru_cache(maxsize=64)
     def decode(text: str) -> "StemSpec":
-        norm, stride, padding, dilation, recompute = ast.literal_eval(text)
-        return StemSpec(NormSpec(*norm), tuple(stride), tuple(padding), tuple(dilation), recompute)
+        norm, stride, padding, dilation, *rest = ast.literal_eval(text)
+        return StemSpec(NormSpec(*norm), tuple(stride), tuple(padding), tuple(dilation), *rest)
 
 
 class Norm(NamedTuple):
@@ -155,6 +157,7 @@ class Stage(NamedTuple):
     tail: Tail | None
     drop_rate: float
     keep_bottlenecks: bool
+    group: str = ""
 
 
 def reads_of(stage: Stage) -> Iterator[tuple[int, int, Norm, Tensor | None]]:
@@ -211,7 +214,7 @@ def unflatten(
             norm(spec.tail.norm),
             next(parameters) if spec.tail.kind == "transition" else None,
         )
-    return Stage(layers, tail, spec.drop_rate, spec.keep_bottlenecks)
+    return Stage(layers, tail, spec.drop_rate, spec.keep_bottlenecks, spec.group)
 
 
 def parameter_names(stage: Stage) -> list[tuple[int, str]]:
@@ -229,6 +232,5 @@ def spec_of(stage: Stage) -> StageSpec:
     layers = tuple(
         LayerSpec(x.norm1.spec, x.norm2 and x.norm2.spec, x.dilation) for x in stage.layers
     )
-    return StageSpec(
-        layers, stage.tail and stage.tail.spec, stage.drop_rate, stage.keep_bottlenecks
-    )
+    tail = stage.tail and stage.tail.spec
+    return StageSpec(layers, tail, stage.drop_rate, stage.keep_bottlenecks, stage.group)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import joint, ops
 from .buffers import reader_columns
 from .convolution import layout_of
 from .direct import autocast, autocast_dtype, foreign
@@ -178,7 +178,8 @@ def run_stage(
     def update(statistics: Tensor) -> None:
         columns = list(reader_columns(stage, x.shape[1])[0].values())
         starts = [columns[i].start for i in found.moving.which]
-        _update(found.moving, statistics, starts, x.shape[0] * x.shape[2] * x.shape[3])
+        rows = x.shape[0] * x.shape[2] * x.shape[3]
+        _update(found.moving, statistics, starts, rows, stage.group)
 
     out, features = ops.run_stage(
         x, found.tensors, found.running, mask, found.spec, double_backward,
@@ -216,10 +217,12 @@ def _draw_mask(
     return torch.cat(masks, 1)
 
 
-def _update(moving: Moving, statistics: Tensor, starts: list[int], rows: int) -> None:
+def _update(moving: Moving, statistics: Tensor, starts: list[int], rows: int, group: str) -> None:
     """Move the running statistics of norms whose batch statistics begin at columns ``starts``."""
     means, variances, counts, momenta, _ = moving
     with torch.no_grad():
+        if group:
+            statistics, rows = joint.as_of_two(statistics), 2
         ops.move_running_statistics(means, variances, counts, statistics, starts, momenta, rows)
 
 
@@ -236,7 +239,7 @@ def stem_or_modules(
             and x.device == weight.device
             and convolution_dtype_fits(x, [weight])
             and min(h, w) > 0
-            and not (rows == 1 and found.norm.spec.batch)
+            and not (rows == 1 and found.norm.spec.batch and not found.group)
         ):
             (x,) = autocast(x)
             return _run_stem(x, found, recompute, rows)
@@ -248,10 +251,10 @@ def stem_or_modules(
 def _run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tensor:
     """Run the stem's operation and move its running statistics once."""
     conv, norm = found.conv, found.norm
-    spec = StemSpec(norm.spec, *found.geometry, recompute)
+    spec = StemSpec(norm.spec, *found.geometry, recompute, found.group)
 
     def update(statistics: Tensor) -> None:
-        _update(found.moving, statistics, [0], rows)
+        _update(found.moving, statistics, [0], rows, found.group)
 
     return ops.run_stem(
         x, conv.weight, *norm[1:], spec=spec.encode(),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from . import joint
 from .direct import autocast_dtype
 from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec, flatten, pair, reads_of, spec_of
 
@@ -52,11 +53,14 @@ class Moving(NamedTuple):
 
 
 class NormModule(NamedTuple):
-    """A BatchNorm as found; ``running`` is None where a step moves nothing."""
+    """A BatchNorm as found; ``running`` is None where a step moves nothing, ``group`` the processes
+    that it synchronises with.
+    """
 
     module: nn.Module
     norm: Norm
     running: Running | None
+    group: str = ""
 
 
 # methods that some replace for all modules, as guided backpropagation does ReLU's
@@ -139,8 +143,6 @@ def has_fused_relu(module: nn.Module) -> bool:
 def read_norm(module: nn.Module, name: str) -> NormModule:
     fused = has_fused_relu(module)
     check(module, name, (type(module),) if fused else NORMS, "a BatchNorm2d")
-    if type(module) is nn.SyncBatchNorm and module.training:
-        raise Unsupported(f"{name} is a SyncBatchNorm, which synchronises in training")
     if fused:
         check(module.act, f"{name}.act", (nn.ReLU,), "a ReLU")
     # a module's own attribute access takes longer than all else here; DataParallel's replicas have
@@ -165,7 +167,24 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
         raise Unsupported(f"{name} has an eps that is not positive, {module.eps}")
     spec = NormSpec(float(module.eps), batch, weight is not None)
     norm = Norm(spec, weight, bias, None if batch else mean, None if batch else var)
-    return NormModule(module, norm, running)
+    return NormModule(module, norm, running, _group(module, name) if training else "")
+
+
+def _group(module: nn.Module, name: str) -> str:
+    """The processes that a norm synchronises with in training."""
+    if type(module) is not nn.SyncBatchNorm or not joint.several():
+        return ""
+    if torch.compiler.is_compiling():
+        raise Unsupported(f"{name} is a SyncBatchNorm, whose processes torch.compile does not see")
+    return joint.name_of(module.process_group)
+
+
+def _common_group(norms: Iterable[NormModule]) -> str:
+    """Of those that read by the batch's statistics."""
+    groups = {norm.group for norm in norms if norm.norm.spec.batch}
+    if len(groups) > 1:
+        raise Unsupported("its norms do not all synchronise with the same processes")
+    return groups.pop() if groups else ""
 
 
 def moving(norms: Sequence[NormModule]) -> Moving:
@@ -309,6 +328,7 @@ class StageModules(NamedTuple):
 def _stage_modules(
     stage: Stage, norms: Sequence[NormModule], drop_channels: bool = False
 ) -> StageModules:
+    stage = stage._replace(group=_common_group(norms))
     spec = spec_of(stage).encode()
     return StageModules(stage, *flatten(stage), spec, moving(norms), drop_channels)
 
@@ -400,6 +420,7 @@ class StemModules(NamedTuple):
     geometry: tuple[tuple[int, int], ...]  # stride, padding and dilation
     norm: Norm
     moving: Moving
+    group: str
 
 
 def read_stem(modules: dict[str, nn.Module]) -> StemModules:
@@ -425,7 +446,7 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
         raise Unsupported(f"{names[-1]} is not a 3x3 maximum of stride 2 and padding 1")
     check_fits(norm, names[1], len(conv.weight), conv.weight)
     geometry = pair(conv.stride), pair(conv.padding), pair(conv.dilation)
-    return StemModules(conv, geometry, norm.norm, moving([norm]))
+    return StemModules(conv, geometry, norm.norm, moving([norm]), norm.group)
 
 
 # what every module has in its __dict__
@@ -447,6 +468,8 @@ def _attributes(module: nn.Module) -> list[str]:
 def _tells_changes(module: nn.Module) -> bool:
     """Whether comparing attributes shows whether they changed."""
     d = module.__dict__
+    if type(module) is nn.SyncBatchNorm and module.training:  # by the processes that there are
+        return False
     if "drop_rate" not in d and hasattr(type(module), "drop_rate"):
         return False
     return all(_is_plain(d[name]) for name in _attributes(module))
@@ -526,7 +549,7 @@ def misfit(x: Tensor, stage: Stage) -> bool:
     pools = tail is not None and tail.spec.kind == "transition" and tail.spec.pool == 2
     if pools and min(x.shape[2:]) < 2:
         return True
-    if x.shape[0] * x.shape[2] * x.shape[3] > 1:
+    if x.shape[0] * x.shape[2] * x.shape[3] > 1 or stage.group:
         return False
     return any(norm.spec.batch for _, _, norm, _ in reads_of(stage))
 
