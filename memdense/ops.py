@@ -224,15 +224,17 @@ def _gradients(
     if (twice or many) and spec.group:
         raise RuntimeError(_JOINT)
     if twice or many:  # PyTorch's own operations have rules for it
-        with quiet(features), torch.enable_grad():
-            s = unflatten(spec, _cast_convolutions(tensors, features))
-            if x is None:
-                channels = features.shape[1] - sum(layer.growth for layer in s.layers)
-                x = Parameter(features[:, :channels])  # requires_grad_ is refused in a transform
-            s = StatisticsTable(s, x.shape[1], table=statistics).running(s)
-            found = plain.gradients(
-                plain.stage(x, s, mask), (dout, dfeatures), [x, *tensors], [need_x, *need], twice
-            )
+        if x is None:
+            growths = (layer.growth for layer in unflatten(spec, tensors).layers)
+            # requires_grad_ is refused in a transform
+            x = Parameter(features[:, : features.shape[1] - sum(growths)])
+
+        def again(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            s = unflatten(spec, _cast_convolutions(tensors, x))
+            return plain.stage(x, StatisticsTable(s, x.shape[1], statistics).running(s), mask)
+
+        with quiet(features):
+            found = plain.gradients(again, [x, *tensors], (dout, dfeatures), [need_x, *need], twice)
         return found[0], found[1:]
     seen = watched(dout, dfeatures, features, statistics, mask, *rest)
     run = stage_backward if seen else _stage_backward
@@ -437,15 +439,22 @@ def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
         if s.group:
             raise RuntimeError(_JOINT)
         running = (None, None) if s.norm.batch else statistics.unbind()
-        with quiet(x), torch.enable_grad():
-            out = plain.stem(x, weight.to(x.dtype), Norm(s.norm, gamma, beta, *running), s)
-            return (*plain.gradients([out], [dout], [x, weight, gamma, beta], need, twice), *rest)
+
+        def again(x: Tensor, weight: Tensor, *affine: Tensor | None) -> list[Tensor]:
+            return [plain.stem(x, weight.to(x.dtype), Norm(s.norm, *affine, *running), s)]
+
+        with quiet(x):
+            found = plain.gradients(again, [x, weight, gamma, beta], [dout], need, twice)
+        return (*found, *rest)
     seen = watched(dout, x, weight, gamma, beta, convolved, winner, statistics)
     run = stem_backward if seen else _stem_backward
     tensors = x, weight, gamma, beta, convolved, winner, statistics
     with unless_chosen(ctx.backend):
         found = iter(run(dout, *tensors, ctx.spec, need))
-    return (*(next(found) if n else None for n in need), *rest)
+    dx, *others = (next(found) if n else None for n in need)
+    # in the images' layout, as hooks see it of modules
+    dx = dx if dx is None else dx.contiguous(memory_format=layout_of(x))
+    return dx, *others, *rest
 
 
 stem.register_autograd(_backward_stem, setup_context=_setup_stem)

@@ -2,7 +2,7 @@
 differentiated twice, or for many gradients at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,15 +61,19 @@ def stem(x: Tensor, weight: Tensor, norm: Norm, spec: StemSpec) -> Tensor:
 
 
 def gradients(
-    outputs: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+    function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
     need: Sequence[bool],
     twice: bool,
 ) -> list[Tensor | None]:
-    """Gradients of ``outputs`` with respect to those inputs that ``need`` marks, None elsewhere;
-    differentiable where they are needed ``twice``.
+    """Gradients of what ``function`` makes of its inputs, for those that ``need`` marks, None
+    elsewhere; differentiable where they are needed ``twice``.
     """
+    with torch.enable_grad():
+        # by other names: one input may be made of another, of which autograd asks elsewhere
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        outputs = function(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [t for t, n in zip(inputs, need, strict=True) if n]
     result = iter(

@@ -48,6 +48,23 @@ def test_gradients_can_be_differentiated(kwargs: dict, training: bool) -> None:
     assert_same_step(found.train(training), expected.train(training), images(), penalised)
 
 
+def fed_back(model: nn.Module, x: Tensor) -> Tensor:
+    """Gradients, and theirs, of a network that reads its own output: its input is made of its
+    parameters.
+    """
+    out = model(x + model(x).mean())
+    inputs = [x, *model.parameters()]
+    gradients = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+    sum(g.square().sum() for g in gradients).backward()
+    return torch.cat([out.flatten(), *(g.flatten() for g in gradients)])
+
+
+@pytest.mark.parametrize("bn_size", [None, 2])
+def test_inputs_made_of_parameters(bn_size: int | None) -> None:
+    found, expected = pair(bn_size=bn_size, double_backward=True)
+    assert_same_step(found, expected, images(), fed_back)
+
+
 def test_frozen_norms_can_be_differentiated_twice() -> None:
     found, expected = pair(double_backward=True)
     for model in (found, expected):
@@ -259,6 +276,14 @@ def test_features_output_may_be_changed_in_place() -> None:
         return out
 
     assert_same_step(found, expected, images(), step)
+
+
+def test_images_gradients_keep_their_memory_format() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = images().contiguous(memory_format=layout).requires_grad_()
+        for model in pair():
+            (gradient,) = torch.autograd.grad(model(x).sum(), x)
+            assert gradient.stride() == x.stride()
 
 
 def test_features_keep_the_memory_format_of_images() -> None:
