@@ -25,8 +25,8 @@ HOOKS = {
     "_backward_hooks": "backward hook",
 }
 NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
-_LAYER = {"norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout"}
-_TRANSITION = {"norm", "relu", "conv", "pool"}
+_LAYER = "norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout"
+_TRANSITION = "norm", "relu", "conv", "pool"
 
 
 class Unsupported(Exception):
@@ -138,6 +138,20 @@ def has_fused_relu(module: nn.Module) -> bool:
         type(getattr(module, "act", None)) is nn.ReLU
         and type(getattr(module, "drop", None)) is nn.Identity
     )
+
+
+def check_children(
+    module: nn.Module, name: str, needed: set[str], known: Sequence[str], what: str
+) -> dict[str, nn.Module]:
+    """The children of ``module``; raises :class:`Unsupported` unless they are known ones, in a
+    Sequential in the order that is known.
+    """
+    children = module._modules
+    ordered = [child for child in known if child in children]
+    fits = needed <= set(children) and len(ordered) == len(children)
+    if not fits or (isinstance(module, nn.Sequential) and ordered != list(children)):
+        raise Unsupported(f"{name} has the children {', '.join(children)}, not those of {what}")
+    return children
 
 
 def read_norm(module: nn.Module, name: str) -> NormModule:
@@ -281,11 +295,7 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
     if set(module._modules) == {"layers"}:
         parts, name = module.layers, f"{name}.layers"
         check(parts, name, (nn.Sequential,), "a Sequential")
-    children = parts._modules
-    if not {"norm1", "conv1"} <= set(children) <= _LAYER:
-        raise Unsupported(
-            f"{name} has the children {', '.join(children)}, not those of a dense layer"
-        )
+    children = check_children(parts, name, {"norm1", "conv1"}, _LAYER, "a dense layer")
     norm1 = read_norm(children["norm1"], f"{name}.norm1")
     read_relu(parts, "relu1", norm1.module, name)
     dropout = _read_dropout(module, children.get("dropout"), name)
@@ -380,11 +390,7 @@ def _read_tail(
         # a final norm's ReLU stands in the model's forward, unless it is fused
         relu = kind == "pool" or has_fused_relu(module)
         return Tail(TailSpec(kind, norm.norm.spec, relu), norm.norm, None), norm
-    children = module._modules
-    if not {"norm", "conv"} <= set(children) <= _TRANSITION:
-        raise Unsupported(
-            f"{name} has the children {', '.join(children)}, not those of a transition"
-        )
+    children = check_children(module, name, {"norm", "conv"}, _TRANSITION, "a transition")
     norm = read_norm(children["norm"], f"{name}.norm")
     read_relu(module, "relu", norm.module, name)
     conv = read_conv(children["conv"], f"{name}.conv", 1)

@@ -496,6 +496,13 @@ def prune(model: nn.Module) -> None:
     prune_module.l1_unstructured(model.features.conv0, "weight", amount=0.5)
 
 
+def reorder(model: nn.Module) -> None:
+    transition = model.features.transition1
+    relu = transition.relu
+    del transition.relu
+    transition.relu = relu  # behind the pool
+
+
 def extra_child(model: nn.Module) -> None:
     model.features.transition1.add_module("last", nn.Tanh())
 
@@ -504,6 +511,7 @@ def extra_child(model: nn.Module) -> None:
     "change",
     [
         replace_norm,
+        reorder,
         replace_activation,
         replace_forward,
         add_bias,
