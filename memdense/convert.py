@@ -27,9 +27,9 @@ def convert(
     *,
     check: bool = True,
     verbose: bool = True,
-    keep_bottlenecks: bool = False,
-    recompute_stem: bool = True,
-    double_backward: bool = False,
+    keep_bottlenecks: bool | None = None,
+    recompute_stem: bool | None = None,
+    double_backward: bool | None = None,
 ) -> Model:
     """Let every DenseNet inside ``model`` run efficiently, in place.
 
@@ -49,8 +49,9 @@ def convert(
             float64 copy before converting, since a class may compute something else than its
             children suggest. Leaves the model, its gradients and all random states untouched.
         verbose: print the report. Without it, a warning tells if nothing at all was converted.
-        keep_bottlenecks, recompute_stem, double_backward: as in :class:`memdense.DenseNet`; they
-            are attributes of each ``Features``, and may be changed there later.
+        keep_bottlenecks, recompute_stem, double_backward: as in :class:`memdense.DenseNet`; None
+            leaves what runs on memdense already as it is. They are attributes of each
+            ``Features``, and may be changed there later.
 
     Returns:
         ``model`` itself.
@@ -61,7 +62,12 @@ def convert(
     """
     title = f"memdense.convert({type(model).__name__})"  # the class of a bare stack changes
     check = check and torch._C._len_torch_dispatch_stack() == 0  # a mode's tensors cannot be copied
-    switches = bool(keep_bottlenecks), bool(recompute_stem), bool(double_backward)
+    switches = dict(
+        keep_bottlenecks=keep_bottlenecks,
+        recompute_stem=recompute_stem,
+        double_backward=double_backward,
+    )
+    given = {name: bool(value) for name, value in switches.items() if value is not None}
     converted = "converted" if check else "converted, unchecked"
     report: list[str] = []
     said: set[str] = set()
@@ -70,7 +76,10 @@ def convert(
     for name, stack in stacks:
         if isinstance(stack, Features):
             off = "" if stack.efficient else ", switched off: set its attribute efficient to True"
-            report.append(f"{name}: runs on memdense already{off}")
+            said_now = "".join(f", {switch}={value}" for switch, value in given.items())
+            report.append(f"{name}: runs on memdense already{said_now}{off}")
+            for switch, value in given.items():
+                setattr(stack, switch, value)
             stack.let_blocks_run_alone()  # new ones among them
             done = True
             continue
@@ -86,7 +95,8 @@ def convert(
             if why := refusal(part) or (check and _difference(part)):
                 report.append(f"{piece}: left alone: {why}")
                 continue
-            become_features(part, *switches)
+            before = vars(getattr(part[0], "_switches", None) or Switches())
+            become_features(part, **{name: before[name] for name in switches} | given)
             part._switches.said = said
             done = True
             report.append(
@@ -204,9 +214,7 @@ def become_features(
     ]
     types = OWN_TYPES.union(*(_classes(features, part) for part in runnable))
     stack.__class__ = Features
-    stack._switches = Switches(
-        True, bool(keep_bottlenecks), bool(recompute_stem), bool(double_backward), types
-    )
+    stack._switches = Switches(True, keep_bottlenecks, recompute_stem, double_backward, types)
     stack.let_blocks_run_alone()
 
 

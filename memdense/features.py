@@ -169,9 +169,12 @@ class Features(nn.Sequential):
         x = input
         if not self._switches.run_efficiently(_ALL, x):
             return super().forward(x)
-        layout = self._layout(x)
-        out = self._run(x, self.steps("norm"), layout)[0]
-        return out.contiguous(memory_format=layout) if out.dim() == 4 else out
+        layout, steps = self._layout(x), self.steps("norm")
+        out, outputs = self._run(x, steps, layout)
+        out = out.contiguous(memory_format=layout) if out.dim() == 4 else out
+        # behind an Identity in place of the last norm models rectify what a block keeps
+        kept = steps[-1].kind == "module" and outputs and out is outputs[-1]
+        return out.clone() if kept else out
 
     def pooled(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""

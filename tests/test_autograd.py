@@ -266,6 +266,14 @@ def test_block_outputs_changed_in_place_raise() -> None:
         first.sum().backward()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_an_identity_in_place_of_the_last_norm(layout: torch.memory_format) -> None:
+    found, expected = pair()
+    for model in (found, expected):
+        model.features.norm5 = nn.Identity()
+    assert_same_step(found, expected, images().contiguous(memory_format=layout))
+
+
 def test_features_output_may_be_changed_in_place() -> None:
     """torchvision's forward does: F.relu(features, inplace=True)."""
     found, expected = pair()

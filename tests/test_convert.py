@@ -556,6 +556,16 @@ def test_twice_is_once(capsys):
         and features._switches.types == types
         and features.keep_bottlenecks
     )
+    memdense.convert(model, double_backward=True)
+    assert "runs on memdense already, double_backward=True" in capsys.readouterr().err
+    assert features.keep_bottlenecks and features.double_backward and features.recompute_stem
+
+
+def test_blocks_keep_their_switches():
+    blocks = nn.ModuleList([peers.GpleissStyle().features.denseblock1])
+    memdense.convert(blocks, verbose=False, keep_bottlenecks=True)
+    memdense.convert(blocks, verbose=False, double_backward=True)
+    assert blocks[0]._switches.keep_bottlenecks and blocks[0]._switches.double_backward
 
 
 def test_own_model_is_returned_as_it_is(capsys):
