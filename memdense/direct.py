@@ -39,8 +39,6 @@ def transformed() -> bool:
     """Whether a transform of torch.func's, or forward-mode AD, wants operations of PyTorch's own,
     which have rules for it.
     """
-    if torch.compiler.is_compiling():  # Dynamo's own tracing would pass for a transform
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -53,7 +51,9 @@ def batched(*gradients: Tensor | None) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast has convolutions compute in on a device; None where it is off."""
     kind = device.type
-    if not torch._C._is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # Dynamo of torch 2.11 does not know how to ask
+    available = kind in ("cpu", "cuda") or torch._C._is_autocast_available(kind)
+    if not available or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

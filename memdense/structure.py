@@ -338,7 +338,6 @@ class StageModules(NamedTuple):
 def _stage_modules(
     stage: Stage, norms: Sequence[NormModule], drop_channels: bool = False
 ) -> StageModules:
-    stage = stage._replace(group=_common_group(norms))
     spec = spec_of(stage).encode()
     return StageModules(stage, *flatten(stage), spec, moving(norms), drop_channels)
 
@@ -378,7 +377,7 @@ def read_stage(
         norms.append(norm)
         first = layers[0].conv1
         check_fits(norm, tail_name, first.shape[1] + sum(x.growth for x in layers), first)
-    stage = Stage(layers, end, dropout.rate, keep_bottlenecks)
+    stage = Stage(layers, end, dropout.rate, keep_bottlenecks, _common_group(norms))
     return _stage_modules(stage, norms, dropout.channels)
 
 
@@ -418,7 +417,7 @@ def read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) -
     """What follows a dense block, alone: a stage without layers. Raises as :func:`read_stage`."""
     check_global_hooks()
     tail, norm = _read_tail(module, name, kind, types)
-    return _stage_modules(Stage([], tail, 0.0, False), [norm])
+    return _stage_modules(Stage([], tail, 0.0, False, norm.group), [norm])
 
 
 class StemModules(NamedTuple):

@@ -422,6 +422,36 @@ def test_functional_call_and_grad_transform() -> None:
     assert_same_tensors(mine, theirs)
 
 
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "grad": lambda f, x: torch.func.grad(lambda t: f(t).sin().sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(lambda t: f(t[None])[0])(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
+@pytest.mark.parametrize("what", TRANSFORMS)
+def test_transforms_compile(what: str) -> None:
+    """Of a model, a fused operation and a convolution: compiled with a transform, or behind one."""
+    convolution = memdense.DilatedConv2d(3, 4, padding=1).double()
+    norm = memdense.BNReLUConv1x1(3, 4).double().eval()
+    found, plain = (model.eval() for model in pair())
+    pairs = [
+        (found, plain),
+        (convolution, lambda x: nn.functional.conv2d(x, *convolution.parameters(), padding=1)),
+        (norm, lambda x: norm.conv(norm.norm(x).relu())),
+    ]
+    for f, expected in pairs:
+        transform, x = TRANSFORMS[what], images()
+        expected = transform(expected, x)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, f=f: transform(f, x), backend="eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-9, atol=1e-12)
+        torch._dynamo.reset()
+        behind = transform(torch.compile(f, backend="eager"), x)
+        torch.testing.assert_close(behind, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
 def test_whole_model_compiles(drop_rate: float) -> None:
     found, expected = pair(drop_rate=drop_rate)

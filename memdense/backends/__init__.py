@@ -39,23 +39,24 @@ def warn_plain(what: str, reason: str, known: set[str]) -> None:
     """Say that modules run as they are, for a reason that is not among the ``known`` ones yet."""
     if reason not in known:
         known.add(reason)
-        message = f"memdense runs {what} as plain modules: {reason}"
-        warnings.warn(message, MemdenseWarning, stacklevel=_users_level())
+        _say(f"memdense runs {what} as plain modules: {reason}")
+
+
+def _say(message: str) -> None:
+    """A warning that shows the user's line, not one of torch's."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and _package(frame) in ("memdense", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, MemdenseWarning, stacklevel=level)
+
+
+# Dynamo calls it, and does not break the graph: torch.compiler.assume_constant_result without
+# importing it
+_say._dynamo_marked_constant = True
 
 
 def _package(frame: FrameType) -> str:
     return frame.f_globals.get("__name__", "").partition(".")[0]
-
-
-def _users_level() -> int:
-    """The stacklevel at which a caller's warning shows the user's line, not one of torch's."""
-    level = 2
-    if torch.compiler.is_compiling():
-        return level
-    frame = sys._getframe(level)
-    while frame.f_back and _package(frame) in ("memdense", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 @contextmanager
@@ -149,11 +150,8 @@ def backend_for(device: torch.device) -> Reference:
 
         return Triton()
     if name == "triton" and device.type == "cuda":
-        _warn(f"memdense runs PyTorch's operations on {device}: {triton_reason(device)}")
+        _say_once(f"memdense runs PyTorch's operations on {device}: {triton_reason(device)}")
     return Reference()
 
 
-@cache
-def _warn(message: str) -> None:
-    """Once."""
-    warnings.warn(message, MemdenseWarning, stacklevel=_users_level())
+_say_once = cache(_say)
