@@ -23,7 +23,6 @@ from .stage import (
     is_block,
     obstacle_now,
     read_once,
-    readings,
     rectified_mean,
     run_modules,
     run_stage,
@@ -154,12 +153,10 @@ class Features(nn.Sequential):
         )
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """As a ``Sequential``'s; a slice shares the switches and what was read and said."""
+        """As a ``Sequential``'s; a slice shares the switches and what was said."""
         found = super().__getitem__(index)
         if isinstance(index, slice):
             found._switches = self._switches
-            # a slice may be made at every call
-            readings[found] = readings.setdefault(self, {})
         return found
 
     def forward(self, input: Tensor) -> Tensor:
@@ -290,7 +287,7 @@ class Features(nn.Sequential):
             )  # fmt: skip
 
         key = step, switches.types, switches.keeps
-        return read_once(self, key, [modules[name] for name in names], read)
+        return read_once(modules[names[0]], key, [modules[name] for name in names], read)
 
     def let_blocks_run_alone(self) -> None:
         """From now on the dense blocks run efficiently where they are called by themselves, too:

@@ -95,7 +95,7 @@ def apart(step: Step) -> list[Step]:
     return [Step("stage", (block,)), Step("tail", (tail,), step.tail)]
 
 
-# what was read of each module, while it lives: a module itself may be copied and saved
+# what was read of a module and those behind it, while it lives: itself it may be copied and saved
 readings: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Snapshot, Any]]] = WeakKeyDictionary()
 
 
@@ -124,7 +124,7 @@ def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
     an x of which modules would keep more digits than autocast leaves a convolution.
     """
     stem = isinstance(found, StemModules)
-    for t in (found.conv.weight, *found.norm[1:]) if stem else found.tensors:
+    for t in (found.weight, *found.norm[1:]) if stem else found.tensors:
         if foreign(t):
             return (
                 f"a parameter is {article(type(t).__name__)}, which carries out operations itself"
@@ -231,7 +231,7 @@ def stem_or_modules(
 ) -> Tensor:
     """The stem's output."""
     if found is not None:
-        weight = found.conv.weight
+        weight = found.weight
         h, w = map(output_length, x.shape[2:], weight.shape[2:], *found.geometry)
         rows = x.shape[0] * h * w
         if (
@@ -250,13 +250,13 @@ def stem_or_modules(
 
 def _run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tensor:
     """Run the stem's operation and move its running statistics once."""
-    conv, norm = found.conv, found.norm
+    norm = found.norm
     spec = StemSpec(norm.spec, *found.geometry, recompute, found.group)
 
     def update(statistics: Tensor) -> None:
         _update(found.moving, statistics, [0], rows, found.group)
 
     return ops.run_stem(
-        x, conv.weight, *norm[1:], spec=spec.encode(),
+        x, found.weight, *norm[1:], spec=spec.encode(),
         update=update if found.moving.which else None,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -421,7 +422,7 @@ def read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) -
 
 
 class StemModules(NamedTuple):
-    conv: nn.Conv2d
+    weight: Tensor
     geometry: tuple[tuple[int, int], ...]  # stride, padding and dilation
     norm: Norm
     moving: Moving
@@ -451,7 +452,7 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
         raise Unsupported(f"{names[-1]} is not a 3x3 maximum of stride 2 and padding 1")
     check_fits(norm, names[1], len(conv.weight), conv.weight)
     geometry = pair(conv.stride), pair(conv.padding), pair(conv.dilation)
-    return StemModules(conv, geometry, norm.norm, moving([norm]), norm.group)
+    return StemModules(conv.weight, geometry, norm.norm, moving([norm]), norm.group)
 
 
 # what every module has in its __dict__
@@ -473,6 +474,9 @@ def _attributes(module: nn.Module) -> list[str]:
 def _tells_changes(module: nn.Module) -> bool:
     """Whether comparing attributes shows whether they changed."""
     d = module.__dict__
+    # functional_call's tensors are not to be held, with all that they were made of
+    if not all(p is None or isinstance(p, nn.Parameter) for p in d["_parameters"].values()):
+        return False
     if type(module) is nn.SyncBatchNorm and module.training:  # by the processes that there are
         return False
     if "drop_rate" not in d and hasattr(type(module), "drop_rate"):
@@ -483,34 +487,33 @@ def _tells_changes(module: nn.Module) -> bool:
 class Snapshot:
     """All that reading some modules depends on, as it is now: their types, hooks, attributes,
     children and tensors, the last two by identity, tensors' shapes and dtypes too, which may change
-    behind their ``data``. Comparing takes less than half of reading's time.
+    behind their ``data``. Comparing takes less than half of reading's time. It does not keep the
+    modules alive, but what is inside them.
     """
 
     @classmethod
     def of(cls, roots: Sequence[nn.Module]) -> "Snapshot | None":
         """None where something could change unseen."""
-        modules = []
-        for module in chain.from_iterable(root.modules() for root in roots):
-            if not _tells_changes(module):
-                return None
-            modules.append(module)
-        return cls(roots, modules)
+        inner = [m for root in roots for m in root.modules() if m is not root]
+        return cls(roots, inner) if all(map(_tells_changes, (*roots, *inner))) else None
 
-    def __init__(self, roots: Sequence[nn.Module], modules: list[nn.Module]) -> None:
-        self._roots, self._modules = roots, modules
+    def __init__(self, roots: Sequence[nn.Module], inner: list[nn.Module]) -> None:
+        self._roots, self._inner = [ref(root) for root in roots], inner
+        modules = [*roots, *inner]
         self._getters = [itemgetter(*_attributes(m)) for m in modules]
         containers = chain.from_iterable(_CONTAINERS(m.__dict__) for m in modules)
         self._filled = [i for i, container in enumerate(containers) if container]
-        self._state, self._objects = self._look()
+        self._state, self._objects = self._look(roots)
         self._tensors = [i for i, x in enumerate(self._objects) if isinstance(x, Tensor)]
         self._forms = self._look_behind(self._objects)
 
-    def _look(self) -> tuple[tuple, list[Any]]:
-        dicts = [m.__dict__ for m in self._modules]
+    def _look(self, roots: Sequence[nn.Module]) -> tuple[tuple, list[Any]]:
+        modules = [*roots, *self._inner]
+        dicts = [m.__dict__ for m in modules]
         containers = list(chain.from_iterable(map(_CONTAINERS, dicts)))
         filled = [containers[i] for i in self._filled]
         state = (
-            list(map(type, self._modules)),
+            list(map(type, modules)),
             list(map(len, dicts)),
             list(map(len, containers)),
             list(chain.from_iterable(filled)),
@@ -524,10 +527,10 @@ class Snapshot:
 
     def holds(self, roots: Sequence[nn.Module]) -> bool:
         """Whether reading these modules would find what it found."""
-        if not all(map(is_, roots, self._roots)):
+        if not all(root is known() for root, known in zip(roots, self._roots, strict=True)):
             return False
         try:
-            state, objects = self._look()
+            state, objects = self._look(roots)
         except KeyError:  # an attribute was deleted
             return False
         return (

@@ -3,6 +3,7 @@
 import copy
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -445,7 +446,7 @@ def test_transforms_compile(what: str) -> None:
         transform, x = TRANSFORMS[what], images()
         expected = transform(expected, x)
         torch._dynamo.reset()
-        compiled = torch.compile(lambda x, f=f: transform(f, x), backend="eager")
+        compiled = torch.compile(partial(transform, f), backend="eager")
         torch.testing.assert_close(compiled(x), expected, rtol=1e-9, atol=1e-12)
         torch._dynamo.reset()
         behind = transform(torch.compile(f, backend="eager"), x)

@@ -165,7 +165,7 @@ def test_what_was_read_goes_with_its_modules() -> None:
     model(torch.randn(2, 3, 32, 32))
     model.extract_features(torch.randn(2, 3, 32, 32))
     known = len(stage.readings)
-    assert pickle.dumps(model.features) and model.features in stage.readings
+    assert pickle.dumps(model.features) and model.features.conv0 in stage.readings
     conv = model.features.denseblock2.denselayer1.conv1
     weights = [weakref.ref(conv.weight)]
     conv.weight = nn.Parameter(torch.rand(8, 8, 1, 1))
@@ -175,3 +175,32 @@ def test_what_was_read_goes_with_its_modules() -> None:
     del model, conv
     gc.collect()
     assert weights[1]() is None and len(stage.readings) < known
+
+
+def alive(tensors: list[weakref.ref]) -> int:
+    gc.collect()
+    return sum(t() is not None for t in tensors)
+
+
+def test_parameters_of_a_call_go_with_it() -> None:
+    model, x = network_of_two(), torch.randn(2, 3, 32, 32)
+    changed = {name: 2 * p for name, p in model.named_parameters()}
+    refs = [weakref.ref(t) for t in changed.values()]
+    torch.func.functional_call(model, changed, (x,)).sum().backward()
+    del changed
+    assert alive(refs) == 0
+
+
+@pytest.mark.parametrize("how", ["removed", "sliced"])
+def test_a_block_goes_with_its_model(how: str) -> None:
+    model, x = network_of_two(), torch.randn(2, 3, 32, 32)
+    features = model.features
+    refs = [weakref.ref(p) for p in features.denseblock2.parameters()]
+    model(x)
+    if how == "removed":
+        del features.denseblock2, features.norm5
+    else:
+        features = features[:6]
+    del model
+    features(x)
+    assert alive(refs) == 0
