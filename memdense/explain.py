@@ -130,7 +130,9 @@ def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
     for between, group in groupby(found, lambda found: found[0].kind == "module"):
         if between:
             names = tuple(part.names[0] for part, _ in group)
-            yield Row(name, names, 0, False, "", (), "not part of a stem or dense block")
+            yield Row(
+                name, names, 0, False, "", (), "neither a dense block nor a stem of one convolution"
+            )
             continue
         for part, reason in group:
             first = features._modules[part.names[0]]

@@ -1,6 +1,7 @@
 """From modules to operations: how a stack's children run together, and running them."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -60,14 +61,9 @@ def steps_of(
     "pool" or nothing). ``types``: classes that compute what they look like.
     """
     names = list(children)
-    i = 0
-    if len(names) > 3 and isinstance(children[names[1]], NORMS):
-        size = 4 if isinstance(children[names[2]], nn.ReLU) else 3
-        if isinstance(children[names[0]], nn.Conv2d) and isinstance(
-            children[names[size - 1]], nn.MaxPool2d
-        ):
-            yield Step("stem", tuple(names[:size]))
-            i = size
+    i = _stem_length(list(children.values()))
+    if i:
+        yield Step("stem", tuple(names[:i]))
     while i < len(names):
         here, following = names[i], names[i + 1] if i + 1 < len(names) else None
         i += 1
@@ -85,6 +81,21 @@ def steps_of(
             i += 1
         else:
             yield Step("stage", (here,))
+
+
+def _stem_length(modules: list[nn.Module]) -> int:
+    """How many of a stack's modules are its stem, or what stands in its place."""
+    before = list(takewhile(lambda module: not is_block(module), modules))
+    if len(before) < 3 or not isinstance(before[0], nn.Conv2d):
+        return 0
+    size = 4 if isinstance(before[2], nn.ReLU) else 3
+    if (
+        isinstance(before[1], NORMS)
+        and len(before) >= size
+        and isinstance(before[size - 1], nn.MaxPool2d)
+    ):
+        return size
+    return len(before) if len(before) <= 4 and len(before) < len(modules) else 0
 
 
 def apart(step: Step) -> list[Step]:

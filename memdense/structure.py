@@ -443,8 +443,11 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
         raise Unsupported(f"{names[0]} has groups, a bias or padding by name")
     if conv.padding_mode != "zeros":
         raise Unsupported(f"{names[0]} has the padding_mode {conv.padding_mode}")
-    if not has_fused_relu(norm.module):
-        check(modules[names[2]], names[2], (nn.ReLU,), "a ReLU")
+    between = names[2:-1]
+    if len(between) != (0 if has_fused_relu(norm.module) else 1):
+        raise Unsupported(f"{names[1]} has {'one more' if between else 'no'} ReLU behind it")
+    for name in between:
+        check(modules[name], name, (nn.ReLU,), "a ReLU")
     pool = modules[names[-1]]
     check(pool, names[-1], (nn.MaxPool2d,), "a MaxPool2d")
     shape = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))

@@ -535,6 +535,14 @@ def prune(model: nn.Module) -> None:
     prune_module.l1_unstructured(model.features.conv0, "weight", amount=0.5)
 
 
+def average_stem(model: nn.Module) -> None:
+    model.features.pool0 = nn.AvgPool2d(3, 2, 1)
+
+
+def leaky_stem(model: nn.Module) -> None:
+    model.features.relu0 = nn.LeakyReLU()
+
+
 def reorder(model: nn.Module) -> None:
     transition = model.features.transition1
     relu = transition.relu
@@ -550,6 +558,8 @@ def extra_child(model: nn.Module) -> None:
     "change",
     [
         replace_norm,
+        average_stem,
+        leaky_stem,
         reorder,
         replace_activation,
         replace_forward,
