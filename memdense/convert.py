@@ -126,6 +126,8 @@ def find_stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted or traced model cannot be changed: convert it before that")
+    if isinstance(model, torch.fx.GraphModule):
+        raise TypeError("what torch.fx wrote down calls no dense blocks, but what was in them")
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, but got {type(model).__name__}")
     found = [

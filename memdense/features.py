@@ -84,6 +84,8 @@ class Switches:
             return "tracing"
         if torch.compiler._is_exporting_flag:  # Dynamo of torch 2.11 takes is_exporting() for true
             return "exporting, to where these operations are not"
+        if isinstance(x, torch.fx.Proxy):
+            return ""
         # modules say best what is wrong with an input, and do with an empty one what they do
         if not isinstance(x, Tensor):
             return f"it is {article(type(x).__name__)}"
@@ -105,6 +107,8 @@ def _surprise(x: Tensor) -> str:
     """Why modules must run that the user would not expect to."""
     if transformed():
         return "torch.func's transforms and forward-mode AD need operations of their own"
+    if isinstance(x, torch.fx.Proxy):
+        return "torch.fx writes down PyTorch's own operations"
     if foreign(x):
         return f"{article(type(x).__name__)} carries out operations itself"
     return global_hooks() or ""

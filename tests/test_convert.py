@@ -608,6 +608,10 @@ def test_errors():
         memdense.convert(traced)
     with pytest.raises(ValueError, match="found no DenseNet feature stack in Sequential"):
         memdense.convert(nn.Sequential(traced))
+    with pytest.warns(MemdenseWarning, match="the whole model as plain modules: torch.fx"):
+        written = torch.fx.symbolic_trace(memdense.DenseNet(4, (2,), 8))
+    with pytest.raises(TypeError, match="torch.fx wrote down"):
+        memdense.convert(written)
 
 
 class Encoder(nn.Module):
