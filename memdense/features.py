@@ -84,11 +84,10 @@ class Switches:
             return "tracing"
         if torch.compiler._is_exporting_flag:  # Dynamo of torch 2.11 takes is_exporting() for true
             return "exporting, to where these operations are not"
-        if isinstance(x, torch.fx.Proxy):
-            return ""
         # modules say best what is wrong with an input, and do with an empty one what they do
         if not isinstance(x, Tensor):
-            return f"it is {article(type(x).__name__)}"
+            written = isinstance(x, torch.fx.Proxy)
+            return "" if written else f"it is {article(type(x).__name__)}"
         if x.dim() != 4 or not x.is_floating_point() or not x.numel():
             return f"{x.dtype} of shape {tuple(x.shape)}"
         return ""
@@ -107,7 +106,7 @@ def _surprise(x: Tensor) -> str:
     """Why modules must run that the user would not expect to."""
     if transformed():
         return "torch.func's transforms and forward-mode AD need operations of their own"
-    if isinstance(x, torch.fx.Proxy):
+    if not isinstance(x, Tensor):
         return "torch.fx writes down PyTorch's own operations"
     if foreign(x):
         return f"{article(type(x).__name__)} carries out operations itself"

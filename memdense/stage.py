@@ -1,7 +1,6 @@
 """From modules to operations: how a stack's children run together, and running them."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -85,7 +84,8 @@ def steps_of(
 
 def _stem_length(modules: list[nn.Module]) -> int:
     """How many of a stack's modules are its stem, or what stands in its place."""
-    before = list(takewhile(lambda module: not is_block(module), modules))
+    blocks = [i for i, module in enumerate(modules) if is_block(module)]
+    before = modules[: blocks[0]] if blocks else modules
     if len(before) < 3 or not isinstance(before[0], nn.Conv2d):
         return 0
     size = 4 if isinstance(before[2], nn.ReLU) else 3
