@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _extension, ops
-from .backends import triton_reason
+from .backends import Reference, triton_reason
 from .convert import ONE_BY_ONE, as_features, find_stacks, own_forward, parts, refusal
 from .direct import foreign
 from .features import Features, RunsAlone, Switches, read_alone
@@ -126,7 +126,8 @@ def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
         found = parts(features, alone=True)
         if any(isinstance(child, RunsAlone) for child in stack.children()):
             found = [(piece, reason) for part, reason in found for piece in apart(part)]
-    backend = ops.backend_for(next(stack.parameters()).device).name
+    first = next(stack.parameters())
+    backend = _backend(first.device, first.dtype)
     for between, group in groupby(found, lambda found: found[0].kind == "module"):
         if between:
             names = tuple(part.names[0] for part, _ in group)
@@ -144,6 +145,13 @@ def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
                 yield Row(name, part.names, layers, False, "", (), why)
             else:
                 yield Row(name, part.names, layers, True, backend, _on(switches, part), "")
+
+
+def _backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of what runs values of ``dtype``."""
+    backend = ops.backend_for(device)
+    own = backend.dtypes is None or dtype in backend.dtypes
+    return backend.name if own else Reference.name
 
 
 def _switches_of(stack: nn.Module, first: nn.Module) -> Switches | None:
@@ -193,7 +201,8 @@ def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
         yield f"with this input all run as plain modules: {reason}"
         return
     if torch.is_autocast_enabled(x.device.type):
-        yield f"under autocast, in {torch.get_autocast_dtype(x.device.type)}"
+        dtype = torch.get_autocast_dtype(x.device.type)
+        yield f"under autocast, in {dtype}, by the {_backend(x.device, dtype)} backend"
     first, found, _ = features.parts(features.steps("norm")[0])[0]
     if found and (reason := obstacle_now(x, found)):
         yield f"{first.names[0]} runs as plain modules: {reason}"

@@ -35,6 +35,8 @@ def test_rows_of_an_efficient_model():
     backend = ops.backend_for(torch.device("cpu")).name
     for row in rows:
         assert (row.stack, row.path, row.backend, row.why) == ("features", "efficient", backend, "")
+    narrow = memdense.explain(model.bfloat16()).rows
+    assert {row.backend for row in narrow} == {"reference"}
 
 
 def test_rows_say_what_runs():
@@ -214,7 +216,8 @@ def test_notes_on_an_input():
         "features: with this input all run as plain modules: torch.float32 of shape (0, 3, 32, 32)"
     ]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert notes(torch.randn(2, 3, 32, 32)) == ["features: under autocast, in torch.bfloat16"]
+        (note,) = notes(torch.randn(2, 3, 32, 32))
+        assert note == "features: under autocast, in torch.bfloat16, by the reference backend"
         tail = memdense.explain(model.features[4:], torch.randn(2, 6, 8, 8))
         assert any("denseblock1 runs as plain modules: autocast" in note for note in tail.notes)
     small = torch.randn(1, 3, 9, 12)

@@ -17,6 +17,7 @@ class Native(Reference):
     """Each method has its twin's contract; what its kernel does not take goes to the twin."""
 
     name = "native"
+    dtypes = torch.float32, torch.float64
 
     # ---- producing channels
 
@@ -212,7 +213,7 @@ def _fits(x: Tensor, *others: Tensor | None) -> bool:
     made of statistics always do.
     """
     dtype = x.dtype
-    if dtype not in (torch.float32, torch.float64) or not x.numel():
+    if dtype not in Native.dtypes or not x.numel():
         return False
     for t in (x, *others):
         if t is not None and not (

@@ -110,6 +110,7 @@ class Reference:
     """
 
     name = "reference"
+    dtypes: tuple[torch.dtype, ...] | None = None  # that its own kernels take; None: any
     # a band's activations stay in a core's L2 on a CPU; a GPU wants launches worth their cost
     CPU_BAND_BYTES = 1 << 20
     BAND_BYTES = 256 << 20

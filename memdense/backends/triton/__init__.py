@@ -40,6 +40,8 @@ def _cuda(x: Tensor) -> Any:
 class Triton(Reference):
     """Each method has its twin's contract; what its kernel does not take goes to the twin."""
 
+    dtypes = DTYPES
+
     @property
     def name(self) -> str:
         return "triton and CUDA 3x3" if _extension.cuda_available() else "triton"
