@@ -610,7 +610,7 @@ def test_errors():
         memdense.convert(nn.Sequential(traced))
     with pytest.warns(MemdenseWarning, match="the whole model as plain modules: torch.fx"):
         written = torch.fx.symbolic_trace(memdense.DenseNet(4, (2,), 8))
-    with pytest.raises(TypeError, match="torch.fx wrote down"):
+    with pytest.raises(TypeError, match=r"torch\.fx wrote down"):
         memdense.convert(written)
 
 
