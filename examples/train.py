@@ -123,8 +123,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--data {options.data} needs --data-dir DIR")
     if options.compare and (options.checkpoint or options.resume or "RANK" in os.environ):
         parser.error("--compare goes with neither --checkpoint nor --resume nor torchrun")
-    if options.seed < 0 or options.workers < 0:
-        parser.error("--seed and --workers must not be negative")
+    if min(options.seed, options.workers, options.lr, options.weight_decay) < 0:
+        parser.error("--seed, --workers, --lr and --weight-decay must not be negative")
     if options.resume and not options.resume.is_file():
         parser.error(f"there is no file {options.resume} to resume from")
     if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
@@ -132,6 +132,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     for file in filter(None, (options.checkpoint, options.plot)):
         if not file.absolute().parent.is_dir():
             parser.error(f"there is no folder {file.parent} for {file.name}")
+        if file.is_dir():
+            parser.error(f"{file} is a folder")
     return options
 
 
@@ -433,6 +435,8 @@ def main(argv: list[str] | None = None) -> list[Run]:
     runs = [Run(name, twin, steps, options) for name, twin in models.items()]
     if options.resume:
         runs[0].load(options.resume)
+        if len(runs[0].accuracies) == options.epochs and rank == 0:
+            print(f"{options.resume}: all {options.epochs} epochs were trained already")
     train(runs, loader, test_loader, rank)
 
     if rank == 0 and measured:
