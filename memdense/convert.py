@@ -280,6 +280,8 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
     memo: dict[int, object] = {}
     for module in part.modules():
         memo.update((id(getattr(module, hooks)), OrderedDict()) for hooks in HOOKS)
+        if group := getattr(module, "process_group", None):
+            memo[id(group)] = None  # cannot be copied
         # pruning and weight_norm leave what they compute among the attributes
         for name, tensor in (
             *module._parameters.items(),

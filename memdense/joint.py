@@ -19,7 +19,8 @@ def several() -> bool:
 def name_of(group: dist.ProcessGroup | None) -> str:
     """Of the processes that a SyncBatchNorm synchronises with; empty where it is alone."""
     group = group or dist.group.WORLD
-    return group.group_name if group.size() > 1 else ""
+    # of a group that this process is not in, there are -1
+    return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
 def _processes(group: str) -> dist.ProcessGroup:

@@ -277,6 +277,8 @@ def _read_dropout(layer: nn.Module, module: nn.Module | None, name: str) -> Drop
     check(module, f"{name}.dropout", (nn.Dropout, nn.Dropout2d), "a Dropout or Dropout2d")
     if not module.training or module.p == 0:
         return Dropout(rate, False)
+    if not 0 <= module.p <= 1:
+        raise Unsupported(f"{name}.dropout has a p that is no probability, {module.p}")
     if rate:
         raise Unsupported(f"{name} has dropout twice")
     return Dropout(float(module.p), type(module) is nn.Dropout2d)

@@ -118,6 +118,14 @@ def test_dropout_alone_in_training():
     next(m for m in converted.modules() if isinstance(m, nn.Dropout2d)).p = 0.5
     with pytest.warns(MemdenseWarning, match="layers of different dropout"):
         converted(images())
+    for module in converted.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 1.5
+    with (
+        pytest.warns(MemdenseWarning, match=r"p that is no probability, 1\.5"),
+        pytest.raises(ValueError, match="between 0 and 1"),
+    ):
+        converted(images())
 
 
 def test_channels_last():

@@ -91,6 +91,9 @@ def work(rank: int, folder: str) -> None:
             results[name] = step(model, x, weights), gathered.call_count, added.call_count
         if name == "plain":
             results["converted"] = step(converted(name), x, weights)
+            one = distributed.new_group([0])  # of which the other process is none
+            apart = nn.SyncBatchNorm.convert_sync_batchnorm(build(name), one)
+            results["apart"] = step(apart, x, weights), step(build(name), x, weights)
     results["refusals"] = refusals()
     torch.save(results, f"{folder}/{rank}")
     distributed.destroy_process_group()
@@ -100,7 +103,7 @@ def converted(name: str) -> nn.Module:
     """A model that synchronises before it runs efficiently."""
     plain = memdense.DenseNet(**ARGS, efficient=False).double()
     plain.load_state_dict(build(name).state_dict())
-    plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain, distributed.new_group([0, 1]))
     plain.features = nn.Sequential(OrderedDict(plain.features._modules))
     return memdense.convert(plain, verbose=False)
 
@@ -157,6 +160,11 @@ def test_as_one_process(name: str, results: list[dict]) -> None:
 def test_converted_when_it_synchronises(results: list[dict]) -> None:
     expected = step(build("plain"), *data("plain"))
     assert_same_tensors(combined([result["converted"] for result in results]), expected)
+
+
+def test_groups_of_one(results: list[dict]) -> None:
+    for result in results:
+        assert_same_tensors(*result["apart"])
 
 
 def test_each_channel_is_talked_of_once(results: list[dict]) -> None:
