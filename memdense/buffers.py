@@ -211,7 +211,7 @@ class StatisticsTable:
         self.columns, width = reader_columns(stage, channels)
         if table is None:
             # zeros: columns that nobody reads must not hold garbage that changes from run to run
-            width += bool(stage.group)
+            width += 1 if stage.group else 0  # no bool, to a traced width
             table = like.new_zeros((2, width), dtype=accumulator(like.dtype))
         self.table, self.group = table, stage.group
         self.mean, self.var = table.unbind()

@@ -302,7 +302,7 @@ def stem_forward(
     n, _, h, w = convolved.shape
     rows = as_rows(convolved)
     c = rows.shape[1]
-    statistics = x.new_empty((2, c + bool(spec.group)), dtype=accumulator(x.dtype))
+    statistics = x.new_empty((2, c + (1 if spec.group else 0)), dtype=accumulator(x.dtype))
     own = statistics[:, :c]
     if norm.spec.batch:
         backend.statistics(rows, own)

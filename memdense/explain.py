@@ -91,9 +91,9 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
 
     Args:
         model: any module that contains a DenseNet, converted or not.
-        input: images (N, C, H, W) as the feature stacks get them. With them the notes tell what
-            only an input decides: autocast, tracing, an empty batch, a block left with one value
-            per channel.
+        input: images (N, C, H, W) as the feature stacks get them. With them the notes on a stack
+            that runs as a whole tell what only an input decides: autocast, tracing, an empty batch,
+            a block left with one value per channel.
 
     Raises:
         TypeError: for a scripted or traced model, no module at all, or an input that is no tensor.

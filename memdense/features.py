@@ -113,6 +113,12 @@ def _surprise(x: Tensor) -> str:
     return global_hooks() or ""
 
 
+def _laid(x: Any, layout: torch.memory_format) -> Any:
+    """Images in a memory format; what a module made of them otherwise as it is."""
+    images = isinstance(x, Tensor) and x.dim() == 4
+    return x.contiguous(memory_format=layout) if images else x
+
+
 def _switch(name: str) -> property:
     def get(self: "Features") -> bool:
         return getattr(self._switches, name)
@@ -171,7 +177,7 @@ class Features(nn.Sequential):
             return super().forward(x)
         layout, steps = self._layout(x), self.steps("norm")
         out, outputs = self._run(x, steps, layout)
-        out = out.contiguous(memory_format=layout) if out.dim() == 4 else out
+        out = _laid(out, layout)
         # behind an Identity in place of the last norm models rectify what a block keeps
         kept = steps[-1].kind == "module" and outputs and out is outputs[-1]
         return out.clone() if kept else out
@@ -232,7 +238,7 @@ class Features(nn.Sequential):
             for part, found, reason in self.parts(step):
                 modules = [self._modules[name] for name in part.names]
                 if part.kind == "module":
-                    x = modules[0](x)
+                    x = modules[0](_laid(x, layout))
                     continue
                 if found is not None:
                     reason = obstacle_now(x, found)
@@ -261,7 +267,7 @@ class Features(nn.Sequential):
         try:
             return [(step, self.read(step), "")]
         except Unsupported as reason:
-            why = str(reason)
+            why = reason.args[0]
         if step.kind != "stage":
             return [(step, None, why)]
         if step.tail:
@@ -359,7 +365,7 @@ def read_alone(block: nn.Module, name: str, switches: Switches) -> tuple[StageMo
             lambda: read_stage(block, name, None, "", "", types, switches.keeps, alone=True),
         )
     except Unsupported as reason:
-        return None, str(reason)
+        return None, reason.args[0]
     return found, ""
 
 

@@ -172,7 +172,7 @@ class BNReLUConv1x1(nn.Module):
                 return "norm synchronises with other processes"
             read_conv(self.conv, "conv", 1)
         except Unsupported as reason:
-            return str(reason)
+            return reason.args[0]
         return None
 
 

@@ -219,10 +219,10 @@ def _gradients(
         first = len(need) - spec.tail_tensors
         need[first:] = [False] * (len(need) - first)
     twice, many = torch.is_grad_enabled(), batched(dout, dfeatures)
-    if twice and x is None:
-        raise RuntimeError(_DOUBLE_BACKWARD)
     if (twice or many) and spec.group:
         raise RuntimeError(_JOINT)
+    if twice and x is None:
+        raise RuntimeError(_DOUBLE_BACKWARD)
     if twice or many:  # PyTorch's own operations have rules for it
         if x is None:
             growths = (layer.growth for layer in unflatten(spec, tensors).layers)
@@ -378,7 +378,7 @@ def _(x, weight, gamma, beta, mean, var, spec):
         _images(x, n, c, *small),
         convolved,
         winner,
-        x.new_empty((2, c + bool(s.group)), dtype=accumulator(x.dtype)),
+        x.new_empty((2, c + (1 if s.group else 0)), dtype=accumulator(x.dtype)),
     )
 
 

@@ -445,13 +445,13 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
         raise Unsupported(f"{names[0]} has groups, a bias or padding by name")
     if conv.padding_mode != "zeros":
         raise Unsupported(f"{names[0]} has the padding_mode {conv.padding_mode}")
+    pool = modules[names[-1]]
+    check(pool, names[-1], (nn.MaxPool2d,), "a MaxPool2d")
     between = names[2:-1]
     if len(between) != (0 if has_fused_relu(norm.module) else 1):
         raise Unsupported(f"{names[1]} has {'one more' if between else 'no'} ReLU behind it")
     for name in between:
         check(modules[name], name, (nn.ReLU,), "a ReLU")
-    pool = modules[names[-1]]
-    check(pool, names[-1], (nn.MaxPool2d,), "a MaxPool2d")
     shape = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
     if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or pool.ceil_mode or pool.return_indices:
         raise Unsupported(f"{names[-1]} is not a 3x3 maximum of stride 2 and padding 1")
@@ -479,7 +479,7 @@ def _attributes(module: nn.Module) -> list[str]:
 def _tells_changes(module: nn.Module) -> bool:
     """Whether comparing attributes shows whether they changed."""
     d = module.__dict__
-    # functional_call's tensors are not to be held, with all that they were made of
+    # what functional_call makes a parameter of is not to be held, with all that it was made of
     if not all(p is None or isinstance(p, nn.Parameter) for p in d["_parameters"].values()):
         return False
     if type(module) is nn.SyncBatchNorm and module.training:  # by the processes that there are

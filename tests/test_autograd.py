@@ -585,6 +585,37 @@ def test_what_the_fast_path_does_not_know_runs_as_modules(change) -> None:
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dropout_between_stem_and_block(layout: torch.memory_format) -> None:
+    """It draws in the order in which values lie."""
+    found, expected = pair()
+    for model in (found, expected):
+        children = list(model.features.named_children())
+        children.insert(4, ("dropout", nn.Dropout(0.4)))
+        for name, _ in children[5:]:
+            delattr(model.features, name)
+        for name, child in children[4:]:
+            model.features.add_module(name, child)
+    assert_same_step(found, expected, images().contiguous(memory_format=layout))
+
+
+def test_a_stem_without_pool_is_told_of() -> None:
+    features = pair()[0].features
+    del features.pool0
+    with pytest.warns(memdense.MemdenseWarning, match="relu0 is a ReLU, not a MaxPool2d"):
+        features(images())
+
+
+def test_what_warns_compiles_once() -> None:
+    model, graphs = pair()[0], []
+    model.features.denseblock1.denselayer1.conv1.register_forward_hook(lambda *_: None)
+    compiled = torch.compile(model, backend=lambda g, _: graphs.append(g) or g.forward)
+    with pytest.warns(memdense.MemdenseWarning, match="conv1 carries a forward hook"):
+        compiled(images())
+    compiled(images())
+    assert len(graphs) == 1
+
+
 def test_norms_that_would_synchronise() -> None:
     """With no other process there they are as others."""
     found, plain = map(nn.SyncBatchNorm.convert_sync_batchnorm, pair())

@@ -37,9 +37,12 @@ class MemdenseWarning(UserWarning):
 
 def warn_plain(what: str, reason: str, known: set[str]) -> None:
     """Say that modules run as they are, for a reason that is not among the ``known`` ones yet."""
-    if reason not in known:
+    message = f"memdense runs {what} as plain modules: {reason}"
+    if torch.compiler.is_compiling():  # once a graph; a guard on what is known would make another
+        _say(message)
+    elif reason not in known:
         known.add(reason)
-        _say(f"memdense runs {what} as plain modules: {reason}")
+        _say(message)
 
 
 def _say(message: str) -> None:
