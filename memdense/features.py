@@ -179,7 +179,7 @@ class Features(nn.Sequential):
         out, outputs = self._run(x, steps, layout)
         out = _laid(out, layout)
         # behind an Identity in place of the last norm models rectify what a block keeps
-        kept = steps[-1].kind == "module" and outputs and out is outputs[-1]
+        kept = outputs and out is outputs[-1] and steps[-1].kind == "module"
         return out.clone() if kept else out
 
     def pooled(self, x: Tensor) -> Tensor:

@@ -584,6 +584,7 @@ def test_tensors_that_carry_out_operations_themselves(parameters: bool) -> None:
 def test_features_take_their_input_by_name() -> None:
     features, x = memdense.DenseNet(**NET).features.eval(), torch.randn(2, 3, 40, 40)
     assert torch.equal(features(input=x), features(x))
+    assert torch.equal(features[:0](x), x)
 
 
 def test_compiled_features_are_called() -> None:
