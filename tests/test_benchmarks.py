@@ -157,7 +157,7 @@ def test_every_primitive_agrees_with_pytorch_in_both_layouts(case: primitives.Ca
 def test_the_cases_are_all_primitives() -> None:
     ours = [name for name in vars(Reference) if not name.startswith("_")]
     bands = {"CPU_BAND_BYTES", "BAND_BYTES", "row_bands", "image_bands"}
-    others = {"name", "call", "cast", "update_running"}
+    others = {"name", "dtypes", "call", "cast", "update_running"}
     assert set(primitives.PRIMITIVES) == set(ours) - bands - others
     for every in (False, True):
         found = {case.primitive for case in primitives.cases(1, every)}
