@@ -133,6 +133,13 @@ class NormGradient:
         return read.scale, b, -read.scale * sums.dbeta / self.rows - b * read.mean
 
 
+def behind(read: Reader, sums: Sums, rows: int, statistics: Tensor, group: str) -> NormGradient:
+    """Of this process's sums; ``statistics``' last column tells its share in a ``group``'s rows."""
+    if group and read.batch:
+        sums = Sums(*joint.add_up(torch.stack(sums), statistics[0, -1], group))
+    return NormGradient(read, sums, rows)
+
+
 class Into(NamedTuple):
     """Where a reader's answer goes: the prefix of G that it adds s*dz to, and S1 and S2."""
 
@@ -228,12 +235,6 @@ class StatisticsTable:
     def add_up(self, sums: Tensor) -> Tensor:
         """Sums (2, C) over all processes' rows, by this one's share in them."""
         return joint.add_up(sums, self.table[0, -1], self.group) if self.group else sums
-
-    def behind(self, read: Reader, sums: Sums, rows: int) -> NormGradient:
-        """The gradient behind a BatchNorm with one reader, whose own sums are given."""
-        if self.group and read.batch:
-            sums = Sums(*self.add_up(torch.stack(sums)))
-        return NormGradient(read, sums, rows)
 
     def keep_running(self, stage: Stage) -> None:
         """Copy the running statistics that norms read by: the modules' may move before backward."""

@@ -16,11 +16,11 @@ from .buffers import (
     FeatureBuffer,
     Geometry,
     GradientBuffer,
-    NormGradient,
     Reader,
     StatisticsTable,
     Sums,
     accumulator,
+    behind,
     needs_statistics,
     new_matrix,
     reader,
@@ -214,9 +214,9 @@ def backward(
             del dy
             answered(i, 2, sums2)
             # norm2 has one reader, so its share is known at once: dY = a*dz + b*y + c
-            behind = table.behind(read2, sums2, geometry.rows)
+            gradient = behind(read2, sums2, geometry.rows, statistics, stage.group)
             sums1, found[i, "conv1"] = backend.bn_relu_conv1x1_backward(
-                dz, y, behind, layer.conv1, x, read1, into, needed[i, "conv1"]
+                dz, y, gradient, layer.conv1, x, read1, into, needed[i, "conv1"]
             )
             del y, dz
         answered(i, 1, sums1)
@@ -341,10 +341,8 @@ def stem_backward(
     )
     dx = dweight = None
     if need[0] or need[1]:
-        share = sums
-        if spec.group:
-            share = Sums(*joint.add_up(torch.stack(sums), statistics[0, -1], spec.group))
-        dconvolved = backend.normalised_(dz, rows, NormGradient(read, share, len(rows)))
+        gradient = behind(read, sums, len(rows), statistics, spec.group)
+        dconvolved = backend.normalised_(dz, rows, gradient)
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             Geometry(n, h, w).images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
             spec.stride, spec.padding, spec.dilation, False, (0, 0), 1, (need[0], need[1], False),
