@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache, wraps
 from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .convolution import layout_of
 from .direct import foreign, transformed
 from .modules import OWN_TYPES
 from .stage import (
+    Readings,
     Step,
     apart,
     fits,
@@ -55,6 +57,8 @@ class Switches:
             :class:`memdense.DenseNet`.
         types: classes of blocks, layers and transitions that compute what they look like.
         said: reasons that a warning has given.
+        readings: what was read of modules, for as long as the model lives: kept by all of the
+            process it would outlive one whose parameters' hooks refer to it.
     """
 
     efficient: bool = True
@@ -63,6 +67,7 @@ class Switches:
     double_backward: bool = False
     types: frozenset[type] = OWN_TYPES
     said: set[str] = field(default_factory=set)
+    readings: Readings = field(default_factory=WeakKeyDictionary)
 
     def obstacle(self, x: Any) -> str:
         """Why all runs as plain modules with this input; empty where it need not."""
@@ -93,8 +98,11 @@ class Switches:
         return ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has not warned yet."""
-        return {**vars(self), "said": set()}
+        """A copy has not warned yet, and reads for itself."""
+        return {k: v for k, v in vars(self).items() if k not in ("said", "readings")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
     @property
     def keeps(self) -> bool:
@@ -296,7 +304,8 @@ class Features(nn.Sequential):
             )  # fmt: skip
 
         key = step, switches.types, switches.keeps
-        return read_once(modules[names[0]], key, [modules[name] for name in names], read)
+        own = [modules[name] for name in names]
+        return read_once(switches.readings, own[0], key, own, read)
 
     def let_blocks_run_alone(self) -> None:
         """From now on the dense blocks run efficiently where they are called by themselves, too:
@@ -359,6 +368,7 @@ def read_alone(block: nn.Module, name: str, switches: Switches) -> tuple[StageMo
     own = () if torch.compiler.is_compiling() else (*block._modules, *block.__dict__)
     try:
         found = read_once(
+            switches.readings,
             block,
             (types, switches.keeps, own),
             list(block._modules.values()),  # a reading that held the block would keep it alive

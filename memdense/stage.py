@@ -106,15 +106,19 @@ def apart(step: Step) -> list[Step]:
     return [Step("stage", (block,)), Step("tail", (tail,), step.tail)]
 
 
-# what was read of a module and those behind it, while it lives: itself it may be copied and saved
-readings: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Snapshot, Any]]] = WeakKeyDictionary()
+# what was read of a module and those behind it, while it lives
+Readings = WeakKeyDictionary[nn.Module, dict[tuple, tuple[Snapshot, Any]]]
 
 
 def read_once(
-    owner: nn.Module, key: tuple, modules: Sequence[nn.Module], read: Callable[[], Any]
+    readings: Readings,
+    owner: nn.Module,
+    key: tuple,
+    modules: Sequence[nn.Module],
+    read: Callable[[], Any],
 ) -> Any:
-    """What ``read()`` finds in ``modules``, or found last if nothing changed since. ``key`` says
-    what else it depends on.
+    """What ``read()`` finds in ``modules``, or found last if nothing changed since, which
+    ``readings`` keep with their ``owner``. ``key`` says what else it depends on.
     """
     if torch.compiler.is_compiling():
         return read()  # guards look for changes

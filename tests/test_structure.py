@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import memdense
-from memdense import stage
 
 
 def network_of_two() -> nn.Module:
@@ -164,22 +163,53 @@ def test_what_was_read_goes_with_its_modules() -> None:
     model = network_of_two()
     model(torch.randn(2, 3, 32, 32))
     model.extract_features(torch.randn(2, 3, 32, 32))
-    known = len(stage.readings)
-    assert pickle.dumps(model.features) and model.features.conv0 in stage.readings
+    readings = model.features._switches.readings
+    known = len(readings)
+    assert pickle.dumps(model.features) and model.features.conv0 in readings
     conv = model.features.denseblock2.denselayer1.conv1
     weights = [weakref.ref(conv.weight)]
     conv.weight = nn.Parameter(torch.rand(8, 8, 1, 1))
     weights.append(weakref.ref(conv.weight))
     model(torch.randn(2, 3, 32, 32))
     assert weights[0]() is None and weights[1]() is conv.weight
-    del model, conv
+    del model.features.denseblock2, conv
     gc.collect()
-    assert weights[1]() is None and len(stage.readings) < known
+    assert weights[1]() is None and len(readings) < known
 
 
 def alive(tensors: list[weakref.ref]) -> int:
     gc.collect()
     return sum(t() is not None for t in tensors)
+
+
+@pytest.mark.parametrize("own_forward", [False, True], ids=["stack", "blocks"])
+def test_a_model_goes_where_its_parameters_refer_to_it(own_forward: bool) -> None:
+    """As where a hook steps the optimizer that a trainer holds with the model."""
+    model = network_of_two()
+    if own_forward:
+        memdense.convert(model.features, verbose=False)
+    refs = [weakref.ref(p) for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.register_hook(lambda _, held=model: None)
+        parameter.owner = model
+    out = torch.randn(2, 3, 32, 32)
+    for child in model.features if own_forward else [model]:
+        out = child(out)
+    out.sum().backward()
+    assert len(model.features._switches.readings) >= 2
+    del model, parameter, child, out
+    assert alive(refs) == 0
+
+
+def test_a_copy_reads_for_itself() -> None:
+    model = network_of_two()
+    run(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        switches = other.features._switches
+        assert not switches.readings and switches.readings is not model.features._switches.readings
+        assert switches.types == model.features._switches.types
+        run(other)
+        assert len(switches.readings) == len(model.features._switches.readings)
 
 
 def test_parameters_of_a_call_go_with_it() -> None:
