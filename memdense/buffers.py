@@ -6,6 +6,8 @@ see them only as strided prefixes and slices. A BatchNorm is vectors, whose form
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -15,35 +17,57 @@ from . import joint
 from .spec import Norm, Stage, reads_of
 
 
-class Geometry(NamedTuple):
-    """Where the rows of a (M, C) matrix lie in N images of H x W pixels."""
+class Geometry(tuple[int, ...]):
+    """Where the rows of a (M, C) matrix lie: (n, h, w) in N images of H x W pixels, (n, d, h, w) in
+    N volumes of D x H x W.
+    """
 
-    n: int
-    h: int
-    w: int
+    def __new__(cls, n: int, *size: int) -> "Geometry":
+        return super().__new__(cls, (n, *size))
+
+    n = property(itemgetter(0))
+    h = property(itemgetter(-2))
+    w = property(itemgetter(-1))
+    lines = property(itemgetter(1))  # along the first axis, and pixels of one of them:
+    line = property(lambda self: prod(self[2:]))
+    pixels_each = property(lambda self: prod(self[1:]))  # of an image
+    rows = property(prod)
 
     @property
-    def rows(self) -> int:
-        return self.n * self.h * self.w
+    def of_images(self) -> bool:
+        return len(self) == 3
 
     @property
-    def quads(self) -> "Geometry":
-        """Of the 2x2 means over it, a last odd line or column left out."""
-        return Geometry(self.n, self.h // 2, self.w // 2)
+    def flat(self) -> "Geometry":
+        """The same rows in images."""
+        return self if self.of_images else Geometry(self.n, self.lines * self.h, self.w)
+
+    @property
+    def planes(self) -> "Geometry":
+        """A volume's planes as images."""
+        return Geometry(self.n * self.lines, self.h, self.w)
+
+    @property
+    def halves(self) -> "Geometry":
+        """Of the means over two pixels along each axis, a last odd line or column left out."""
+        return Geometry(self.n, *(size // 2 for size in self[1:]))
 
     @property
     def windows(self) -> "Geometry":
-        """Of its maxima over windows of 3x3 with stride 2 and padding 1."""
-        return Geometry(self.n, (self.h + 1) // 2, (self.w + 1) // 2)
+        """Of its maxima over windows of three along each axis with stride 2 and padding 1."""
+        return Geometry(self.n, *((size + 1) // 2 for size in self[1:]))
 
     def pixels(self, matrix: Tensor) -> Tensor:
-        """(M, C) seen as (N, H, W, C)."""
-        return matrix.unflatten(0, (self.n, self.h, self.w))
+        """(M, C) seen as (N, H, W, C) or (N, D, H, W, C)."""
+        return matrix.unflatten(0, tuple(self))
 
     def images(self, matrix: Tensor) -> Tensor:
-        """(M, C) seen as (N, C, H, W), channels last."""
-        return self.pixels(matrix).permute(0, 3, 1, 2)
+        """(M, C) seen as (N, C, H, W) or (N, C, D, H, W), channels last."""
+        return self.pixels(matrix).movedim(-1, 1)
 
+
+# of images and of volumes, by their number of axes
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # a GPU reads 16 bytes at a time: rows of X and G start at multiples of 16 channels there
 ROW_UNIT = 16

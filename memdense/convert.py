@@ -15,7 +15,7 @@ from .backends import MemdenseWarning
 from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
 from .stage import Step, apart, is_block
-from .structure import HOOKS, article, class_of
+from .structure import CONVOLUTIONS, HOOKS, article, axes_of, class_of
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-9
@@ -34,11 +34,11 @@ def convert(
     """Let every DenseNet inside ``model`` run efficiently, in place.
 
     A DenseNet is recognised by its structure: an ``nn.Sequential`` that holds dense blocks, as
-    those of torchvision, timm, MONAI (2-D), torchxrayvision and gpleiss do, at any depth and any
-    number of times. It becomes a :class:`memdense.Features` and stays the same object with the same
-    children: parameters, ``state_dict`` keys, hooks and references to it remain as they were. What
-    looks different is left alone, or runs as plain modules block by block; a report on stderr, and
-    :func:`memdense.explain` at any time, say why.
+    those of torchvision, timm, MONAI (2-D and 3-D), torchxrayvision and gpleiss do, at any depth
+    and any number of times. It becomes a :class:`memdense.Features` and stays the same object with
+    the same children: parameters, ``state_dict`` keys, hooks and references to it remain as they
+    were. What looks different is left alone, or runs as plain modules block by block; a report on
+    stderr, and :func:`memdense.explain` at any time, say why.
 
     Where a forward calls a stack's children one by one, and in modules of another kind, it is the
     dense blocks alone that run efficiently.
@@ -291,12 +291,17 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
             if isinstance(tensor, Tensor):
                 memo[id(tensor)] = _substitute(name, tensor)
     part = copy.deepcopy(part, memo)
+    norm = nn.BatchNorm3d if axes_of(_first_convolution(part)) == 3 else nn.BatchNorm2d
     for module in part.modules():
         if isinstance(module, RunsAlone):
             module._switches = None
         if type(module) is nn.SyncBatchNorm:  # other processes do not take part
-            module.__class__ = nn.BatchNorm2d
+            module.__class__ = norm
     return part
+
+
+def _first_convolution(stack: nn.Sequential) -> nn.Module:
+    return next(m for m in stack.modules() if isinstance(m, CONVOLUTIONS))
 
 
 def _substitute(name: str, tensor: Tensor) -> Tensor:
@@ -312,11 +317,12 @@ def _substitute(name: str, tensor: Tensor) -> Tensor:
 
 def _probe(stack: nn.Sequential) -> Tensor:
     """The smallest images that pass through ``stack``, and four of them: enough for a BatchNorm."""
-    first = next(m for m in stack.modules() if isinstance(m, nn.Conv2d))
+    first = _first_convolution(stack)
     channels = first.weight.shape[1] * first.groups  # whatever its attribute says
     stack.eval()
     for size in (8, 16, 32, 64, 128):
-        x = torch.randn(4, channels, size, size + 3, dtype=torch.float64)
+        sizes = (size + 3 * axis for axis in range(axes_of(first)))
+        x = torch.randn(4, channels, *sizes, dtype=torch.float64)
         try:
             stack(x.clone())
             break

@@ -188,7 +188,7 @@ def layout_of(x: Tensor) -> torch.memory_format:
     if c > 1 and step > 1 and x.is_contiguous():
         return torch.contiguous_format
     last = c > 1 and step == 1 and x.stride(3) == c and x.stride(0) > x.stride(2)
-    if last and x.is_contiguous(memory_format=torch.channels_last):
+    if last and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return suggest_memory_format(x)
 

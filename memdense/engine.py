@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import joint
 from .buffers import (
+    CHANNELS_LAST,
     FeatureBuffer,
     Geometry,
     GradientBuffer,
@@ -39,12 +40,13 @@ class Forward(NamedTuple):
 
 
 def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> Forward:
-    """Run a stage on x (N, C_0, H, W); ``mask`` is dropout's, (M, L*k), True for what is kept.
+    """Run a stage on x, images (N, C_0, H, W) or volumes (N, C_0, D, H, W); ``mask`` is dropout's,
+    (M, L*k), True for what is kept.
 
     Without layers X is x, read where it lies.
     """
-    n, channels, h, w = x.shape
-    geometry = Geometry(n, h, w)
+    n, channels, *size = x.shape
+    geometry = Geometry(n, *size)
     stage = _in_dtype(stage, x.dtype, backend, backward=False)
     last = channels + sum(layer.growth for layer in stage.layers)
     table = StatisticsTable(stage, channels, like=x)
@@ -98,7 +100,7 @@ def _in_dtype(stage: Stage, dtype: torch.dtype, backend: Backend, backward: bool
     """A stage with its convolutions' weights in ``dtype``, those of 1x1 as (B, C) matrices."""
     tail = stage.tail
     weights = [conv for *_, conv in reads_of(stage) if conv is not None]
-    matrices = [w.flatten(1) if w.shape[2:] == (1, 1) else w for w in weights]
+    matrices = [w.flatten(1) if w.shape[2:].numel() == 1 else w for w in weights]
     cast = iter(backend.cast(matrices, dtype, backward))
 
     def layer(s: Layer) -> Layer:
@@ -132,7 +134,7 @@ def _tail_forward(
         return geometry.images(backend.bn_relu(x, read, tail.spec.relu))
     if tail.spec.pool == 2:
         out = backend.bn_relu_pool_conv1x1(x, read, tail.conv, geometry)
-        return geometry.quads.images(out)
+        return geometry.halves.images(out)
     return geometry.images(backend.bn_relu_conv1x1(x, read, tail.conv, None))
 
 
@@ -160,8 +162,8 @@ def backward(
     ``dout`` answers its tail's output, ``dfeatures`` its features; either may be None. Gradients
     come where ``need_x`` and ``need`` ask for them. Without layers ``features`` is x.
     """
-    n, last, h, w = features.shape
-    geometry = Geometry(n, h, w)
+    n, last, *size = features.shape
+    geometry = Geometry(n, *size)
     parameters, _ = flatten(stage)
     names = parameter_names(stage)
     needed = dict(zip(names, need, strict=True))
@@ -262,8 +264,8 @@ def _tail_backward(
 
 
 def as_rows(images: Tensor) -> Tensor:
-    """(N, C, H, W) as (M, C), each row's values side by side."""
-    rows = images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+    """(N, C, H, W), or volumes, as (M, C), each row's values side by side."""
+    rows = images.movedim(1, -1).reshape(-1, images.shape[1])
     # of one image it may be a view whose columns are
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -276,22 +278,17 @@ class StemForward(NamedTuple):
 
 
 def _convolve(x: Tensor, weight: Tensor, spec: StemSpec) -> Tensor:
-    out = torch.ops.aten.convolution(
-        _channels_last(x),
-        weight.to(x.dtype),
-        None,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-        False,
-        (0, 0),
-        1,
-    )
+    out = torch.ops.aten.convolution(_channels_last(x), weight.to(x.dtype), None, *_arguments(spec))
     return _channels_last(out)
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=CHANNELS_LAST[images.dim()])
+
+
+def _arguments(spec: StemSpec) -> tuple:
+    """What aten.convolution takes behind its tensors."""
+    return spec.stride, spec.padding, spec.dilation, False, (0,) * len(spec.stride), 1
 
 
 def stem_forward(
@@ -299,9 +296,8 @@ def stem_forward(
 ) -> StemForward:
     """conv0, norm0, relu0 and pool0 on images x (N, C_in, H, W)."""
     convolved = _convolve(x, weight, spec)
-    n, _, h, w = convolved.shape
+    n, c, *size = convolved.shape
     rows = as_rows(convolved)
-    c = rows.shape[1]
     statistics = x.new_empty((2, c + (1 if spec.group else 0)), dtype=accumulator(x.dtype))
     own = statistics[:, :c]
     if norm.spec.batch:
@@ -310,7 +306,7 @@ def stem_forward(
             statistics[:, c] = joint.gather(own, len(rows), spec.group)
     else:
         own[0], own[1] = norm.mean, norm.var
-    geometry = Geometry(n, h, w)
+    geometry = Geometry(n, *size)
     out, winner = backend.bn_relu_maxpool(rows, reader(norm, *own), geometry)
     images = geometry.windows.images(out)
     return StemForward(
@@ -333,19 +329,19 @@ def stem_backward(
     """Gradients of x, weight, gamma and beta, in this order; None where ``need`` says so."""
     if spec.recompute:
         convolved = _convolve(x, weight, spec)
-    n, _, h, w = convolved.shape
-    rows = as_rows(convolved)
+    n, _, *size = convolved.shape
+    geometry, rows = Geometry(n, *size), as_rows(convolved)
     read = reader(norm, *statistics[:, : rows.shape[1]])
     dz, sums = backend.bn_relu_maxpool_backward(
-        as_rows(dout.to(rows.dtype)), winner, rows, read, Geometry(n, h, w)
+        as_rows(dout.to(rows.dtype)), winner, rows, read, geometry
     )
     dx = dweight = None
     if need[0] or need[1]:
         gradient = behind(read, sums, len(rows), statistics, spec.group)
         dconvolved = backend.normalised_(dz, rows, gradient)
         dx, dweight, _ = torch.ops.aten.convolution_backward(
-            Geometry(n, h, w).images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
-            spec.stride, spec.padding, spec.dilation, False, (0, 0), 1, (need[0], need[1], False),
+            geometry.images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
+            *_arguments(spec), (need[0], need[1], False),
         )  # fmt: skip
         dx = _channels_last(dx) if need[0] else None
         dweight = dweight.contiguous() if need[1] else None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from .convert import ONE_BY_ONE, as_features, find_stacks, own_forward, parts, r
 from .direct import foreign
 from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
-from .spec import output_length, pair
+from .spec import output_length, per_axis
 from .stage import Step, apart, obstacle_now
-from .structure import NORMS, article
+from .structure import CONVOLUTIONS, NORMS, POOLS, article
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
 
     Args:
         model: any module that contains a DenseNet, converted or not.
-        input: images (N, C, H, W) as the feature stacks get them. With them the notes on a stack
-            that runs as a whole tell what only an input decides: autocast, tracing, an empty batch,
-            a block left with one value per channel.
+        input: images (N, C, H, W), or volumes, as the feature stacks get them. With them the notes
+            on a stack that runs as a whole tell what only an input decides: autocast, tracing, an
+            empty batch, a block left with one value per channel.
 
     Raises:
         TypeError: for a scripted or traced model, no module at all, or an input that is no tensor.
@@ -181,6 +182,8 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
     parameters = {(str(p.device), str(p.dtype).removeprefix("torch.")) for p in stack.parameters()}
     mode = "training" if stack.training else "evaluation"
     yield f"{mode} mode, {' and '.join(' '.join(p) for p in sorted(parameters))}"
+    if any(isinstance(module, nn.Conv3d) for module in stack.modules()):
+        yield "of volumes: kernels take their planes, but for the 3x3x3 on CUDA, which is PyTorch's"
     for kind in sorted({type(p).__name__ for p in stack.parameters() if foreign(p)}):
         yield f"a parameter is {article(kind)}: plain modules, unless FSDP gathers it for forward"
     if isinstance(stack, Features):
@@ -206,19 +209,19 @@ def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
     first, found, _ = features.parts(features.steps("norm")[0])[0]
     if found and (reason := obstacle_now(x, found)):
         yield f"{first.names[0]} runs as plain modules: {reason}"
-    for name, height, width in _block_sizes(features, x):
+    for name, size in _block_sizes(features, x):
         norms = (m for m in features._modules[name].modules() if isinstance(m, NORMS))
-        if x.shape[0] * height * width == 1 and any(norm.training for norm in norms):
+        if x.shape[0] * prod(size) == 1 and any(norm.training for norm in norms):
             yield f"{name} gets one value per channel, which BatchNorm refuses in training"
 
 
-def _block_sizes(features: Features, x: Tensor) -> Iterator[tuple[str, int, int]]:
-    """The name of each dense block with the height and width it gets, as far as they are known."""
+def _block_sizes(features: Features, x: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name of each dense block with the size of what it gets, as far as they are known."""
     size: tuple[int, ...] | None = tuple(x.shape[2:])
     for step in features.steps("norm"):
         for name in step.names:
             if step.kind == "stage" and name == step.names[0]:
-                yield name, *size
+                yield name, size
             else:
                 size = size_after(features._modules[name], size)
             if size is None:
@@ -232,11 +235,12 @@ def size_after(module: nn.Module, size: tuple[int, ...] | None) -> tuple[int, ..
         for child in module:
             size = size_after(child, size)
         return size
-    known = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+    known = isinstance(module, (*CONVOLUTIONS, *POOLS))
     if not known or isinstance(module.padding, str) or getattr(module, "ceil_mode", False):
         return None
     dilation = getattr(module, "dilation", 1)
-    geometry = map(pair, (module.kernel_size, module.stride, module.padding, dilation))
+    numbers = module.kernel_size, module.stride, module.padding, dilation
+    geometry = (per_axis(n, len(size)) for n in numbers)
     return tuple(map(output_length, size, *geometry))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .backends import warn_plain
+from .buffers import CHANNELS_LAST
 from .convolution import layout_of
 from .direct import foreign, transformed
 from .modules import OWN_TYPES
@@ -32,6 +33,7 @@ from .stage import (
     steps_of,
 )
 from .structure import (
+    CONVOLUTIONS,
     StageModules,
     StemModules,
     Unsupported,
@@ -93,7 +95,7 @@ class Switches:
         if not isinstance(x, Tensor):
             written = isinstance(x, torch.fx.Proxy)
             return "" if written else f"it is {article(type(x).__name__)}"
-        if x.dim() != 4 or not x.is_floating_point() or not x.numel():
+        if x.dim() not in CHANNELS_LAST or not x.is_floating_point() or not x.numel():
             return f"{x.dtype} of shape {tuple(x.shape)}"
         return ""
 
@@ -123,8 +125,10 @@ def _surprise(x: Tensor) -> str:
 
 def _laid(x: Any, layout: torch.memory_format) -> Any:
     """Images in a memory format; what a module made of them otherwise as it is."""
-    images = isinstance(x, Tensor) and x.dim() == 4
-    return x.contiguous(memory_format=layout) if images else x
+    if not isinstance(x, Tensor) or x.dim() not in CHANNELS_LAST:
+        return x
+    fits = layout in (torch.contiguous_format, CHANNELS_LAST[x.dim()])
+    return x.contiguous(memory_format=layout) if fits else x
 
 
 def _switch(name: str) -> property:
@@ -177,8 +181,8 @@ class Features(nn.Sequential):
         return found
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C_in, H, W) to the last norm's output, (N, C, H', W'), in the memory format that the
-        modules would give it.
+        """(N, C_in, H, W) to the last norm's output, (N, C, H', W'), or volumes to volumes, in the
+        memory format that the modules would give it.
         """
         x = input
         if not self._switches.run_efficiently(_ALL, x):
@@ -229,13 +233,14 @@ class Features(nn.Sequential):
             module
             for child in outside
             for module in child.modules()
-            if isinstance(module, nn.Conv2d) and not isinstance(module, LazyModuleMixin)
+            if isinstance(module, CONVOLUTIONS) and not isinstance(module, LazyModuleMixin)
         )
         first = next(convolutions, None)
         # not by its name: a parametrization would compute it once more
         weight = None if first is None else first._parameters.get("weight")
         formats = [layout_of(t) for t in (x, weight) if t is not None]
-        return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+        last = CHANNELS_LAST[x.dim()]
+        return last if last in formats else torch.contiguous_format
 
     def _run(
         self, x: Tensor, steps: Iterable[Step], layout: torch.memory_format
@@ -258,7 +263,7 @@ class Features(nn.Sequential):
                     continue
                 if found is None or not fits(x, found):
                     # modules see, and draw dropout in, the layout the caller's images have
-                    x = x.contiguous(memory_format=layout)
+                    x = _laid(x, layout)
                     x, features = run_modules(x, modules, part)
                 else:
                     x, features = run_stage(x, found, self.double_backward, layout)

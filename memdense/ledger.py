@@ -365,7 +365,7 @@ class Efficient(Walk):
             scratch.mean(geometry, last)
             return self.ledger.new("pooled", self.n * last * self.a)
         pool, channels = tail.spec.pool, tail.conv.shape[0]
-        rows = geometry.quads.rows if pool == 2 else geometry.rows
+        rows = geometry.halves.rows if pool == 2 else geometry.rows
         out = self.ledger.new("handed on", rows * channels * self.a)
         if pool == 2:
             scratch.pool_conv1x1(geometry, last)
@@ -722,7 +722,7 @@ class Plain(Walk):
         if tail.spec.pool == 1:
             return out
         kept[-1].append(out)  # for the pool
-        small = part.geometry(self.n).quads.rows
+        small = part.geometry(self.n).halves.rows
         return ledger.new("handed on", small * channels * self.a)
 
     def let_go(self, features: list[Buffer]) -> list[Buffer]:

@@ -4,9 +4,10 @@ Each is functional (it returns what backward needs) and runs with autocast off: 
 backend is chosen in :mod:`memdense.backends` and nowhere else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import Parameter
 
 from . import engine, plain
 from .backends import Reference, backend_for, chosen, unless_chosen
-from .buffers import StatisticsTable, accumulator, row_stride
+from .buffers import CHANNELS_LAST, StatisticsTable, accumulator, row_stride
 from .convolution import layout_of
 from .direct import batched, learns, watched
 from .spec import Norm, Stage, StageSpec, StemSpec, output_length, unflatten
@@ -37,9 +38,9 @@ def quiet(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _images(x: Tensor, n: int, c: int, h: int, w: int, stride: int | None = None) -> Tensor:
-    """An empty (N, C, H, W), channels last, its pixels ``stride`` values apart."""
-    return x.new_empty((n, h, w, stride or c))[..., :c].permute(0, 3, 1, 2)
+def _images(x: Tensor, n: int, c: int, size: Iterable[int], stride: int | None = None) -> Tensor:
+    """An empty (N, C, *size), channels last, its pixels ``stride`` values apart."""
+    return x.new_empty((n, *size, stride or c))[..., :c].movedim(-1, 1)
 
 
 # ---- stage: a dense block and its tail
@@ -56,8 +57,8 @@ def _stage(
     """(out, features, statistics, bottlenecks) of a stage; see :class:`memdense.engine.Forward`.
 
     Args:
-        x: (N, C, H, W), in the dtype to compute in; channels last where there are no layers, or it
-            is copied.
+        x: (N, C, H, W) or (N, C, D, H, W), in the dtype to compute in; channels last where there
+            are no layers, or it is copied.
         tensors, running: parameters and running statistics, as :func:`memdense.spec.flatten` orders
             them.
         mask: dropout's, (M, L*k) bool, or None.
@@ -98,30 +99,29 @@ stage = torch.library.custom_op("memdense::stage", _stage, mutates_args=())
 @stage.register_fake
 def _(x, tensors, running, mask, spec, double_backward):
     s = unflatten(StageSpec.decode(spec), tensors)
-    n, c, h, w = x.shape
+    n, c, *size = x.shape
     last = c + sum(layer.growth for layer in s.layers)
     kept = (
-        [x.new_empty((n * h * w, layer.bottleneck)) for layer in s.layers]
+        [x.new_empty((n * prod(size), layer.bottleneck)) for layer in s.layers]
         if s.keep_bottlenecks
         else []
     )
     statistics = StatisticsTable(s, c, like=x).table
     features = x.new_empty((0,))
     if s.layers:
-        features = _images(x, n, last, h, w, row_stride(last, x.device))
+        features = _images(x, n, last, size, row_stride(last, x.device))
     return _fake_out(x, s, last), features, statistics, kept
 
 
 def _fake_out(x: Tensor, s: Stage, channels: int) -> Tensor:
-    n, _, h, w = x.shape
+    n, _, *size = x.shape
     if s.tail is None:
         return x.new_empty((0,))
     if s.tail.spec.kind == "pool":
         return x.new_empty((n, channels))
     if s.tail.spec.kind == "norm":
-        return _images(x, n, channels, h, w)
-    pool = s.tail.spec.pool
-    return _images(x, n, s.tail.conv.shape[0], h // pool, w // pool)
+        return _images(x, n, channels, size)
+    return _images(x, n, s.tail.conv.shape[0], (length // s.tail.spec.pool for length in size))
 
 
 def _stage_backward(
@@ -174,9 +174,9 @@ stage_backward = torch.library.custom_op(
 
 @stage_backward.register_fake
 def _(dout, dfeatures, features, statistics, bottlenecks, tensors, mask, spec, need_x, need):
-    n, last, h, w = features.shape
+    n, last, *size = features.shape
     c = last - sum(layer.growth for layer in unflatten(StageSpec.decode(spec), tensors).layers)
-    dx = [_images(features, n, c, h, w)] if need_x else []
+    dx = [_images(features, n, c, size)] if need_x else []
     return dx + [
         torch.empty_like(t, memory_format=torch.contiguous_format)
         for t, wanted in zip(tensors, need, strict=True)
@@ -264,10 +264,10 @@ def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     """A gradient with its parameter's strides, where they say the same of a 1x1 convolution's: DDP
     warns of others.
     """
-    if parameter.dim() != 4 or gradient.stride() == parameter.stride():
+    if parameter.dim() < 4 or gradient.stride() == parameter.stride():
         return gradient
     shape, strides = parameter.shape, parameter.stride()
-    if shape[2:] == (1, 1) and gradient.stride()[:2] == strides[:2] == (shape[1], 1):
+    if shape[2:].numel() == 1 and gradient.stride()[:2] == strides[:2] == (shape[1], 1):
         return gradient.as_strided(shape, strides)
     return gradient
 
@@ -278,7 +278,7 @@ def _backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) 
 
 
 def _cast_convolutions(tensors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    return [t.to(x.dtype) if t.dim() == 4 else t for t in tensors]
+    return [t.to(x.dtype) if t.dim() > 1 else t for t in tensors]
 
 
 stage.register_autograd(_backward, setup_context=_setup)
@@ -350,7 +350,7 @@ def _stem(
     """(out, convolved, winner, statistics) of the stem; see :class:`memdense.engine.StemForward`.
 
     Args:
-        x: images (N, C_in, H, W), in the dtype to compute in.
+        x: images (N, C_in, H, W), or volumes, in the dtype to compute in.
         weight: conv0's.
         gamma, beta, mean, var: norm0's, (C,); mean and var where it reads by running statistics.
         spec: :meth:`memdense.spec.StemSpec.encode`.
@@ -370,12 +370,13 @@ stem = torch.library.custom_op("memdense::stem", _stem, mutates_args=())
 def _(x, weight, gamma, beta, mean, var, spec):
     s = StemSpec.decode(spec)
     n, c = x.shape[0], weight.shape[0]
-    h, w = map(output_length, x.shape[2:], weight.shape[2:], s.stride, s.padding, s.dilation)
-    convolved = x.new_empty((0,)) if s.recompute else _images(x, n, c, h, w)
-    small = (h + 1) // 2, (w + 1) // 2
-    winner = x.new_empty((n * small[0] * small[1], c), dtype=torch.uint8)
+    geometry = s.stride, s.padding, s.dilation
+    size = list(map(output_length, x.shape[2:], weight.shape[2:], *geometry))
+    convolved = x.new_empty((0,)) if s.recompute else _images(x, n, c, size)
+    small = [(length + 1) // 2 for length in size]
+    winner = x.new_empty((n * prod(small), c), dtype=torch.uint8)
     return (
-        _images(x, n, c, *small),
+        _images(x, n, c, small),
         convolved,
         winner,
         x.new_empty((2, c + (1 if s.group else 0)), dtype=accumulator(x.dtype)),
@@ -413,7 +414,7 @@ stem_backward = torch.library.custom_op("memdense::stem_backward", _stem_backwar
 @stem_backward.register_fake
 def _(dout, x, weight, gamma, beta, convolved, winner, statistics, spec, need):
     packed = torch.contiguous_format
-    layouts = (torch.channels_last, packed, packed, packed)
+    layouts = (CHANNELS_LAST[x.dim()], packed, packed, packed)
     found = zip((x, weight, gamma, beta), layouts, need, strict=True)
     return [torch.empty_like(t, memory_format=layout) for t, layout, n in found if n]
 

@@ -10,6 +10,10 @@ from torch.nn import functional as F
 
 from .spec import Norm, Stage, StemSpec
 
+CONVOLVE = {4: F.conv2d, 5: F.conv3d}
+MEAN = {4: F.avg_pool2d, 5: F.avg_pool3d}
+MAXIMUM = {4: F.max_pool2d, 5: F.max_pool3d}
+
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
     return F.batch_norm(
@@ -18,22 +22,22 @@ def _norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def stage(x: Tensor, s: Stage, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(tail's output, features) of x (N, C, H, W). No running statistics move; dropout takes its
-    mask (M, L*k).
+    """(tail's output, features) of x (N, C, H, W), or volumes. No running statistics move; dropout
+    takes its mask (M, L*k).
     """
-    features = x
+    features, convolve = x, CONVOLVE[x.dim()]
     dropped = 0
     for layer in s.layers:
         new = F.relu(_norm(features, layer.norm1))
         if layer.norm2 is None:
             weight = layer.conv1
         else:
-            new = F.relu(_norm(F.conv2d(new, layer.conv1), layer.norm2))
+            new = F.relu(_norm(convolve(new, layer.conv1), layer.norm2))
             weight = layer.conv2
-        new = F.conv2d(new, weight, padding=layer.dilation, dilation=layer.dilation)
+        new = convolve(new, weight, padding=layer.dilation, dilation=layer.dilation)
         if mask is not None:
-            n, k, h, w = new.shape
-            keep = mask[:, dropped : dropped + k].view(n, h, w, k).permute(0, 3, 1, 2)
+            n, k, *size = new.shape
+            keep = mask[:, dropped : dropped + k].view(n, *size, k).movedim(-1, 1)
             new = new * keep * (1 / (1 - s.drop_rate) if s.drop_rate < 1 else 0.0)
             dropped += k
         features = torch.cat((features, new), 1)
@@ -49,15 +53,15 @@ def _tail(features: Tensor, s: Stage) -> Tensor:
     if s.tail.spec.kind == "norm":
         return z
     if s.tail.spec.kind == "pool":
-        return z.mean((2, 3))
-    z = F.conv2d(z, s.tail.conv)
-    return F.avg_pool2d(z, 2) if s.tail.spec.pool == 2 else z
+        return z.flatten(2).mean(2)
+    z = CONVOLVE[z.dim()](z, s.tail.conv)
+    return MEAN[z.dim()](z, 2) if s.tail.spec.pool == 2 else z
 
 
 def stem(x: Tensor, weight: Tensor, norm: Norm, spec: StemSpec) -> Tensor:
     """conv0, norm0, relu0 and pool0."""
-    z = F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
-    return F.max_pool2d(F.relu(_norm(z, norm)), 3, 2, 1)
+    z = CONVOLVE[x.dim()](x, weight, None, spec.stride, spec.padding, spec.dilation)
+    return MAXIMUM[x.dim()](F.relu(_norm(z, norm)), 3, 2, 1)
 
 
 def gradients(

@@ -13,9 +13,13 @@ from torch import Tensor
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """One number, or one per axis, as PyTorch's modules take them."""
+    """One number, or one per axis of an image, as PyTorch's modules take them."""
+    return per_axis(value, 2)
+
+
+def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     numbers = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),)
-    return numbers * 2 if len(numbers) == 1 else numbers
+    return numbers * axes if len(numbers) == 1 else numbers
 
 
 def output_length(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -37,11 +41,15 @@ def _text(norm: NormSpec | None) -> str:
     return "None" if norm is None else f"({norm.eps}, {norm.batch}, {norm.affine})"
 
 
+def _numbers(values: tuple[int, ...]) -> str:
+    return f"({''.join(f'{value}, ' for value in values)})"
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     norm1: NormSpec
     norm2: NormSpec | None  # None: a layer without bottleneck
-    dilation: tuple[int, int]
+    dilation: tuple[int, ...]  # one number per axis, as all of these
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,7 @@ class StageSpec:
 
     def encode(self) -> str:
         layers = "".join(
-            f"({_text(x.norm1)}, {_text(x.norm2)}, ({x.dilation[0]}, {x.dilation[1]})), "
-            for x in self.layers
+            f"({_text(x.norm1)}, {_text(x.norm2)}, {_numbers(x.dilation)}), " for x in self.layers
         )
         t = self.tail
         tail = t and f"('{t.kind}', {_text(t.norm)}, {t.relu}, {t.pool})"
@@ -99,15 +106,15 @@ class StemSpec:
     """A first convolution with BN-ReLU and a 3x3 max-pool of stride 2 behind it."""
 
     norm: NormSpec
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     recompute: bool
     group: str = ""
 
     def encode(self) -> str:
-        pairs = "".join(f"({h}, {w}), " for h, w in (self.stride, self.padding, self.dilation))
-        return f"({_text(self.norm)}, {pairs}{self.recompute}, '{self.group}')"
+        geometry = ", ".join(map(_numbers, (self.stride, self.padding, self.dilation)))
+        return f"({_text(self.norm)}, {geometry}, {self.recompute}, '{self.group}')"
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -133,7 +140,7 @@ class Layer(NamedTuple):
     conv1: Tensor
     norm2: Norm | None
     conv2: Tensor | None
-    dilation: tuple[int, int]
+    dilation: tuple[int, ...]
 
     @property
     def growth(self) -> int:

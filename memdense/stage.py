@@ -1,6 +1,7 @@
 """From modules to operations: how a stack's children run together, and running them."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
+from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import joint, ops
-from .buffers import reader_columns
+from .buffers import CHANNELS_LAST, reader_columns
 from .convolution import layout_of
 from .direct import autocast, autocast_dtype, foreign
 from .spec import Stage, StemSpec, output_length, reads_of
 from .structure import (
+    CONVOLUTIONS,
+    MAX_POOLS,
     NORMS,
     Moving,
     Snapshot,
@@ -86,13 +89,13 @@ def _stem_length(modules: list[nn.Module]) -> int:
     """How many of a stack's modules are its stem, or what stands in its place."""
     blocks = [i for i, module in enumerate(modules) if is_block(module)]
     before = modules[: blocks[0]] if blocks else modules
-    if len(before) < 3 or not isinstance(before[0], nn.Conv2d):
+    if len(before) < 3 or not isinstance(before[0], CONVOLUTIONS):
         return 0
     size = 4 if isinstance(before[2], nn.ReLU) else 3
     if (
         isinstance(before[1], NORMS)
         and len(before) >= size
-        and isinstance(before[size - 1], nn.MaxPool2d)
+        and isinstance(before[size - 1], MAX_POOLS)
     ):
         return size
     return len(before) if len(before) <= 4 and len(before) < len(modules) else 0
@@ -161,14 +164,16 @@ def fits(x: Tensor, found: StageModules) -> bool:
         ):
             return False
     weights = [conv for *_, conv in reads_of(stage) if conv is not None]
-    return not misfit(x, found.stage) and convolution_dtype_fits(x, weights)
+    return not misfit(x, found) and convolution_dtype_fits(x, weights)
 
 
 def rectified_mean(x: Tensor) -> Tensor:
     """(N, C, H, W) to (N, C), x rectified in place, as torchvision does it: who watches the norm
     sees the same.
     """
-    return torch.flatten(F.adaptive_avg_pool2d(F.relu(x, inplace=True), (1, 1)), 1)
+    volumes = isinstance(x, Tensor) and x.dim() == 5  # not what torch.fx writes down
+    pool = F.adaptive_avg_pool3d if volumes else F.adaptive_avg_pool2d
+    return torch.flatten(pool(F.relu(x, inplace=True), 1), 1)
 
 
 def run_modules(x: Tensor, modules: Sequence[nn.Module], step: Step) -> tuple[Tensor, Tensor]:
@@ -193,7 +198,7 @@ def run_stage(
     def update(statistics: Tensor) -> None:
         columns = list(reader_columns(stage, x.shape[1])[0].values())
         starts = [columns[i].start for i in found.moving.which]
-        rows = x.shape[0] * x.shape[2] * x.shape[3]
+        rows = x.shape[0] * prod(x.shape[2:])
         _update(found.moving, statistics, starts, rows, stage.group)
 
     out, features = ops.run_stage(
@@ -207,19 +212,20 @@ def _draw_mask(
     x: Tensor, stage: Stage, channels: bool, layout: torch.memory_format
 ) -> Tensor | None:
     """Dropout's mask, (M, L*k) bool, drawn layer by layer as ``F.dropout`` would draw it, or
-    ``F.dropout2d`` for whole ``channels``.
+    ``F.dropout2d`` (``3d``) for whole ``channels``.
     """
     if stage.drop_rate == 0:
         return None
-    n, _, h, w = x.shape
+    n, _, *size = x.shape
+    format_last = CHANNELS_LAST[x.dim()]
     masks = []
     for layer in stage.layers:
         weight = layer.conv1 if layer.conv2 is None else layer.conv2
-        last = not channels and torch.channels_last in (layout, layout_of(weight))
+        last = not channels and format_last in (layout, layout_of(weight))
         new = torch.empty(
-            (n, layer.growth, 1, 1) if channels else (n, layer.growth, h, w),
+            (n, layer.growth, *([1] * len(size) if channels else size)),
             dtype=x.dtype, device=x.device,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
+            memory_format=format_last if last else torch.contiguous_format,
         )  # fmt: skip
         if stage.drop_rate >= 1:  # nothing is drawn
             kept = torch.zeros_like(new, dtype=torch.bool)
@@ -227,8 +233,8 @@ def _draw_mask(
             kept = new.bernoulli_(1 - stage.drop_rate).bool()
         else:
             kept = torch.native_dropout(new, stage.drop_rate, True)[1]
-        kept = kept.expand(n, layer.growth, h, w)
-        masks.append(kept.permute(0, 2, 3, 1).reshape(n * h * w, layer.growth))
+        kept = kept.expand(n, layer.growth, *size)
+        masks.append(kept.movedim(1, -1).reshape(n * prod(size), layer.growth))
     return torch.cat(masks, 1)
 
 
@@ -247,13 +253,14 @@ def stem_or_modules(
     """The stem's output."""
     if found is not None:
         weight = found.weight
-        h, w = map(output_length, x.shape[2:], weight.shape[2:], *found.geometry)
-        rows = x.shape[0] * h * w
+        size = list(map(output_length, x.shape[2:], weight.shape[2:], *found.geometry))
+        rows = x.shape[0] * prod(size)
         if (
-            x.shape[1] == weight.shape[1]
+            x.dim() == weight.dim()
+            and x.shape[1] == weight.shape[1]
             and x.device == weight.device
             and convolution_dtype_fits(x, [weight])
-            and min(h, w) > 0
+            and min(size) > 0
             and not (rows == 1 and found.norm.spec.batch and not found.group)
         ):
             (x,) = autocast(x)

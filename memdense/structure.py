@@ -17,7 +17,7 @@ from torch.nn.modules import module as _module
 
 from . import joint
 from .direct import autocast_dtype
-from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec, flatten, pair, reads_of, spec_of
+from .spec import Layer, Norm, NormSpec, Stage, Tail, TailSpec, flatten, per_axis, reads_of, spec_of
 
 HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -25,7 +25,11 @@ HOOKS = {
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
 }
-NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
+NORMS = nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+CONVOLUTIONS = nn.Conv2d, nn.Conv3d
+MAX_POOLS = nn.MaxPool2d, nn.MaxPool3d
+_DROPOUTS = nn.Dropout, nn.Dropout2d, nn.Dropout3d
+_OF_VOLUMES = nn.Conv3d, nn.BatchNorm3d
 _LAYER = "norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout"
 _TRANSITION = "norm", "relu", "conv", "pool"
 
@@ -65,7 +69,8 @@ class NormModule(NamedTuple):
 
 
 # methods that some replace for all modules, as guided backpropagation does ReLU's
-_KINDS = nn.Conv2d, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Sequential
+POOLS = *MAX_POOLS, nn.AvgPool2d, nn.AvgPool3d
+_KINDS = *CONVOLUTIONS, *POOLS, *_DROPOUTS, nn.ReLU, nn.Sequential
 _METHODS = [
     (cls, name, getattr(cls, name))
     for cls in (*NORMS, *_KINDS)
@@ -127,6 +132,11 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return type(module).__dict__.get("computes_like", type(module))
 
 
+def axes_of(module: nn.Module) -> int:
+    """Of the images that a convolution or a norm takes: 3 for volumes; 0 where it takes both."""
+    return 0 if type(module) is nn.SyncBatchNorm else 3 if isinstance(module, _OF_VOLUMES) else 2
+
+
 def article(word: str) -> str:
     return f"{'an' if word[0] in 'AEIOaeio' else 'a'} {word}"
 
@@ -157,7 +167,7 @@ def check_children(
 
 def read_norm(module: nn.Module, name: str) -> NormModule:
     fused = has_fused_relu(module)
-    check(module, name, (type(module),) if fused else NORMS, "a BatchNorm2d")
+    check(module, name, (type(module),) if fused else NORMS, "a BatchNorm2d or BatchNorm3d")
     if fused:
         check(module.act, f"{name}.act", (nn.ReLU,), "a ReLU")
     # a module's own attribute access takes longer than all else here; DataParallel's replicas have
@@ -222,18 +232,22 @@ def read_relu(parent: nn.Module, relu: str, norm: nn.Module, name: str) -> None:
     check(module, f"{name}.{relu}", (nn.ReLU,), "a ReLU")
 
 
-def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d:
-    check(module, name, (nn.Conv2d,), "a Conv2d")
-    same = tuple(d * (size // 2) for d in pair(module.dilation))
+def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d | nn.Conv3d:
+    check(module, name, CONVOLUTIONS, "a Conv2d or Conv3d")
+    axes = axes_of(module)
+    same = tuple(d * (size // 2) for d in per_axis(module.dilation, axes))
     padding = module.padding
     if isinstance(padding, str):
-        padding = same if padding == "same" else (0, 0)
-    keeps = pair(padding) == same
-    plain = module.groups == 1 and module.bias is None and pair(module.stride) == (1, 1)
+        padding = same if padding == "same" else 0
+    keeps = per_axis(padding, axes) == same
+    plain = module.groups == 1 and module.bias is None
     # of the weight, as F.conv2d has it, which need not be the module's kernel_size
-    if not (plain and keeps) or module.weight.shape[2:] != (size, size):
+    kernel = (size,) * axes
+    steps = per_axis(module.stride, axes) == (1,) * axes
+    if not (plain and keeps and steps) or module.weight.shape[2:] != kernel:
         raise Unsupported(
-            f"{name} is not a {size}x{size} convolution of stride 1, biasless, size-keeping"
+            f"{name} is not a {'x'.join(map(str, kernel))} convolution of stride 1, biasless, "
+            "size-keeping"
         )
     if module.padding_mode != "zeros":
         raise Unsupported(f"{name} has the padding_mode {module.padding_mode}")
@@ -241,10 +255,15 @@ def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d:
 
 
 def check_fits(norm: NormModule, name: str, channels: int, values: Tensor) -> None:
-    """Raise :class:`Unsupported` unless a norm has so many channels, in a dtype that may stand
-    beside ``values``. Running modules tell better what is wrong.
+    """Raise :class:`Unsupported` unless a norm has so many channels, for images of as many axes
+    and in a dtype that may stand beside ``values``. Running modules tell better what is wrong.
     """
     module = norm.module
+    if axes_of(module) not in (0, values.dim() - 2):
+        raise Unsupported(
+            f"{name} is {article(type(module).__name__)}, beside convolutions of "
+            f"{values.dim() - 2} axes"
+        )
     for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
         if tensor is None:
             continue
@@ -274,14 +293,18 @@ def _read_dropout(layer: nn.Module, module: nn.Module | None, name: str) -> Drop
         raise Unsupported(f"{name} has a drop_rate that is no probability, {rate}")
     if module is None:
         return Dropout(rate, False)
-    check(module, f"{name}.dropout", (nn.Dropout, nn.Dropout2d), "a Dropout or Dropout2d")
+    check(module, f"{name}.dropout", _DROPOUTS, "a Dropout, Dropout2d or Dropout3d")
     if not module.training or module.p == 0:
         return Dropout(rate, False)
     if not 0 <= module.p <= 1:
         raise Unsupported(f"{name}.dropout has a p that is no probability, {module.p}")
     if rate:
         raise Unsupported(f"{name} has dropout twice")
-    return Dropout(float(module.p), type(module) is nn.Dropout2d)
+    return Dropout(float(module.p), type(module) is not nn.Dropout)
+
+
+def _dilation(conv: nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    return per_axis(conv.dilation, axes_of(conv))
 
 
 class LayerModules(NamedTuple):
@@ -307,7 +330,7 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
         conv1 = read_conv(children["conv1"], f"{name}.conv1", 3)
         check_fits(norm1, f"{name}.norm1", conv1.weight.shape[1], conv1.weight)
         return LayerModules(
-            Layer(norm1.norm, conv1.weight, None, None, pair(conv1.dilation)), [norm1], dropout
+            Layer(norm1.norm, conv1.weight, None, None, _dilation(conv1)), [norm1], dropout
         )
     conv1 = read_conv(children["conv1"], f"{name}.conv1", 1)
     norm2 = read_norm(children["norm2"], f"{name}.norm2")
@@ -320,14 +343,14 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
             f"{name}.conv2 is for {conv2.weight.shape[1]} channels, conv1 makes "
             f"{conv1.weight.shape[0]}"
         )
-    layer = Layer(norm1.norm, conv1.weight, norm2.norm, conv2.weight, pair(conv2.dilation))
+    layer = Layer(norm1.norm, conv1.weight, norm2.norm, conv2.weight, _dilation(conv2))
     return LayerModules(layer, [norm1, norm2], dropout)
 
 
 class StageModules(NamedTuple):
     """A stage, and what running it takes: its :func:`flatten`ed tensors, its encoded spec, and the
-    buffers it moves, whose norms are numbered in the order of its readers. ``drop_channels``:
-    dropout is of whole channels.
+    buffers it moves, whose norms are numbered in the order of its readers. ``axes``: of its images,
+    3 for volumes, 0 for both. ``drop_channels``: dropout is of whole channels.
     """
 
     stage: Stage
@@ -335,14 +358,19 @@ class StageModules(NamedTuple):
     running: list[Tensor]
     spec: str
     moving: Moving
+    axes: int
     drop_channels: bool
 
 
 def _stage_modules(
-    stage: Stage, norms: Sequence[NormModule], drop_channels: bool = False
+    stage: Stage, norms: Sequence[NormModule], name: str, drop_channels: bool = False
 ) -> StageModules:
     spec = spec_of(stage).encode()
-    return StageModules(stage, *flatten(stage), spec, moving(norms), drop_channels)
+    axes = {conv.dim() - 2 for *_, conv in reads_of(stage) if conv is not None}
+    if len(axes) > 1:
+        raise Unsupported(f"{name} has convolutions of images and of volumes")
+    one = axes.pop() if axes else axes_of(norms[0].module)
+    return StageModules(stage, *flatten(stage), spec, moving(norms), one, drop_channels)
 
 
 def read_stage(
@@ -381,7 +409,7 @@ def read_stage(
         first = layers[0].conv1
         check_fits(norm, tail_name, first.shape[1] + sum(x.growth for x in layers), first)
     stage = Stage(layers, end, dropout.rate, keep_bottlenecks, _common_group(norms))
-    return _stage_modules(stage, norms, dropout.channels)
+    return _stage_modules(stage, norms, name, dropout.channels)
 
 
 def _read_tail(
@@ -402,13 +430,12 @@ def _read_tail(
         check(pool, f"{name}.pool", (nn.Identity,), "an Identity")
         pool = None
     if pool is not None:
-        check(pool, f"{name}.pool", (nn.AvgPool2d,), "an AvgPool2d")
-        if (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) != (
-            (2, 2),
-            (2, 2),
-            (0, 0),
-        ):
-            raise Unsupported(f"{name}.pool is not a 2x2 average of stride 2")
+        axes = axes_of(conv)
+        kind = nn.AvgPool3d if axes == 3 else nn.AvgPool2d
+        check(pool, f"{name}.pool", (kind,), f"an {kind.__name__}")
+        shape = pool.kernel_size, pool.stride, pool.padding
+        if [per_axis(numbers, axes) for numbers in shape] != [(n,) * axes for n in (2, 2, 0)]:
+            raise Unsupported(f"{name}.pool is not a {'x'.join('2' * axes)} average of stride 2")
         if pool.ceil_mode or pool.divisor_override:
             raise Unsupported(f"{name}.pool has ceil_mode or divisor_override")
     check(module, name, types, "a transition that was looked at when the model was converted")
@@ -420,12 +447,12 @@ def read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) -
     """What follows a dense block, alone: a stage without layers. Raises as :func:`read_stage`."""
     check_global_hooks()
     tail, norm = _read_tail(module, name, kind, types)
-    return _stage_modules(Stage([], tail, 0.0, False, norm.group), [norm])
+    return _stage_modules(Stage([], tail, 0.0, False, norm.group), [norm], name)
 
 
 class StemModules(NamedTuple):
     weight: Tensor
-    geometry: tuple[tuple[int, int], ...]  # stride, padding and dilation
+    geometry: tuple[tuple[int, ...], ...]  # stride, padding and dilation
     norm: Norm
     moving: Moving
     group: str
@@ -440,23 +467,28 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
     check_global_hooks()
     names = list(modules)
     conv, norm = modules[names[0]], read_norm(modules[names[1]], names[1])
-    check(conv, names[0], (nn.Conv2d,), "a Conv2d")
+    check(conv, names[0], CONVOLUTIONS, "a Conv2d or Conv3d")
+    axes = axes_of(conv)
     if conv.groups != 1 or conv.bias is not None or isinstance(conv.padding, str):
         raise Unsupported(f"{names[0]} has groups, a bias or padding by name")
     if conv.padding_mode != "zeros":
         raise Unsupported(f"{names[0]} has the padding_mode {conv.padding_mode}")
     pool = modules[names[-1]]
-    check(pool, names[-1], (nn.MaxPool2d,), "a MaxPool2d")
+    kind = nn.MaxPool3d if axes == 3 else nn.MaxPool2d
+    check(pool, names[-1], (kind,), f"a {kind.__name__}")
     between = names[2:-1]
     if len(between) != (0 if has_fused_relu(norm.module) else 1):
         raise Unsupported(f"{names[1]} has {'one more' if between else 'no'} ReLU behind it")
     for name in between:
         check(modules[name], name, (nn.ReLU,), "a ReLU")
-    shape = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding), pair(pool.dilation))
-    if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or pool.ceil_mode or pool.return_indices:
-        raise Unsupported(f"{names[-1]} is not a 3x3 maximum of stride 2 and padding 1")
+    shape = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    fits = [per_axis(numbers, axes) for numbers in shape] == [(n,) * axes for n in (3, 2, 1, 1)]
+    if not fits or pool.ceil_mode or pool.return_indices:
+        raise Unsupported(
+            f"{names[-1]} is not a {'x'.join('3' * axes)} maximum of stride 2 and padding 1"
+        )
     check_fits(norm, names[1], len(conv.weight), conv.weight)
-    geometry = pair(conv.stride), pair(conv.padding), pair(conv.dilation)
+    geometry = tuple(per_axis(n, axes) for n in (conv.stride, conv.padding, conv.dilation))
     return StemModules(conv.weight, geometry, norm.norm, moving([norm]), norm.group)
 
 
@@ -545,11 +577,11 @@ class Snapshot:
         )
 
 
-def misfit(x: Tensor, stage: Stage) -> bool:
+def misfit(x: Tensor, found: StageModules) -> bool:
     """Whether x is not what the modules would take: they say best what is wrong with it."""
-    if not x.numel():
+    if not x.numel() or found.axes not in (0, x.dim() - 2):
         return True
-    channels = x.shape[1]
+    stage, channels = found.stage, x.shape[1]
     for layer in stage.layers:
         if layer.conv1.shape[1] != channels or layer.conv1.device != x.device:
             return True
@@ -562,7 +594,7 @@ def misfit(x: Tensor, stage: Stage) -> bool:
     pools = tail is not None and tail.spec.kind == "transition" and tail.spec.pool == 2
     if pools and min(x.shape[2:]) < 2:
         return True
-    if x.shape[0] * x.shape[2] * x.shape[3] > 1 or stage.group:
+    if x.numel() > x.shape[1] or stage.group:
         return False
     return any(norm.spec.batch for _, _, norm, _ in reads_of(stage))
 

@@ -7,9 +7,18 @@ from exactness import into_of, reader_of
 from torch import Tensor
 
 from memdense.backends import Reference
-from memdense.buffers import Geometry, Into, NormGradient, Reader, Share, Sums, accumulator
+from memdense.buffers import (
+    CHANNELS_LAST,
+    Geometry,
+    Into,
+    NormGradient,
+    Reader,
+    Share,
+    Sums,
+    accumulator,
+)
 
-# (N, H, W), C, B: no multiples of a vector, of a tile, of a panel; and such
+# (N, H, W) or (N, D, H, W), C, B: no multiples of a vector, of a tile, of a panel; and such
 SHAPES = [
     ((1, 1, 1), 1, 1),
     ((1, 1, 1), 7, 12),
@@ -20,6 +29,9 @@ SHAPES = [
     ((1, 21, 20), 256, 128),
     ((2, 6, 8), 1000, 7),
     ((2, 10, 10), 200, 300),
+    ((1, 1, 1, 1), 3, 5),
+    ((2, 5, 7, 6), 12, 7),
+    ((3, 2, 4, 5), 96, 48),
 ]
 
 
@@ -37,7 +49,7 @@ class Inputs:
     """
 
     def __init__(
-        self, size: tuple[int, int, int], c: int, b: int, dtype: torch.dtype = torch.float64
+        self, size: tuple[int, ...], c: int, b: int, dtype: torch.dtype = torch.float64
     ) -> None:
         def draw(*shape: int) -> Tensor:
             return rounded(torch.randn(shape))
@@ -47,8 +59,7 @@ class Inputs:
 
         self.geometry = Geometry(*size)
         m = self.geometry.rows
-        small = Geometry(size[0], size[1] // 2, size[2] // 2).rows
-        pooled = Geometry(size[0], (size[1] + 1) // 2, (size[2] + 1) // 2).rows
+        small, pooled = self.geometry.halves.rows, self.geometry.windows.rows
         scale, shift = torch.randn(c), 0.3 * torch.randn(c)
         scale[torch.randn(c) > 1.5] = 0
         shift[scale == 0] = 0.5
@@ -155,7 +166,7 @@ class Inputs:
         for name, seeded in (("mean back", True), ("mean back first", False)):
             into_g(name, back, per_image, x, read, geometry, ..., seeded=seeded)
         backend.statistics(x, moments("statistics", x.shape[1]))
-        for layout in (torch.contiguous_format, torch.channels_last):
+        for layout in (torch.contiguous_format, CHANNELS_LAST[len(geometry) + 1]):
             images = geometry.images(x).contiguous(memory_format=layout)
             out = wrap(torch.zeros(x.shape, dtype=dtype))
             backend.pack(images, out, geometry, moments(f"pack {layout}", x.shape[1]))

@@ -391,18 +391,18 @@ def replaced(
             "denseblock1.denselayer1.relu1 is an ELU, not a ReLU",
         ),
         (
-            lambda: peers.monai(3),
-            "denseblock1.denselayer1.layers.norm1 is a BatchNorm3d, not a BatchNorm2d",
+            lambda: peers.monai(1),
+            "denseblock1.denselayer1.layers.norm1 is a BatchNorm1d, not a BatchNorm2d",
         ),
         (
             lambda: replaced(
                 nn.Dropout2d, lambda _: nn.AlphaDropout(), peers.PEERS["monai, dropout"]
             ),
-            "denseblock1.denselayer1.layers.dropout is an AlphaDropout, not a Dropout or Dropout2d",
+            "denseblock1.denselayer1.layers.dropout is an AlphaDropout, not a Dropout, Dropout2d",
         ),
         (lambda: peers.monai(act="prelu"), "relu1 is a PReLU, not a ReLU"),
     ],
-    ids=["GroupNorm", "ELU", "3-D", "AlphaDropout", "PReLU"],
+    ids=["GroupNorm", "ELU", "1-D", "AlphaDropout", "PReLU"],
 )
 def test_other_architectures_are_left_alone(build, reason):
     model = build()

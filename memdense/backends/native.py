@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (loads the operations)
 from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums
+from . import volumes
 from .reference import Reference
 
 _ops = torch.ops.memdense
@@ -48,15 +49,19 @@ class Native(Reference):
         x: Tensor,
         read: Reader,
         weight: Tensor,
-        dilation: tuple[int, int],
+        dilation: tuple[int, ...],
         geometry: Geometry,
         out: Tensor,
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
         mask = keep is None or keep[0].stride(1) == 1
-        if not mask or not _convolves(x, read, weight, out):
+        if not (mask and _convolves(x, read, weight, out)):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
+        if not geometry.of_images:
+            return volumes.bn_relu_conv3x3(
+                self, x, read, weight, dilation, geometry, out, keep, moments
+            )
         _ops.bn_relu_conv3x3(
             x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation, *geometry,
             *(keep or (None, 1.0)), out, moments,
@@ -104,7 +109,7 @@ class Native(Reference):
         self,
         dy: Tensor,
         weight: Tensor,
-        dilation: tuple[int, int],
+        dilation: tuple[int, ...],
         x: Tensor,
         read: Reader,
         geometry: Geometry,
@@ -114,6 +119,10 @@ class Native(Reference):
         if not _convolves(x, read, weight, dy, into and into.g):
             return super().bn_relu_conv3x3_backward(
                 dy, weight, dilation, x, read, geometry, into, need_weight
+            )
+        if not geometry.of_images:
+            return volumes.bn_relu_conv3x3_backward(
+                self, dy, weight, dilation, x, read, geometry, into, need_weight
             )
         dz = None if into else torch.empty_like(x, memory_format=torch.contiguous_format)
         target = into.start() if into else dz
@@ -134,6 +143,8 @@ class Native(Reference):
     ) -> Tensor:
         if not _reads(x, read, weight):
             return super().bn_relu_pool_conv1x1(x, read, weight, geometry)
+        if not geometry.of_images:
+            return volumes.bn_relu_pool_conv1x1(self, x, read, weight, geometry)
         return _ops.bn_relu_pool_conv1x1(x, *read.tensors, weight, *geometry)
 
     def bn_relu_pool_conv1x1_backward(
@@ -149,6 +160,10 @@ class Native(Reference):
         if not _reads(x, read, dout, weight, into.g):
             return super().bn_relu_pool_conv1x1_backward(
                 dout, weight, x, read, geometry, into, need_weight
+            )
+        if not geometry.of_images:
+            return volumes.bn_relu_pool_conv1x1_backward(
+                self, dout, weight, x, read, geometry, into, need_weight
             )
         dbeta, dgamma, dweight = _ops.bn_relu_pool_conv1x1_backward(
             dout, weight, x, *read.tensors, into.g, into.seeded, into.sums, *geometry, need_weight
@@ -188,6 +203,8 @@ class Native(Reference):
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
         if not _reads(x, read):
             return super().bn_relu_maxpool(x, read, geometry)
+        if not geometry.of_images:
+            return volumes.bn_relu_maxpool(self, x, read, geometry)
         return _ops.bn_relu_maxpool(x, *read.tensors, *geometry)
 
     def bn_relu_maxpool_backward(
@@ -195,6 +212,8 @@ class Native(Reference):
     ) -> tuple[Tensor, Sums]:
         if not _reads(x, read, dout):
             return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+        if not geometry.of_images:
+            return volumes.bn_relu_maxpool_backward(self, dout, winner, x, read, geometry)
         dz, *sums = _ops.bn_relu_maxpool_backward(dout, winner, x, *read.tensors, *geometry)
         return dz, Sums(*sums)
 
@@ -235,8 +254,10 @@ def _convolves(x: Tensor, read: Reader, weight: Tensor, *others: Tensor | None) 
 
 
 def _rows(images: Tensor) -> Tensor | None:
-    """Images (N, C, H, W) as a matrix (N*H*W, C) on the same memory; None if it is none."""
+    """Images (N, C, H, W), or volumes, as a matrix (M, C) on the same memory; None if it is
+    none.
+    """
     try:
-        return images.permute(0, 2, 3, 1).view(-1, images.shape[1])
+        return images.movedim(1, -1).view(-1, images.shape[1])
     except RuntimeError:
         return None

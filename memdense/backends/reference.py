@@ -6,8 +6,9 @@ accumulator's dtype. Work goes in bands that fit a fixed scratch, so that nothin
 with the batch or the resolution.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Scratch:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
-        size = math.prod(shape) * dtype.itemsize
+        size = prod(shape) * dtype.itemsize
         block = self.blocks.get(name)
         if block is None or block.numel() < size:
             block = self.blocks[name] = torch.empty(size, dtype=torch.uint8, device=device)
@@ -190,15 +191,18 @@ class Reference:
     def image_bands(
         self, x: Tensor, geometry: Geometry, unit: int = 1
     ) -> Iterator[tuple[slice, slice]]:
-        """(images, lines) that cover N x H; several images with all their lines, or one with a
-        multiple of unit.
+        """(images, lines) that cover them all; several images with all their lines, or one with a
+        multiple of unit. Of a volume they are planes.
         """
-        lines = max(1, self._band_values(x) // (x.shape[-1] * geometry.w))
-        images = max(1, lines // geometry.h)
-        lines = geometry.h if lines >= geometry.h else max(unit, lines // unit * unit)
+        lines = max(1, self._band_values(x) // (x.shape[-1] * geometry.line))
+        images = max(1, lines // geometry.lines)
+        lines = geometry.lines if lines >= geometry.lines else max(unit, lines // unit * unit)
         for n in range(0, geometry.n, images):
-            for h in range(0, geometry.h, lines):
-                yield slice(n, min(n + images, geometry.n)), slice(h, min(h + lines, geometry.h))
+            for h in range(0, geometry.lines, lines):
+                yield (
+                    slice(n, min(n + images, geometry.n)),
+                    slice(h, min(h + lines, geometry.lines)),
+                )
 
     # ---- reading and answering, the two halves that every primitive shares
 
@@ -258,8 +262,8 @@ class Reference:
         return [w.to(dtype) for w in weights]
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
-        """Copy images x (N, C, H, W) into out (M, C)."""
-        source, target = x.permute(0, 2, 3, 1), geometry.pixels(out)
+        """Copy images x (N, C, H, W), or volumes, into out (M, C)."""
+        source, target = x.movedim(1, -1), geometry.pixels(out)
         sums = MomentSums(self.scratch)
         for n, h in self.image_bands(out, geometry):
             target[n, h].copy_(source[n, h])
@@ -294,23 +298,23 @@ class Reference:
         x: Tensor,
         read: Reader,
         weight: Tensor,
-        dilation: tuple[int, int],
+        dilation: tuple[int, ...],
         geometry: Geometry,
         out: Tensor,
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
         """out = conv3x3(relu(s*x + t), W) for x (M, C), W (k, C, 3, 3), out (M, k), zero-padded
-        after the relu.
+        after the relu. In volumes W is (k, C, 3, 3, 3).
 
         ``keep`` is dropout's (mask (M, k), factor): out *= mask * factor.
         """
         source, target = geometry.pixels(x), geometry.pixels(out)
         sums = MomentSums(self.scratch)
         for n, h, halo, inner in self._halo_bands(x, geometry, dilation):
-            z = self._read(source[n, halo], read).permute(0, 3, 1, 2)
-            new = aten.convolution(z, weight, None, (1, 1), dilation, dilation, False, (0, 0), 1)
-            new = new.permute(0, 2, 3, 1)[:, inner]
+            z = self._read(source[n, halo], read).movedim(-1, 1)
+            new = aten.convolution(z, weight, None, *_conv3x3_arguments(dilation))
+            new = new.movedim(1, -1)[:, inner]
             if keep is not None:
                 new = new * geometry.pixels(keep[0])[n, h] * keep[1]
             target[n, h].copy_(new)
@@ -320,12 +324,12 @@ class Reference:
             sums.merge(moments)
 
     def _halo_bands(
-        self, x: Tensor, geometry: Geometry, dilation: tuple[int, int]
+        self, x: Tensor, geometry: Geometry, dilation: tuple[int, ...]
     ) -> Iterator[tuple[slice, slice, slice, slice]]:
         """(images, lines, lines with the halo a 3x3 needs, where the former lie in the latter)."""
         reach = dilation[0]
         for n, h in self.image_bands(x, geometry):
-            halo = slice(max(0, h.start - reach), min(geometry.h, h.stop + reach))
+            halo = slice(max(0, h.start - reach), min(geometry.lines, h.stop + reach))
             yield n, h, halo, slice(h.start - halo.start, h.stop - halo.start)
 
     # ---- answering
@@ -388,7 +392,7 @@ class Reference:
         self,
         dy: Tensor,
         weight: Tensor,
-        dilation: tuple[int, int],
+        dilation: tuple[int, ...],
         x: Tensor,
         read: Reader,
         geometry: Geometry,
@@ -411,7 +415,7 @@ class Reference:
             if need_weight:
                 self._add_conv3x3_weight(dweight, d, z, inner, dilation)
             da = _conv3x3_backward(d, z, weight, dilation, (True, False, False))[0]
-            da = da.permute(0, 2, 3, 1)[:, inner]
+            da = da.movedim(1, -1)[:, inner]
             lines = source[n, h]
             da = self._answer(da, z[:, inner], lines, read, sums)
             if g is None:
@@ -422,7 +426,7 @@ class Reference:
 
     @staticmethod
     def _add_conv3x3_weight(
-        total: Tensor, d: Tensor, z: Tensor, inner: slice, dilation: tuple[int, int]
+        total: Tensor, d: Tensor, z: Tensor, inner: slice, dilation: tuple[int, ...]
     ) -> None:
         """total += the weight gradient of the lines ``inner`` of d, for d and z (n, h, w, C), in
         total's dtype.
@@ -441,9 +445,10 @@ class Reference:
         self, x: Tensor, read: Reader, weight: Tensor, geometry: Geometry
     ) -> Tensor:
         """avg_pool2x2(relu(s*x + t)) @ W^T for x (M, C), W (B, C): (N * H//2 * W//2, B). Pooled
-        first: a quarter of the arithmetic, and the same numbers, since the two commute.
+        first: a quarter of the arithmetic (an eighth in volumes), and the same numbers, since the
+        two commute.
         """
-        small = geometry.quads
+        small = geometry.halves
         out = x.new_empty((small.rows, weight.shape[0]))
         source, target = geometry.pixels(x), small.pixels(out)
         for n, h in self.image_bands(x, geometry, unit=2):
@@ -458,11 +463,11 @@ class Reference:
         """2x2 means of z (n, h, w, C), as rows; a last odd line or column is left out."""
         if z.shape[1] < 2:
             return z.new_empty((0, z.shape[-1]))
-        return (
-            aten.avg_pool2d(z.permute(0, 3, 1, 2), 2, 2)
-            .permute(0, 2, 3, 1)
-            .reshape(-1, z.shape[-1])
-        )
+        if z.dim() == 4:
+            means = aten.avg_pool2d(z.movedim(-1, 1), 2, 2).movedim(1, -1)
+        else:
+            means = _octets(z).mean((2, 4, 6))
+        return means.reshape(-1, z.shape[-1])
 
     def bn_relu_pool_conv1x1_backward(
         self,
@@ -475,7 +480,7 @@ class Reference:
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
         """Of :meth:`bn_relu_pool_conv1x1`, into G; returns the reader's sums and dW."""
-        small = geometry.quads
+        small = geometry.halves
         dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
         g, sums = into.start(), GradientSums(read, into)
         source, gradient, target = geometry.pixels(x), small.pixels(dout), geometry.pixels(g)
@@ -487,17 +492,14 @@ class Reference:
             rows = d.reshape(-1, d.shape[-1])
             if need_weight:
                 self._add_product(dweight, rows.t(), self._pool(z))
-            dpooled = torch.mm(rows, weight).view(*d.shape[:3], -1)
-            da = aten.avg_pool2d_backward(
-                dpooled.permute(0, 3, 1, 2),
-                z.permute(0, 3, 1, 2),
-                (2, 2),
-                (2, 2),
-                (0, 0),
-                False,
-                True,
-                None,
-            ).permute(0, 2, 3, 1)
+            dpooled = torch.mm(rows, weight).view(*d.shape[:-1], -1)
+            if z.dim() == 4:
+                da = aten.avg_pool2d_backward(
+                    dpooled.movedim(-1, 1), z.movedim(-1, 1), 2, 2, 0, False, True, None
+                ).movedim(1, -1)
+            else:
+                da = torch.zeros_like(z)
+                _octets(da).copy_((dpooled / 8)[:, :, None, :, None, :, None])
             self._answer(da, z, source[n, h], read, sums)
             self._add_into(target[n, h], da, source[n, h], read, sums)
         return sums.credited(), dweight
@@ -526,8 +528,9 @@ class Reference:
         source = geometry.pixels(x)
         total = x.new_zeros((geometry.n, x.shape[1]), dtype=read.scale.dtype)
         for n, h in self.image_bands(x, geometry):
-            total[n] += self._read(source[n, h], read).sum((1, 2), dtype=total.dtype)
-        return (total / (geometry.h * geometry.w)).to(x.dtype)
+            z = self._read(source[n, h], read)
+            total[n] += z.flatten(1, -2).sum(1, dtype=total.dtype)
+        return (total / geometry.pixels_each).to(x.dtype)
 
     def bn_relu_mean_backward(
         self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
@@ -535,7 +538,8 @@ class Reference:
         """Of :meth:`bn_relu_mean`, into G."""
         g, sums = into.start(), GradientSums(read, into)
         source, target = geometry.pixels(x), geometry.pixels(g)
-        share = (dout.to(read.scale.dtype) / (geometry.h * geometry.w)).to(x.dtype)[:, None, None]
+        share = (dout.to(read.scale.dtype) / geometry.pixels_each).to(x.dtype)
+        share = share.unflatten(0, (-1, *[1] * (len(geometry) - 1)))
         for n, h in self.image_bands(x, geometry):
             lines = source[n, h]
             da = self.scratch.take("da", lines.shape, x.dtype, x.device).copy_(
@@ -549,24 +553,32 @@ class Reference:
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """max_pool3x3(relu(s*x + t)), stride 2, padding 1, for x (M, C): values (M', C) and uint8
-        indices (M', C) of the winner in its window, 0 to 8 in reading order.
+        indices (M', C) of the winner in its window, 0 to 8 (26 in volumes) in reading order.
         """
         small = geometry.windows
         out = x.new_empty((small.rows, x.shape[1]))
         winner = x.new_empty((small.rows, x.shape[1]), dtype=torch.uint8)
         source, values, winners = geometry.pixels(x), small.pixels(out), small.pixels(winner)
-        corner_x = 2 * torch.arange(small.w, device=x.device)[:, None] - 1
+        axes = len(geometry) - 1
+        pool = aten.max_pool2d_with_indices if axes == 2 else aten.max_pool3d_with_indices
         for n, h in self.image_bands(x, geometry, unit=2):
             # two lines more above, so that the band's own padding touches only the output line we
             # drop
             above = min(2, h.start)
-            z = self._read(source[n, h.start - above : h.stop], read).permute(0, 3, 1, 2)
-            top, index = aten.max_pool2d_with_indices(z, (3, 3), (2, 2), (1, 1))
-            top, index = (t.permute(0, 2, 3, 1)[:, above // 2 :] for t in (top, index))
+            z = self._read(source[n, h.start - above : h.stop], read).movedim(-1, 1)
+            top, index = pool(z, 3, 2, 1)
+            top, index = (t.movedim(1, -1)[:, above // 2 :] for t in (top, index))
             lines = slice(h.start // 2, h.start // 2 + top.shape[1])
-            corner_y = 2 * torch.arange(top.shape[1], device=x.device)[:, None, None] - 1 + above
             values[n, lines] = top
-            winners[n, lines] = 3 * (index // geometry.w - corner_y) + index % geometry.w - corner_x
+            place = torch.zeros_like(index)
+            for axis in range(1, axes + 1):
+                corner = 2 * torch.arange(top.shape[axis], device=x.device) - 1
+                if axis == 1:
+                    corner += above
+                at = index // prod(geometry[axis + 1 :])
+                place.mul_(3).add_(at.remainder_(geometry[axis]))
+                place -= corner.view(-1, *[1] * (axes + 1 - axis))
+            winners[n, lines] = place
         return out, winner
 
     def bn_relu_maxpool_backward(
@@ -579,12 +591,15 @@ class Reference:
         gradient, winners = small.pixels(dout), small.pixels(winner)
         for n, h in self.image_bands(winner, small):
             d, w = gradient[n, h], winners[n, h]
-            for offset in range(9):
-                dy, dx = offset // 3 - 1, offset % 3 - 1
-                ys, dst_y = _strided(h.start, h.stop, dy, geometry.h)
-                xs, dst_x = _strided(0, small.w, dx, geometry.w)
-                mine = w[:, ys, xs] == offset
-                target[n, dst_y, dst_x] += d[:, ys, xs] * mine
+            spans = (h.start, h.stop), *((0, size) for size in small[2:])
+            for offset, shifts in enumerate(product((-1, 0, 1), repeat=len(spans))):
+                reached = [
+                    strided(*span, shift, size)
+                    for span, shift, size in zip(spans, shifts, geometry[1:], strict=True)
+                ]
+                from_, to = zip(*reached, strict=True)
+                mine = w[(slice(None), *from_)] == offset
+                target[(n, *to)] += d[(slice(None), *from_)] * mine
         sums = GradientSums(read, None)
         for rows in self.row_bands(x):
             self._answer(dz[rows], self._read(x[rows], read), x[rows], read, sums)
@@ -597,7 +612,7 @@ class Reference:
         return dz
 
 
-def _strided(start: int, stop: int, shift: int, size: int) -> tuple[slice, slice]:
+def strided(start: int, stop: int, shift: int, size: int) -> tuple[slice, slice]:
     """Which of the windows start..stop (relative to start) reach line 2*i + shift within 0..size,
     and those lines.
     """
@@ -608,11 +623,25 @@ def _strided(start: int, stop: int, shift: int, size: int) -> tuple[slice, slice
     )
 
 
+def _octets(z: Tensor) -> Tensor:
+    """(n, d, h, w, C) seen as (n, d // 2, 2, h // 2, 2, w // 2, 2, C): aten.avg_pool3d takes no 16
+    bits on a CPU.
+    """
+    for axis in (3, 2, 1):
+        half = z.shape[axis] // 2
+        z = z.narrow(axis, 0, 2 * half).unflatten(axis, (half, 2))
+    return z
+
+
+def _conv3x3_arguments(dilation: tuple[int, ...]) -> tuple:
+    """What aten.convolution takes behind its tensors: stride 1, and the size is kept."""
+    axes = len(dilation)
+    return (1,) * axes, dilation, dilation, False, (0,) * axes, 1
+
+
 def _conv3x3_backward(
-    d: Tensor, z: Tensor, weight: Tensor, dilation: tuple[int, int], which: tuple[bool, bool, bool]
+    d: Tensor, z: Tensor, weight: Tensor, dilation: tuple[int, ...], which: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(input, weight, bias) gradients of a 3x3 convolution of z (n, h, w, C) that d answers."""
-    d, z = d.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2)
-    return aten.convolution_backward(
-        d, z, weight, None, (1, 1), dilation, dilation, False, (0, 0), 1, which
-    )
+    d, z = d.movedim(-1, 1), z.movedim(-1, 1)
+    return aten.convolution_backward(d, z, weight, None, *_conv3x3_arguments(dilation), which)

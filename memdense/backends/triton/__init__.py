@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import _extension
 from ...buffers import Geometry, Into, NormGradient, Reader, Share, Sums
+from .. import volumes
 from ..reference import Reference
 from . import cast, conv1x1, conv3x3, pools, replay, running, settle, statistics
 
@@ -78,12 +79,17 @@ class Triton(Reference):
             return super().cast(weights, dtype, backward)
         # where C++ reads them, k innermost is what it can copy in pieces of 16 bytes
         turned = backward and any(w.dim() == 4 and _cuda(w) is not None for w in weights)
-        return cast.cast(weights, dtype, turned)
+        # a 3x3x3's as one of 9x3
+        found = cast.cast([w.flatten(2, -2) if w.dim() > 4 else w for w in weights], dtype, turned)
+        return [
+            c.unflatten(2, w.shape[2:-1]) if w.dim() > 4 else c
+            for c, w in zip(found, weights, strict=True)
+        ]
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
         if not _fits(out) or x.dtype != out.dtype:
             return super().pack(x, out, geometry, moments)
-        return statistics.pack(x, out, geometry, moments)
+        return statistics.pack(x.flatten(2, -2), out, geometry.flat, moments)
 
     def statistics(self, x: Tensor, moments: Tensor) -> None:
         if not _fits(x):
@@ -102,13 +108,13 @@ class Triton(Reference):
         x: Tensor,
         read: Reader,
         weight: Tensor,
-        dilation: tuple[int, int],
+        dilation: tuple[int, ...],
         geometry: Geometry,
         out: Tensor,
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
-        fits = _fits(x, out) and weight.dtype == x.dtype
+        fits = geometry.of_images and _fits(x, out) and weight.dtype == x.dtype
         fits = fits and (keep is None or keep[0].stride(-1) == 1)
         if fits and (cuda := _cuda(x)):
             return cuda.bn_relu_conv3x3(
@@ -155,14 +161,14 @@ class Triton(Reference):
         self,
         dy: Tensor,
         weight: Tensor,
-        dilation: tuple[int, int],
+        dilation: tuple[int, ...],
         x: Tensor,
         read: Reader,
         geometry: Geometry,
         into: Into | None,
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
-        fits = _fits(x, dy) and weight.dtype == x.dtype
+        fits = geometry.of_images and _fits(x, dy) and weight.dtype == x.dtype
         fits = fits and (into is None or _answers(into.g))
         if fits and into is None and (cuda := _cuda(x)):
             dz = x.new_empty(x.shape)
@@ -186,6 +192,8 @@ class Triton(Reference):
     ) -> Tensor:
         if not _fits(x, weight) or min(geometry.h, geometry.w) < 2:
             return super().bn_relu_pool_conv1x1(x, read, weight, geometry)
+        if not geometry.of_images:
+            return volumes.bn_relu_pool_conv1x1(self, x, read, weight, geometry)
         return pools.bn_relu_pool_conv1x1(x, read, weight, geometry)
 
     def bn_relu_pool_conv1x1_backward(
@@ -202,6 +210,10 @@ class Triton(Reference):
         if not fits or min(geometry.h, geometry.w) < 2:
             return super().bn_relu_pool_conv1x1_backward(
                 dout, weight, x, read, geometry, into, need_weight
+            )
+        if not geometry.of_images:
+            return volumes.bn_relu_pool_conv1x1_backward(
+                self, dout, weight, x, read, geometry, into, need_weight
             )
         return pools.bn_relu_pool_conv1x1_backward(
             dout, weight, x, read, geometry, into, need_weight
@@ -222,20 +234,22 @@ class Triton(Reference):
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
         if not _fits(x):
             return super().bn_relu_mean(x, read, geometry)
-        return pools.bn_relu_mean(x, read, geometry)
+        return pools.bn_relu_mean(x, read, geometry.flat)
 
     def bn_relu_mean_backward(
         self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
     ) -> Sums:
         if not (_fits(x, dout) and _answers(into.g)):
             return super().bn_relu_mean_backward(dout, x, read, geometry, into)
-        return pools.bn_relu_mean_backward(dout, x, read, geometry, into)
+        return pools.bn_relu_mean_backward(dout, x, read, geometry.flat, into)
 
     # ---- the stem
 
     def bn_relu_maxpool(self, x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
         if not _fits(x):
             return super().bn_relu_maxpool(x, read, geometry)
+        if not geometry.of_images:
+            return volumes.bn_relu_maxpool(self, x, read, geometry)
         return pools.bn_relu_maxpool(x, read, geometry)
 
     def bn_relu_maxpool_backward(
@@ -244,6 +258,8 @@ class Triton(Reference):
         packed = dout.is_contiguous() and winner.is_contiguous()
         if not (_fits(x, dout) and packed):
             return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+        if not geometry.of_images:
+            return volumes.bn_relu_maxpool_backward(self, dout, winner, x, read, geometry)
         return pools.bn_relu_maxpool_backward(dout, winner, x, read, geometry)
 
     def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:

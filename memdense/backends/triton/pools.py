@@ -367,7 +367,7 @@ def _pool_plan(
 
 def _pool(x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
     """avg_pool2x2(relu(s*x + t)): (N * H//2 * W//2, C)."""
-    m, c = geometry.quads.rows, x.shape[1]
+    m, c = geometry.halves.rows, x.shape[1]
     out = new_matrix(x, m, c)
     plan = _pool_plan(geometry, m, c, readable(x), x.stride(0), out.stride(0), read.eps)
     plan(x, *_vectors(read), out)
