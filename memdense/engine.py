@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_channels_last_strides_for as _strides
 
 from . import joint
 from .buffers import (
@@ -283,7 +284,9 @@ def _convolve(x: Tensor, weight: Tensor, spec: StemSpec) -> Tensor:
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=CHANNELS_LAST[images.dim()])
+    last = images.contiguous(memory_format=CHANNELS_LAST[images.dim()])
+    # of one channel PyTorch takes them for contiguous, and so it would the convolution's output
+    return last if last.shape[1] > 1 else last.as_strided(last.shape, _strides(last.shape))
 
 
 def _arguments(spec: StemSpec) -> tuple:
@@ -339,6 +342,7 @@ def stem_backward(
     if need[0] or need[1]:
         gradient = behind(read, sums, len(rows), statistics, spec.group)
         dconvolved = backend.normalised_(dz, rows, gradient)
+        del convolved, rows  # convolutions may copy what they are given
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             geometry.images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
             *_arguments(spec), (need[0], need[1], False),

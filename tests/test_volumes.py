@@ -96,6 +96,23 @@ def test_dropout(channels: bool) -> None:
         assert_same_step(*nets, volumes())
 
 
+def test_one_channel_comes_out_channels_last() -> None:
+    """A first convolution of one channel, whose images are both contiguous and channels last."""
+    for axes in (2, 3):
+        convolve = (F.conv2d, F.conv3d)[axes - 2]
+        x = torch.randn(2, 1, *(9, 8, 7)[:axes], dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(6, 1, *[3] * axes, dtype=torch.float64, requires_grad=True)
+        spec = memdense.spec.StemSpec(
+            memdense.spec.NormSpec(1e-5, True, False), (1,) * axes, (1,) * axes, (1,) * axes, False
+        )
+        out, convolved, *_ = ops.stem(x, weight, None, None, None, None, spec.encode())
+        torch.testing.assert_close(
+            convolved, convolve(x, weight, padding=1), rtol=1e-12, atol=1e-12
+        )
+        assert convolved.stride(1) == out.stride(1) == 1
+        opcheck(ops.stem, (x, weight, None, None, None, None, spec.encode()))
+
+
 def test_double_backward() -> None:
     nets = pair(double_backward=True)
     grads = []
