@@ -183,7 +183,7 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
     mode = "training" if stack.training else "evaluation"
     yield f"{mode} mode, {' and '.join(' '.join(p) for p in sorted(parameters))}"
     if any(isinstance(module, nn.Conv3d) for module in stack.modules()):
-        yield "of volumes: kernels take their planes, but for the 3x3x3 on CUDA, which is PyTorch's"
+        yield "of volumes: kernels take their planes; in 16 bits PyTorch convolves them forward"
     for kind in sorted({type(p).__name__ for p in stack.parameters() if foreign(p)}):
         yield f"a parameter is {article(kind)}: plain modules, unless FSDP gathers it for forward"
     if isinstance(stack, Features):

@@ -4,6 +4,7 @@ that are made of planes against the reference's.
 
 import copy
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import peers
@@ -145,46 +146,67 @@ def as_reader(read: Any, dtype: torch.dtype) -> Any:
     return type(read)(*tensors, read.eps, read.batch)
 
 
-SIZES = [(2, 5, 7, 6), (1, 1, 4, 5), (3, 2, 1, 1)]
+def everything(
+    backend: Reference, layer: list[Any], geometry: Geometry, dilation: tuple[int, ...],
+    dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """All that the two primitives return or write, into slices of what is NaN around them."""
+    x, read, weight, dy, g = layer
+    acc = torch.promote_types(dtype, torch.float32)
+    r, rows = as_reader(read, acc), poisoned(x.to(dtype))
+    w, d, k = weight.to(dtype), poisoned(dy.to(dtype)), len(weight)
+    keep = torch.arange(dy.numel()).view(dy.shape) % 5 > 1, 1.25
+    found = []
+    for mask in (None, keep):
+        out = poisoned(torch.full((geometry.rows, k), torch.nan, dtype=dtype))
+        moments = torch.full((2, k), torch.nan, dtype=acc)
+        backend.bn_relu_conv3x3(rows, r, w, dilation, geometry, out, mask, moments)
+        assert out._base.isnan().sum() == out._base.numel() - out.numel()
+        found += [out, *moments]
+    into = into_of(poisoned(g.to(dtype)))
+    arguments = d, w, dilation, rows, r, geometry
+    dz, sums, dweight = backend.bn_relu_conv3x3_backward(*arguments, None, True)
+    none, again, unwanted = backend.bn_relu_conv3x3_backward(*arguments, into, False)
+    assert none is None and unwanted is None
+    return [*found, dz, *sums, dweight, into.g, *again]
+
+
+def assert_errs_no_more(mine: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+    for i, values in enumerate(zip(mine, theirs, exact, strict=True)):
+        value = values[2]
+        error, other = ((t - value).square().mean().sqrt().item() for t in values[:2])
+        luck = torch.finfo(mine[i].dtype).eps * value.abs().max().item()
+        assert error <= 1.5 * max(other, luck), i
 
 
 @native
 @pytest.mark.parametrize("dilation", [(1, 1, 1), (2, 1, 3), (5, 2, 2)], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", [(2, 5, 7, 6), (1, 1, 4, 5), (3, 2, 1, 1)], ids=str)
 @pytest.mark.parametrize("k", [12, 7])
 def test_convolution_of_planes(size: tuple[int, ...], dilation: tuple[int, ...], k: int) -> None:
-    """Forward, into a slice, and every gradient, in float64 and float32."""
-    geometry, c = Geometry(*size), 24
-    x, read, weight, dy, g = layer_of(geometry, c, k, torch.float32)
-    keep = torch.rand(geometry.rows, k) > 0.4, 1.25
-
-    def run(backend: Reference, dtype: torch.dtype) -> list[Tensor]:
-        r, rows = as_reader(read, dtype), poisoned(x.to(dtype))
-        w, d = weight.to(dtype), poisoned(dy.to(dtype))
-        found = []
-        for mask in (None, keep):
-            out = poisoned(torch.full((geometry.rows, k), torch.nan, dtype=dtype))
-            moments = torch.full((2, k), torch.nan, dtype=dtype)
-            backend.bn_relu_conv3x3(rows, r, w, dilation, geometry, out, mask, moments)
-            assert out._base.isnan().sum() == out._base.numel() - out.numel()
-            found += [out, *moments]
-        into = into_of(poisoned(g.to(dtype)))
-        arguments = d, w, dilation, rows, r, geometry
-        dz, sums, dweight = backend.bn_relu_conv3x3_backward(*arguments, None, True)
-        none, again, unwanted = backend.bn_relu_conv3x3_backward(*arguments, into, False)
-        assert none is None and unwanted is None
-        return [*found, dz, *sums, dweight, into.g, *into.sums, *again]
-
-    exact = run(Reference(), torch.float64)
-    for mine, value in zip(run(Native(), torch.float64), exact, strict=True):
+    """Forward and every gradient, in float64 and float32."""
+    geometry = Geometry(*size)
+    case = layer_of(geometry, 24, k, torch.float32), geometry, dilation
+    exact = everything(Reference(), *case, torch.float64)
+    for mine, value in zip(everything(Native(), *case, torch.float64), exact, strict=True):
         torch.testing.assert_close(mine, value, rtol=1e-12, atol=1e-12 * geometry.rows)
-    single = run(Native(), torch.float32), run(Reference(), torch.float32)
-    for i, (mine, theirs, value) in enumerate(zip(*single, exact, strict=True)):
-        error, other = ((t - value).square().mean().sqrt().item() for t in (mine, theirs))
-        luck = torch.finfo(torch.float32).eps * value.abs().max().item()
-        assert error <= 1.5 * max(other, luck), i
-    again = run(Native(), torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(single[0], again, strict=True))
+    found = everything(Native(), *case, torch.float32)
+    assert_errs_no_more(found, everything(Reference(), *case, torch.float32), exact)
+    again = everything(Native(), *case, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="there is no Triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_convolution_of_planes_in_triton(dtype: torch.dtype) -> None:
+    from memdense.backends.triton import Triton, launch
+
+    if not launch.INTERPRETED:
+        pytest.skip("runs in Triton's interpreter")
+    geometry = Geometry(2, 4, 5, 6)
+    case = layer_of(geometry, 16, 7, dtype), geometry, (2, 1, 2)
+    results = [everything(b, *case, dtype) for b in (Triton(), Reference())]
+    assert_errs_no_more(*results, everything(Reference(), *case, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -313,7 +313,7 @@ class Reference:
         sums = MomentSums(self.scratch)
         for n, h, halo, inner in self._halo_bands(x, geometry, dilation):
             z = self._read(source[n, halo], read).movedim(-1, 1)
-            new = aten.convolution(z, weight, None, *_conv3x3_arguments(dilation))
+            new = aten.convolution(z, weight, None, *conv3x3_arguments(dilation))
             new = new.movedim(1, -1)[:, inner]
             if keep is not None:
                 new = new * geometry.pixels(keep[0])[n, h] * keep[1]
@@ -633,7 +633,7 @@ def _octets(z: Tensor) -> Tensor:
     return z
 
 
-def _conv3x3_arguments(dilation: tuple[int, ...]) -> tuple:
+def conv3x3_arguments(dilation: tuple[int, ...]) -> tuple:
     """What aten.convolution takes behind its tensors: stride 1, and the size is kept."""
     axes = len(dilation)
     return (1,) * axes, dilation, dilation, False, (0,) * axes, 1
@@ -644,4 +644,4 @@ def _conv3x3_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(input, weight, bias) gradients of a 3x3 convolution of z (n, h, w, C) that d answers."""
     d, z = d.movedim(-1, 1), z.movedim(-1, 1)
-    return aten.convolution_backward(d, z, weight, None, *_conv3x3_arguments(dilation), which)
+    return aten.convolution_backward(d, z, weight, None, *conv3x3_arguments(dilation), which)

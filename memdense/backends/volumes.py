@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..buffers import Geometry, Into, Reader, Sums
-from .reference import Reference, strided
+from .reference import Reference, conv3x3_arguments, strided
 
 
 def bn_relu_conv3x3(
@@ -21,17 +21,25 @@ def bn_relu_conv3x3(
     keep: tuple[Tensor, float] | None,
     moments: Tensor | None,
 ) -> None:
-    """out[d] = P_0[d-s] + P_1[d] + P_2[d+s], with P a 3x3 of 3k outputs of every plane."""
-    k, s = len(weight), dilation[0]
-    products = x.new_empty((len(x), 3 * k))
-    backend.bn_relu_conv3x3(
-        x, read, _stacked(weight), dilation[1:], geometry.planes, products, None, None
-    )
-    below, here, above = geometry.pixels(products).split(k, -1)
-    target, inner = geometry.pixels(out), max(0, geometry.lines - s)
-    target.copy_(here)
-    target[:, s:] += below[:, :inner]
-    target[:, :inner] += above[:, s:]
+    """out[d] = P_0[d-s] + P_1[d] + P_2[d+s], with P a 3x3 of 3k outputs of every plane. In 16 bits,
+    which would round each of the three, PyTorch convolves.
+    """
+    target = geometry.pixels(out)
+    if x.element_size() == 2:
+        z = geometry.images(backend.bn_relu(x, read, True))
+        new = torch.ops.aten.convolution(z, weight, None, *conv3x3_arguments(dilation))
+        target.copy_(new.movedim(1, -1))
+    else:
+        k, s = len(weight), dilation[0]
+        products = x.new_empty((len(x), 3 * k))
+        backend.bn_relu_conv3x3(
+            x, read, _stacked(weight), dilation[1:], geometry.planes, products, None, None
+        )
+        below, here, above = geometry.pixels(products).split(k, -1)
+        inner = max(0, geometry.lines - s)
+        target.copy_(here)
+        target[:, s:] += below[:, :inner]
+        target[:, :inner] += above[:, s:]
     if keep is not None:
         out.mul_(keep[0]).mul_(keep[1])
     if moments is not None:

@@ -114,8 +114,12 @@ class Triton(Reference):
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
-        fits = geometry.of_images and _fits(x, out) and weight.dtype == x.dtype
+        fits = _fits(x, out) and weight.dtype == x.dtype
         fits = fits and (keep is None or keep[0].stride(-1) == 1)
+        if fits and not geometry.of_images:
+            return volumes.bn_relu_conv3x3(
+                self, x, read, weight, dilation, geometry, out, keep, moments
+            )
         if fits and (cuda := _cuda(x)):
             return cuda.bn_relu_conv3x3(
                 x, read.mean, read.var, read.weight, read.bias, read.eps, weight, dilation,
@@ -168,8 +172,12 @@ class Triton(Reference):
         into: Into | None,
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
-        fits = geometry.of_images and _fits(x, dy) and weight.dtype == x.dtype
+        fits = _fits(x, dy) and weight.dtype == x.dtype
         fits = fits and (into is None or _answers(into.g))
+        if fits and not geometry.of_images:
+            return volumes.bn_relu_conv3x3_backward(
+                self, dy, weight, dilation, x, read, geometry, into, need_weight
+            )
         if fits and into is None and (cuda := _cuda(x)):
             dz = x.new_empty(x.shape)
             sums = Sums(torch.empty_like(read.mean), torch.empty_like(read.mean))
