@@ -1,7 +1,8 @@
 """The two buffers of a dense block, X and G, with what is known of each of their channels.
 
-Both are (M, C_max) matrices, M = N*H*W pixels by all the channels the block will ever hold. Kernels
-see them only as strided prefixes and slices. A BatchNorm is vectors, whose formulas are here.
+Both are (M, C_max) matrices, the M pixels of all images or volumes by all the channels the block
+will ever hold. Kernels see them only as strided prefixes and slices. A BatchNorm is vectors, whose
+formulas are here.
 """
 
 from dataclasses import dataclass
@@ -22,25 +23,24 @@ class Geometry(tuple[int, ...]):
     N volumes of D x H x W.
     """
 
-    def __new__(cls, n: int, *size: int) -> "Geometry":
-        return super().__new__(cls, (n, *size))
+    def __new__(cls, *sizes: int) -> "Geometry":
+        return tuple.__new__(cls, sizes)
+
+    def __getnewargs__(self) -> tuple[int, ...]:
+        return tuple(self)
 
     n = property(itemgetter(0))
     h = property(itemgetter(-2))
     w = property(itemgetter(-1))
-    lines = property(itemgetter(1))  # along the first axis, and pixels of one of them:
-    line = property(lambda self: prod(self[2:]))
-    pixels_each = property(lambda self: prod(self[1:]))  # of an image
     rows = property(prod)
+    axes = property(lambda self: len(self) - 1)  # 2, or 3 of volumes
+    lines = property(itemgetter(1))  # along the first axis; of volumes these are planes
+    line = property(lambda self: prod(self[2:]))  # pixels of one of them
+    each = property(lambda self: prod(self[1:]))  # pixels of an image
 
     @property
     def of_images(self) -> bool:
         return len(self) == 3
-
-    @property
-    def flat(self) -> "Geometry":
-        """The same rows in images."""
-        return self if self.of_images else Geometry(self.n, self.lines * self.h, self.w)
 
     @property
     def planes(self) -> "Geometry":
@@ -50,12 +50,12 @@ class Geometry(tuple[int, ...]):
     @property
     def halves(self) -> "Geometry":
         """Of the means over two pixels along each axis, a last odd line or column left out."""
-        return Geometry(self.n, *(size // 2 for size in self[1:]))
+        return Geometry(self[0], *[size // 2 for size in self[1:]])
 
     @property
     def windows(self) -> "Geometry":
         """Of its maxima over windows of three along each axis with stride 2 and padding 1."""
-        return Geometry(self.n, *((size + 1) // 2 for size in self[1:]))
+        return Geometry(self[0], *[(size + 1) // 2 for size in self[1:]])
 
     def pixels(self, matrix: Tensor) -> Tensor:
         """(M, C) seen as (N, H, W, C) or (N, D, H, W, C)."""

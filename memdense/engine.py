@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import make_channels_last_strides_for as _strides
+from torch._prims_common import make_channels_last_strides_for
 
 from . import joint
 from .buffers import (
@@ -35,7 +35,7 @@ Backend = Any
 
 class Forward(NamedTuple):
     out: Tensor  # the tail's output; empty without tail
-    features: Tensor  # X as images (N, C_max, H, W), channels last; empty without layers
+    features: Tensor  # X as images (N, C_max, H, W) or volumes, channels last; empty without layers
     statistics: Tensor  # (2, columns): see StatisticsTable
     bottlenecks: list[Tensor]  # each layer's Y (M, B), where they are kept
 
@@ -286,7 +286,9 @@ def _convolve(x: Tensor, weight: Tensor, spec: StemSpec) -> Tensor:
 def _channels_last(images: Tensor) -> Tensor:
     last = images.contiguous(memory_format=CHANNELS_LAST[images.dim()])
     # of one channel PyTorch takes them for contiguous, and so it would the convolution's output
-    return last if last.shape[1] > 1 else last.as_strided(last.shape, _strides(last.shape))
+    if last.shape[1] > 1:
+        return last
+    return last.as_strided(last.shape, make_channels_last_strides_for(last.shape))
 
 
 def _arguments(spec: StemSpec) -> tuple:

@@ -182,11 +182,11 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
     parameters = {(str(p.device), str(p.dtype).removeprefix("torch.")) for p in stack.parameters()}
     mode = "training" if stack.training else "evaluation"
     yield f"{mode} mode, {' and '.join(' '.join(p) for p in sorted(parameters))}"
-    if any(isinstance(module, nn.Conv3d) for module in stack.modules()):
-        yield "of volumes: kernels take their planes; in 16 bits PyTorch convolves them forward"
     for kind in sorted({type(p).__name__ for p in stack.parameters() if foreign(p)}):
         yield f"a parameter is {article(kind)}: plain modules, unless FSDP gathers it for forward"
     if isinstance(stack, Features):
+        if any(isinstance(module, nn.Conv3d) for module in stack.modules()):
+            yield "of volumes: kernels take their planes; in 16 bits PyTorch convolves them forward"
         if stack._switches.types != OWN_TYPES:  # another model's, whose forward may do anything
             yield ONE_BY_ONE
     elif len(stack._modules) == 1 and isinstance(next(stack.children()), RunsAlone):

@@ -59,8 +59,8 @@ class Switches:
             :class:`memdense.DenseNet`.
         types: classes of blocks, layers and transitions that compute what they look like.
         said: reasons that a warning has given.
-        readings: what was read of modules, for as long as the model lives: kept by all of the
-            process it would outlive one whose parameters' hooks refer to it.
+        readings: what was read of modules. A table of the process's would keep a model alive that
+            its parameters' hooks refer to.
     """
 
     efficient: bool = True
@@ -195,7 +195,7 @@ class Features(nn.Sequential):
         return out.clone() if kept else out
 
     def pooled(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to the mean over each image of the rectified last norm: (N, C)."""
+        """(N, C_in, H, W), or volumes, to the mean of the rectified last norm over each: (N, C)."""
         if self._switches.run_efficiently(_ALL, x):
             steps = self.steps("pool")
             if steps[-1].tail == "pool":
@@ -203,9 +203,9 @@ class Features(nn.Sequential):
         return rectified_mean(self(x))
 
     def block_outputs(self, x: Tensor) -> list[Tensor]:
-        """(N, C_in, H, W) to the output of each dense block, from which the later ones are computed
-        (to autograd too). Where the block ran efficiently it is channels last, the block's buffer,
-        unless hooks on it were to see it.
+        """(N, C_in, H, W), or volumes, to the output of each dense block, from which the later ones
+        are computed (to autograd too). Where the block ran efficiently it is channels last, the
+        block's buffer, unless hooks on it were to see it.
         """
         steps = [part for step in self.steps(None) for part in apart(step)]
         if self._switches.run_efficiently(_ALL, x):

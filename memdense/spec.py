@@ -13,11 +13,12 @@ from torch import Tensor
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """One number, or one per axis of an image, as PyTorch's modules take them."""
+    """One number per axis of an image."""
     return per_axis(value, 2)
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One number, or one per axis, as PyTorch's modules take them."""
     numbers = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),)
     return numbers * axes if len(numbers) == 1 else numbers
 

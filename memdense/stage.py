@@ -148,7 +148,12 @@ def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
                 f"a parameter is {article(type(t).__name__)}, which carries out operations itself"
             )
     dtype = None if stem else autocast_dtype(x.device)
-    if dtype is None or x.dtype in (dtype, torch.float64):
+    if dtype is None or x.dtype == torch.float64:
+        return ""
+    tail = found.stage.tail
+    if found.axes == 3 and x.device.type == "cpu" and tail is not None and tail.spec.pool == 2:
+        return "autocast on a CPU averages volumes in float32"
+    if x.dtype == dtype:
         return ""
     return f"autocast convolves in {dtype}, but what comes in is {x.dtype}"
 

@@ -133,8 +133,10 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def axes_of(module: nn.Module) -> int:
-    """Of the images that a convolution or a norm takes: 3 for volumes; 0 where it takes both."""
-    return 0 if type(module) is nn.SyncBatchNorm else 3 if isinstance(module, _OF_VOLUMES) else 2
+    """Of the images that a convolution or a norm takes: 2, 3 for volumes, 0 where it takes both."""
+    if type(module) is nn.SyncBatchNorm:
+        return 0
+    return 3 if isinstance(module, _OF_VOLUMES) else 2
 
 
 def article(word: str) -> str:
@@ -255,15 +257,10 @@ def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d | nn.Conv3d:
 
 
 def check_fits(norm: NormModule, name: str, channels: int, values: Tensor) -> None:
-    """Raise :class:`Unsupported` unless a norm has so many channels, for images of as many axes
-    and in a dtype that may stand beside ``values``. Running modules tell better what is wrong.
+    """Raise :class:`Unsupported` unless a norm has so many channels, in a dtype that may stand
+    beside ``values``. Running modules tell better what is wrong.
     """
     module = norm.module
-    if axes_of(module) not in (0, values.dim() - 2):
-        raise Unsupported(
-            f"{name} is {article(type(module).__name__)}, beside convolutions of "
-            f"{values.dim() - 2} axes"
-        )
     for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
         if tensor is None:
             continue
@@ -367,10 +364,11 @@ def _stage_modules(
 ) -> StageModules:
     spec = spec_of(stage).encode()
     axes = {conv.dim() - 2 for *_, conv in reads_of(stage) if conv is not None}
+    axes |= {axes_of(norm.module) for norm in norms}
+    axes -= {0}
     if len(axes) > 1:
-        raise Unsupported(f"{name} has convolutions of images and of volumes")
-    one = axes.pop() if axes else axes_of(norms[0].module)
-    return StageModules(stage, *flatten(stage), spec, moving(norms), one, drop_channels)
+        raise Unsupported(f"{name} has modules of images and of volumes")
+    return StageModules(stage, *flatten(stage), spec, moving(norms), sum(axes), drop_channels)
 
 
 def read_stage(
@@ -488,6 +486,8 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
             f"{names[-1]} is not a {'x'.join('3' * axes)} maximum of stride 2 and padding 1"
         )
     check_fits(norm, names[1], len(conv.weight), conv.weight)
+    if axes_of(norm.module) not in (0, axes):
+        raise Unsupported(f"{names[1]} is {article(type(norm.module).__name__)}, {names[0]} is not")
     geometry = tuple(per_axis(n, axes) for n in (conv.stride, conv.padding, conv.dilation))
     return StemModules(conv.weight, geometry, norm.norm, moving([norm]), norm.group)
 

@@ -64,8 +64,6 @@ def vectors(c: int) -> Reader:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_errs_no_more_than_the_reference(shape, dtype):
-    if len(shape[0]) == 4 and dtype == torch.bfloat16:
-        pytest.skip("maxima of planes are compared as they are stored, and tie, as PyTorch's do")
     # several draws where channels are few: a handful of errors says little
     draws = [Inputs(*shape, dtype) for _ in range(6 if shape[1] < 16 else 1)]
     # slices with a G of 16 bits, prefixes with one of 32
@@ -78,6 +76,9 @@ def test_errs_no_more_than_the_reference(shape, dtype):
     exact = run(Reference(), torch.float64)
     reference = run(Reference(), dtype, wide=wide)
     found = run(Triton(), dtype, padded if wide else poisoned, wide=wide)
+    if len(shape[0]) == 4 and dtype == torch.bfloat16:
+        # maxima of planes are compared as they are stored, and tie, as PyTorch's do
+        exact = {name: value for name, value in exact.items() if "maxpool" not in name}
     assert_errs_no_more(found, reference, exact)
 
 

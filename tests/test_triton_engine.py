@@ -92,22 +92,19 @@ def test_other_networks_agree_with_the_reference() -> None:
 
 @pytest.mark.slow
 def test_volumes_agree_with_the_reference() -> None:
-    """In float32, within rounding: run, recorded and replayed."""
+    """In float32, within rounding."""
     torch.manual_seed(0)
     net = memdense.convert(peers.monai(3), verbose=False)
     x = torch.randn(2, 3, 17, 19, 22, generator=torch.Generator().manual_seed(0))
     with memdense.use_backend("reference"):
         expected = run(copy.deepcopy(net), x, answered)
-    state = copy.deepcopy(net.state_dict())
-    for _ in range(3):
-        net.load_state_dict(state)
-        with memdense.use_backend("triton"), launch.recorded() as log:
-            found = run(net, x, answered)
-        assert len(log) > 30
-        for name, value in expected.items():
-            size = value.float().square().mean().sqrt().item()
-            error = (found[name] - value).float().square().mean().sqrt().item()
-            assert error <= 1e-4 * max(size, 1e-2), name
+    with memdense.use_backend("triton"), launch.recorded() as log:
+        found = run(net, x, answered)
+    assert len(log) > 30
+    for name, value in expected.items():
+        size = value.float().square().mean().sqrt().item()
+        error = (found[name] - value).float().square().mean().sqrt().item()
+        assert error <= 1e-4 * max(size, 1e-2), name
 
 
 # what PyTorch's operations do without a kernel

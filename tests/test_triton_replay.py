@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import peers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,23 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def tapes() -> list[replay.Tape]:
     return [tape for tape in replay._tapes.values() if tape is not None]
+
+
+def test_volumes_replay(replays: list[replay.Tape]) -> None:
+    """The planes' kernels among PyTorch's operations, with the bits of those that run."""
+    model = memdense.convert(peers.monai(3), verbose=False)
+    twin = copy.deepcopy(model)
+    for seed in range(4):
+        found = []
+        for net, wanted in ((model, True), (twin, False)):
+            net.zero_grad()
+            x = torch.randn(2, 3, 9, 12, 10, generator=torch.Generator().manual_seed(seed))
+            with replay.replaying(wanted):
+                out = net(x)
+                loss(out).backward()
+            found.append([out.detach(), *(p.grad for p in net.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(replays) == 8 and len(set(map(id, replays))) == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ that are made of planes against the reference's.
 """
 
 import copy
+import pickle
 import warnings
 from importlib.util import find_spec
 from typing import Any
@@ -106,12 +107,52 @@ def test_one_channel_comes_out_channels_last() -> None:
         spec = memdense.spec.StemSpec(
             memdense.spec.NormSpec(1e-5, True, False), (1,) * axes, (1,) * axes, (1,) * axes, False
         )
-        out, convolved, *_ = ops.stem(x, weight, None, None, None, None, spec.encode())
+        out, convolved, *rest = ops.stem(x, weight, None, None, None, None, spec.encode())
         torch.testing.assert_close(
             convolved, convolve(x, weight, padding=1), rtol=1e-12, atol=1e-12
         )
         assert convolved.stride(1) == out.stride(1) == 1
         opcheck(ops.stem, (x, weight, None, None, None, None, spec.encode()))
+        leaves = x.detach(), weight.detach(), None, None
+        answer = torch.randn_like(out), *leaves, convolved.detach(), *rest, spec.encode()
+        need = [True, True, False, False]
+        opcheck(ops.stem_backward, (*answer, need))
+        assert ops.stem_backward(*answer, need)[0].stride(1) == 1
+
+
+def test_pooled() -> None:
+    """The last norm's mean over each volume, as one operation and by modules."""
+    nets = pair()
+    for net in nets:
+        net.pooled = memdense.Features.pooled.__get__(net.features)
+    expected = F.relu(nets[1].features(volumes())).mean((2, 3, 4))
+    torch.testing.assert_close(nets[0].pooled(volumes()), expected, rtol=1e-10, atol=1e-10)
+    nets[0].features.efficient = False
+    torch.testing.assert_close(nets[0].pooled(volumes()), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_infinite_gradients_stay_where_they_belong(backend: str) -> None:
+    """A maximum's gradient is its winner's alone."""
+    net = nn.Sequential(*(pair()[1].features[i] for i in range(4))).eval()
+    x, results = volumes(), []
+    stem = memdense.Features(*net, pair()[1].features[4].eval())
+    for run in (net, lambda x: stem[:4](x)):
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        answer = torch.ones_like(out)
+        answer[0, 0, 1, 1, 1] = torch.inf
+        net[0].weight.grad = None
+        out.backward(answer)
+        results.append(net[1].bias.grad.clone())
+        net.zero_grad()
+    assert torch.equal(results[0].isinf(), results[1].isinf()) and results[0].isinf().sum() == 1
+    assert not results[1].isnan().any()
+
+
+def test_geometry_is_copied() -> None:
+    for geometry in (Geometry(2, 3, 4), Geometry(2, 3, 4, 5)):
+        assert copy.deepcopy(geometry) == copy.copy(geometry) == geometry
+        assert pickle.loads(pickle.dumps(geometry)).windows == geometry.windows
 
 
 def test_double_backward() -> None:
@@ -280,6 +321,17 @@ def test_compiled() -> None:
     assert_same_step(*nets, volumes())
 
 
+def test_autocast_on_a_cpu_averages_in_float32() -> None:
+    """Where plain modules keep digits that 16 bits have not, they run."""
+    nets = [net.float() for net in pair()]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = nets[1].features(volumes().float())
+        with pytest.warns(MemdenseWarning, match="averages volumes in float32"):
+            found = nets[0].features(volumes().float())
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 def test_other_inputs_raise_as_modules_do() -> None:
     flat = memdense.DenseNet(4, (2, 2), 8, 2, num_classes=3)
     deep = pair()[0].float()
@@ -296,7 +348,12 @@ def test_other_inputs_raise_as_modules_do() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda f: setattr(f.denseblock1.denselayer1.layers, "norm1", nn.BatchNorm2d(8)), "axes"),
+        (
+            lambda f: setattr(
+                f.denseblock1.denselayer1.layers, "norm1", nn.BatchNorm2d(8).double()
+            ),
+            "of images and of",
+        ),
         (lambda f: setattr(f.transition1, "pool", nn.AvgPool2d(2)), "not an AvgPool3d"),
         (lambda f: setattr(f.transition1.pool, "kernel_size", (1, 2, 2)), "not a 2x2x2 average"),
         (lambda f: setattr(f.pool0, "stride", (1, 2, 2)), "not a 3x3x3 maximum"),

@@ -460,7 +460,7 @@ class Reference:
 
     @staticmethod
     def _pool(z: Tensor) -> Tensor:
-        """2x2 means of z (n, h, w, C), as rows; a last odd line or column is left out."""
+        """2x2 means of z (n, h, w, C), or 2x2x2, as rows; a last odd line or column is left out."""
         if z.shape[1] < 2:
             return z.new_empty((0, z.shape[-1]))
         if z.dim() == 4:
@@ -530,7 +530,7 @@ class Reference:
         for n, h in self.image_bands(x, geometry):
             z = self._read(source[n, h], read)
             total[n] += z.flatten(1, -2).sum(1, dtype=total.dtype)
-        return (total / geometry.pixels_each).to(x.dtype)
+        return (total / geometry.each).to(x.dtype)
 
     def bn_relu_mean_backward(
         self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
@@ -538,8 +538,8 @@ class Reference:
         """Of :meth:`bn_relu_mean`, into G."""
         g, sums = into.start(), GradientSums(read, into)
         source, target = geometry.pixels(x), geometry.pixels(g)
-        share = (dout.to(read.scale.dtype) / geometry.pixels_each).to(x.dtype)
-        share = share.unflatten(0, (-1, *[1] * (len(geometry) - 1)))
+        share = (dout.to(read.scale.dtype) / geometry.each).to(x.dtype)
+        share = share.view(geometry.n, *[1] * geometry.axes, -1)
         for n, h in self.image_bands(x, geometry):
             lines = source[n, h]
             da = self.scratch.take("da", lines.shape, x.dtype, x.device).copy_(
@@ -559,7 +559,7 @@ class Reference:
         out = x.new_empty((small.rows, x.shape[1]))
         winner = x.new_empty((small.rows, x.shape[1]), dtype=torch.uint8)
         source, values, winners = geometry.pixels(x), small.pixels(out), small.pixels(winner)
-        axes = len(geometry) - 1
+        axes = geometry.axes
         pool = aten.max_pool2d_with_indices if axes == 2 else aten.max_pool3d_with_indices
         for n, h in self.image_bands(x, geometry, unit=2):
             # two lines more above, so that the band's own padding touches only the output line we
@@ -599,7 +599,8 @@ class Reference:
                 ]
                 from_, to = zip(*reached, strict=True)
                 mine = w[(slice(None), *from_)] == offset
-                target[(n, *to)] += d[(slice(None), *from_)] * mine
+                answers = torch.where(mine, d[(slice(None), *from_)], 0)
+                target[(n, *to)] += answers
         sums = GradientSums(read, None)
         for rows in self.row_bands(x):
             self._answer(dz[rows], self._read(x[rows], read), x[rows], read, sums)

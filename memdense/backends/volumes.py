@@ -1,6 +1,7 @@
 """Primitives of volumes (N, C, D, H, W), by a backend's own for images: those of their planes.
 
-Each is an identity; the specification is the reference's method of the same name.
+Each is an identity; the specification is the reference's method of the same name. Memory of (M, 3k)
+is taken beside a bottleneck's (M, B).
 """
 
 import torch
@@ -38,8 +39,8 @@ def bn_relu_conv3x3(
         below, here, above = geometry.pixels(products).split(k, -1)
         inner = max(0, geometry.lines - s)
         target.copy_(here)
-        target[:, s:] += below[:, :inner]
-        target[:, :inner] += above[:, s:]
+        target[:, s:].add_(below[:, :inner])
+        target[:, :inner].add_(above[:, s:])
     if keep is not None:
         out.mul_(keep[0]).mul_(keep[1])
     if moments is not None:
@@ -144,7 +145,7 @@ def bn_relu_maxpool_backward(
     for i in range(3):
         windows, planes = strided(0, lines, i - 1, geometry.lines)
         won = winner[:, windows] // 9 == i
-        answers[:, planes] += dout[:, windows] * won
+        answers[:, planes].add_(torch.where(won, dout[:, windows], 0))
         winners[:, planes] = torch.where(won, winner[:, windows] % 9, winners[:, planes])
     return backend.bn_relu_maxpool_backward(
         answers.view(-1, x.shape[1]), winners.view(-1, x.shape[1]), x, read, geometry.planes

@@ -79,17 +79,17 @@ class Triton(Reference):
             return super().cast(weights, dtype, backward)
         # where C++ reads them, k innermost is what it can copy in pieces of 16 bytes
         turned = backward and any(w.dim() == 4 and _cuda(w) is not None for w in weights)
-        # a 3x3x3's as one of 9x3
-        found = cast.cast([w.flatten(2, -2) if w.dim() > 4 else w for w in weights], dtype, turned)
-        return [
-            c.unflatten(2, w.shape[2:-1]) if w.dim() > 4 else c
-            for c, w in zip(found, weights, strict=True)
-        ]
+        flat = [w for w in weights if w.dim() < 5]
+        found = cast.cast(flat, dtype, turned) if flat else []
+        if len(flat) == len(weights):
+            return found
+        rest = iter(found)  # a 3x3x3 is rearranged anyway
+        return [next(rest) if w.dim() < 5 else w.to(dtype) for w in weights]
 
     def pack(self, x: Tensor, out: Tensor, geometry: Geometry, moments: Tensor | None) -> None:
         if not _fits(out) or x.dtype != out.dtype:
             return super().pack(x, out, geometry, moments)
-        return statistics.pack(x.flatten(2, -2), out, geometry.flat, moments)
+        return statistics.pack(x.flatten(2, -2), out, geometry, moments)
 
     def statistics(self, x: Tensor, moments: Tensor) -> None:
         if not _fits(x):
@@ -242,14 +242,14 @@ class Triton(Reference):
     def bn_relu_mean(self, x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
         if not _fits(x):
             return super().bn_relu_mean(x, read, geometry)
-        return pools.bn_relu_mean(x, read, geometry.flat)
+        return pools.bn_relu_mean(x, read, geometry)
 
     def bn_relu_mean_backward(
         self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
     ) -> Sums:
         if not (_fits(x, dout) and _answers(into.g)):
             return super().bn_relu_mean_backward(dout, x, read, geometry, into)
-        return pools.bn_relu_mean_backward(dout, x, read, geometry.flat, into)
+        return pools.bn_relu_mean_backward(dout, x, read, geometry, into)
 
     # ---- the stem
 

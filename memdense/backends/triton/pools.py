@@ -349,7 +349,7 @@ def bn_relu_mean(x: Tensor, read: Reader, geometry: Geometry) -> Tensor:
     """(N, C)."""
     n, c = geometry.n, x.shape[1]
     out = x.new_empty((n, c))
-    plan = _mean_plan(n, geometry.h * geometry.w, c, readable(x), x.stride(0), read.eps)
+    plan = _mean_plan(n, geometry.each, c, readable(x), x.stride(0), read.eps)
     plan(x, *_vectors(read), out)
     return out
 
@@ -414,7 +414,7 @@ def bn_relu_mean_backward(
     dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
 ) -> Sums:
     """Into G."""
-    return _answer(dout, "images", geometry, x, read, True, into)
+    return _answer(dout, "images", Geometry(geometry.n, 1, geometry.each), x, read, True, into)
 
 
 def bn_relu_pool_conv1x1_backward(
