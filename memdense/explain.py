@@ -185,7 +185,9 @@ def _stack_notes(stack: nn.Module) -> Iterator[str]:
     for kind in sorted({type(p).__name__ for p in stack.parameters() if foreign(p)}):
         yield f"a parameter is {article(kind)}: plain modules, unless FSDP gathers it for forward"
     if isinstance(stack, Features):
-        if any(isinstance(module, nn.Conv3d) for module in stack.modules()):
+        first = next(stack.parameters())
+        own = _backend(first.device, first.dtype) != Reference.name
+        if own and any(isinstance(module, nn.Conv3d) for module in stack.modules()):
             yield "of volumes: kernels take their planes; in 16 bits PyTorch convolves them forward"
         if stack._switches.types != OWN_TYPES:  # another model's, whose forward may do anything
             yield ONE_BY_ONE

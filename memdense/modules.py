@@ -15,7 +15,7 @@ from .backends import warn_plain
 from .convolution import dilated_conv3x3
 from .functional import norm_relu_conv1x1
 from .spec import pair
-from .structure import Unsupported, check_global_hooks, read_conv, read_norm
+from .structure import Unsupported, axes_of, check_global_hooks, read_conv, read_norm
 
 # torch.fx's nodes of a traced network
 torch.fx.wrap("dilated_conv3x3")
@@ -171,6 +171,8 @@ class BNReLUConv1x1(nn.Module):
             if read_norm(self.norm, "norm").group:
                 return "norm synchronises with other processes"
             read_conv(self.conv, "conv", 1)
+            if 3 in (axes_of(self.norm), axes_of(self.conv)):
+                return "norm or conv is for volumes"
         except Unsupported as reason:
             return reason.args[0]
         return None

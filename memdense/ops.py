@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 from torch.nn import Parameter
 
 from . import engine, plain
@@ -254,10 +255,18 @@ def _gradients(
             )
         )
     # in x's layout, as hooks see it of modules
-    dx = next(found).contiguous(memory_format=ctx.layout) if need_x else None
+    dx = _in_layout(next(found), ctx.layout) if need_x else None
     return dx, [
         _laid_out(next(found), t) if n else None for n, t in zip(need, tensors, strict=True)
     ]
+
+
+def _in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
+    """Images in a memory format, also by the strides that one channel leaves open."""
+    images = images.contiguous(memory_format=layout)
+    if images.shape[1] > 1 or layout is not torch.contiguous_format:
+        return images
+    return images.as_strided(images.shape, make_contiguous_strides_for(images.shape))
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -454,8 +463,7 @@ def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
         found = iter(run(dout, *tensors, ctx.spec, need))
     dx, *others = (next(found) if n else None for n in need)
     # in the images' layout, as hooks see it of modules
-    dx = dx if dx is None else dx.contiguous(memory_format=layout_of(x))
-    return dx, *others, *rest
+    return dx if dx is None else _in_layout(dx, layout_of(x)), *others, *rest
 
 
 stem.register_autograd(_backward_stem, setup_context=_setup_stem)

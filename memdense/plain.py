@@ -11,8 +11,13 @@ from torch.nn import functional as F
 from .spec import Norm, Stage, StemSpec
 
 CONVOLVE = {4: F.conv2d, 5: F.conv3d}
-MEAN = {4: F.avg_pool2d, 5: F.avg_pool3d}
+MEAN = {4: F.avg_pool2d, 5: lambda z, size: _wide(z, F.avg_pool3d, size)}
 MAXIMUM = {4: F.max_pool2d, 5: F.max_pool3d}
+
+
+def _wide(z: Tensor, function: Callable[..., Tensor], *rest: int) -> Tensor:
+    """In float32 at least: there are no 16 bits for it on a CPU."""
+    return function(z.to(torch.promote_types(z.dtype, torch.float32)), *rest).to(z.dtype)
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:

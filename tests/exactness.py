@@ -132,7 +132,7 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
 
     with torch.no_grad():
         for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
+            if isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d):
                 if m.affine:
                     m.weight.copy_(1 + 0.7 * draw(m.weight))
                     m.weight[draw(m.weight) > 1.5] = 0

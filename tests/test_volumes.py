@@ -112,6 +112,8 @@ def test_one_channel_comes_out_channels_last() -> None:
             convolved, convolve(x, weight, padding=1), rtol=1e-12, atol=1e-12
         )
         assert convolved.stride(1) == out.stride(1) == 1
+        out.sum().backward()
+        assert x.grad.stride() == x.stride()
         opcheck(ops.stem, (x, weight, None, None, None, None, spec.encode()))
         leaves = x.detach(), weight.detach(), None, None
         answer = torch.randn_like(out), *leaves, convolved.detach(), *rest, spec.encode()
@@ -147,6 +149,13 @@ def test_infinite_gradients_stay_where_they_belong(backend: str) -> None:
         net.zero_grad()
     assert torch.equal(results[0].isinf(), results[1].isinf()) and results[0].isinf().sum() == 1
     assert not results[1].isnan().any()
+
+
+def test_alone_they_are_for_images() -> None:
+    module = memdense.BNReLUConv1x1(4, 5)
+    module.norm, module.conv = nn.BatchNorm3d(4), nn.Conv3d(4, 5, 1, bias=False)
+    with pytest.warns(MemdenseWarning, match="for volumes"):
+        assert module(torch.randn(2, 4, 3, 4, 5)).shape == (2, 5, 3, 4, 5)
 
 
 def test_geometry_is_copied() -> None:
@@ -212,12 +221,14 @@ def everything(
     return [*found, dz, *sums, dweight, into.g, *again]
 
 
-def assert_errs_no_more(mine: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> None:
+def assert_errs_no_more(
+    mine: list[Tensor], theirs: list[Tensor], exact: list[Tensor], times: float = 1.5
+) -> None:
     for i, values in enumerate(zip(mine, theirs, exact, strict=True)):
         value = values[2]
         error, other = ((t - value).square().mean().sqrt().item() for t in values[:2])
-        luck = torch.finfo(mine[i].dtype).eps * value.abs().max().item()
-        assert error <= 1.5 * max(other, luck), i
+        luck = 0.5 * torch.finfo(mine[i].dtype).eps * value.square().mean().sqrt().item()
+        assert error <= times * max(other, luck), (i, error / max(other, luck))
 
 
 @native
@@ -232,7 +243,8 @@ def test_convolution_of_planes(size: tuple[int, ...], dilation: tuple[int, ...],
     for mine, value in zip(everything(Native(), *case, torch.float64), exact, strict=True):
         torch.testing.assert_close(mine, value, rtol=1e-12, atol=1e-12 * geometry.rows)
     found = everything(Native(), *case, torch.float32)
-    assert_errs_no_more(found, everything(Reference(), *case, torch.float32), exact)
+    # Winograd's sums round more often than PyTorch's, which convolves volumes directly
+    assert_errs_no_more(found, everything(Reference(), *case, torch.float32), exact, 2.0)
     again = everything(Native(), *case, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 

@@ -249,7 +249,7 @@ def _reads(x: Tensor, read: Reader, *others: Tensor | None) -> bool:
 
 def _convolves(x: Tensor, read: Reader, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether the 3x3's kernels take these: its weight may have any strides."""
-    enough = weight.dtype == x.dtype and weight.shape[0] * weight.shape[1] >= MIN_PRODUCTS
+    enough = weight.dtype == x.dtype and weight.numel() // 9 >= MIN_PRODUCTS
     return enough and _reads(x, read, *others)
 
 
