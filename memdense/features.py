@@ -127,8 +127,8 @@ def _laid(x: Any, layout: torch.memory_format) -> Any:
     """Images in a memory format; what a module made of them otherwise as it is."""
     if not isinstance(x, Tensor) or x.dim() not in CHANNELS_LAST:
         return x
-    fits = layout in (torch.contiguous_format, CHANNELS_LAST[x.dim()])
-    return x.contiguous(memory_format=layout) if fits else x
+    suits = layout in (torch.contiguous_format, CHANNELS_LAST[x.dim()])
+    return x.contiguous(memory_format=layout) if suits else x
 
 
 def _switch(name: str) -> property:

@@ -11,13 +11,7 @@ from torch.nn import functional as F
 from .spec import Norm, Stage, StemSpec
 
 CONVOLVE = {4: F.conv2d, 5: F.conv3d}
-MEAN = {4: F.avg_pool2d, 5: lambda z, size: _wide(z, F.avg_pool3d, size)}
 MAXIMUM = {4: F.max_pool2d, 5: F.max_pool3d}
-
-
-def _wide(z: Tensor, function: Callable[..., Tensor], *rest: int) -> Tensor:
-    """In float32 at least: there are no 16 bits for it on a CPU."""
-    return function(z.to(torch.promote_types(z.dtype, torch.float32)), *rest).to(z.dtype)
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
@@ -60,7 +54,16 @@ def _tail(features: Tensor, s: Stage) -> Tensor:
     if s.tail.spec.kind == "pool":
         return z.flatten(2).mean(2)
     z = CONVOLVE[z.dim()](z, s.tail.conv)
-    return MEAN[z.dim()](z, 2) if s.tail.spec.pool == 2 else z
+    return _mean(z) if s.tail.spec.pool == 2 else z
+
+
+def _mean(z: Tensor) -> Tensor:
+    """Over two pixels along each axis; of volumes in float32 at least, since on a CPU PyTorch has
+    it in no 16 bits.
+    """
+    if z.dim() == 4:
+        return F.avg_pool2d(z, 2)
+    return F.avg_pool3d(z.to(torch.promote_types(z.dtype, torch.float32)), 2).to(z.dtype)
 
 
 def stem(x: Tensor, weight: Tensor, norm: Norm, spec: StemSpec) -> Tensor:

@@ -101,7 +101,7 @@ def bn_relu_pool_conv1x1_backward(
     planes = geometry.planes
     answers = dout.new_zeros((planes.halves.rows, dout.shape[1]))
     pairs = _pairs(answers, geometry)
-    pairs.copy_((dout / 2).view(*pairs.shape[:2], 1, *pairs.shape[3:]))
+    pairs.copy_((dout / 2).reshape(*pairs.shape[:2], 1, *pairs.shape[3:]))
     return backend.bn_relu_pool_conv1x1_backward(
         answers, weight, x, read, planes, into, need_weight
     )
@@ -141,7 +141,8 @@ def bn_relu_maxpool_backward(
     n, lines = geometry.n, geometry.windows.lines
     dout, winner = dout.reshape(n, lines, -1), winner.view(n, lines, -1)
     answers = dout.new_zeros((n, geometry.lines, dout.shape[2]))
-    winners = torch.full_like(answers, 4, dtype=torch.uint8)  # the middle is never outside
+    # where a plane won nothing: a window's middle is never outside
+    winners = torch.full_like(answers, 4, dtype=torch.uint8)
     for i in range(3):
         windows, planes = strided(0, lines, i - 1, geometry.lines)
         won = winner[:, windows] // 9 == i
