@@ -40,7 +40,7 @@ class Geometry(tuple[int, ...]):
 
     @property
     def of_images(self) -> bool:
-        return len(self) == 3
+        return self.axes == 2
 
     @property
     def planes(self) -> "Geometry":

@@ -27,7 +27,17 @@ from .buffers import (
     new_matrix,
     reader,
 )
-from .spec import Layer, Norm, Stage, StemSpec, Tail, flatten, parameter_names, reads_of
+from .spec import (
+    Layer,
+    Norm,
+    Stage,
+    StemSpec,
+    Tail,
+    convolution_arguments,
+    flatten,
+    parameter_names,
+    reads_of,
+)
 
 # one primitive per method; backends/reference.py is their specification
 Backend = Any
@@ -292,8 +302,7 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _arguments(spec: StemSpec) -> tuple:
-    """What aten.convolution takes behind its tensors."""
-    return spec.stride, spec.padding, spec.dilation, False, (0,) * len(spec.stride), 1
+    return convolution_arguments(spec.stride, spec.padding, spec.dilation)
 
 
 def stem_forward(

@@ -28,6 +28,13 @@ def output_length(size: int, kernel: int, stride: int, padding: int, dilation: i
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def convolution_arguments(
+    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple:
+    """What aten.convolution takes behind its tensors."""
+    return stride, padding, dilation, False, (0,) * len(stride), 1
+
+
 @dataclass(frozen=True)
 class NormSpec:
     """How a BatchNorm reads: by the batch's statistics or running ones, affine or not."""

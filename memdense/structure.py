@@ -28,6 +28,7 @@ HOOKS = {
 NORMS = nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 CONVOLUTIONS = nn.Conv2d, nn.Conv3d
 MAX_POOLS = nn.MaxPool2d, nn.MaxPool3d
+POOLS = *MAX_POOLS, nn.AvgPool2d, nn.AvgPool3d
 _DROPOUTS = nn.Dropout, nn.Dropout2d, nn.Dropout3d
 _OF_VOLUMES = nn.Conv3d, nn.BatchNorm3d
 _LAYER = "norm1", "relu1", "conv1", "norm2", "relu2", "conv2", "dropout"
@@ -69,7 +70,6 @@ class NormModule(NamedTuple):
 
 
 # methods that some replace for all modules, as guided backpropagation does ReLU's
-POOLS = *MAX_POOLS, nn.AvgPool2d, nn.AvgPool3d
 _KINDS = *CONVOLUTIONS, *POOLS, *_DROPOUTS, nn.ReLU, nn.Sequential
 _METHODS = [
     (cls, name, getattr(cls, name))
@@ -248,7 +248,7 @@ def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d | nn.Conv3d:
     steps = per_axis(module.stride, axes) == (1,) * axes
     if not (plain and keeps and steps) or module.weight.shape[2:] != kernel:
         raise Unsupported(
-            f"{name} is not a {'x'.join(map(str, kernel))} convolution of stride 1, biasless, "
+            f"{name} is not a {'x'.join(str(size) * axes)} convolution of stride 1, biasless, "
             "size-keeping"
         )
     if module.padding_mode != "zeros":

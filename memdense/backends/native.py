@@ -56,7 +56,7 @@ class Native(Reference):
         moments: Tensor | None,
     ) -> None:
         mask = keep is None or keep[0].stride(1) == 1
-        if not (mask and _convolves(x, read, weight, out)):
+        if not mask or not _convolves(x, read, weight, out):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
         if not geometry.of_images:
             return volumes.bn_relu_conv3x3(

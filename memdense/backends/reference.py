@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums, accumulator
+from ..spec import convolution_arguments
 
 aten = torch.ops.aten
 
@@ -635,9 +636,8 @@ def _octets(z: Tensor) -> Tensor:
 
 
 def conv3x3_arguments(dilation: tuple[int, ...]) -> tuple:
-    """What aten.convolution takes behind its tensors: stride 1, and the size is kept."""
-    axes = len(dilation)
-    return (1,) * axes, dilation, dilation, False, (0,) * axes, 1
+    """Of stride 1, and the size is kept."""
+    return convolution_arguments((1,) * len(dilation), dilation, dilation)
 
 
 def _conv3x3_backward(
