@@ -43,8 +43,9 @@ PRODUCTS = {
 }
 PRIMITIVES = (
     *PRODUCTS,
-    *("pack", "statistics", "settle", "normalised_", "bn_relu", "bn_relu_backward"),
-    *("bn_relu_mean", "bn_relu_mean_backward", "bn_relu_maxpool", "bn_relu_maxpool_backward"),
+    *("pack", "statistics", "settle", "bn_relu", "bn_relu_backward"),
+    *("bn_relu_mean", "bn_relu_mean_backward"),
+    *("bn_relu_maxpool", "bn_relu_maxpool_sums", "bn_relu_maxpool_backward"),
 )
 
 
@@ -61,8 +62,6 @@ def cost(primitive: str, arguments: Mapping[str, Any], result: Any) -> Cost:
     written = list(_tensors(result))
     if "out" in given:
         written.append(given.pop("out"))
-    elif primitive == "normalised_":
-        written = [given["dz"]]
     elif given.get("into") is not None:
         written += [given["into"].g, given["into"].sums]  # added to: read and written
     if given.get("moments") is not None:
@@ -125,8 +124,10 @@ class Draw:
         read = self.reader(channels)
         small = read.weight / read.rstd / 2
         read = Reader(read.mean, read.var, small, read.bias, EPS, True)
-        sums = Sums(*(rows**0.5 * self.vector(channels) for _ in range(2)))
-        return NormGradient(read, sums, rows)
+        return NormGradient(read, self.sums(channels, rows), rows)
+
+    def sums(self, channels: int, rows: int) -> Sums:
+        return Sums(*(rows**0.5 * self.vector(channels) for _ in range(2)))
 
     def moments(self, channels: int) -> Tensor:
         return torch.full((2, channels), torch.nan, dtype=self.accumulator, device=self.device)
@@ -557,51 +558,60 @@ def maxpool(geometry: Geometry, c: int) -> Case:
     )
 
 
-def maxpool_backward(geometry: Geometry, c: int) -> Case:
-    half = Geometry(geometry.n, (geometry.h + 1) // 2, (geometry.w + 1) // 2)
+def _unpool_arguments(geometry: Geometry, c: int, draw: Draw) -> Arguments:
+    given = draw.read(geometry.rows, c)
+    with use_backend("reference"):
+        winner = backend_for(draw.device).bn_relu_maxpool(**given, geometry=geometry)[1]
+    dout = draw.matrix(geometry.windows.rows, c)
+    return dict(dout=dout, winner=winner, **given, geometry=geometry)
 
-    def arguments(draw: Draw) -> Arguments:
-        given = draw.read(geometry.rows, c)
-        with use_backend("reference"):
-            winner = backend_for(draw.device).bn_relu_maxpool(**given, geometry=geometry)[1]
-        dout = draw.matrix(half.rows, c)
-        return dict(dout=dout, winner=winner, **given, geometry=geometry)
 
-    def outputs(_: Arguments, result: Any) -> tuple[Tensor, ...]:
-        dz, sums = result
-        return geometry.images(dz), sums.dbeta, sums.dgamma
+def _separate_unpool(
+    geometry: Geometry, a: Arguments, read: Reader, layout: torch.memory_format
+) -> tuple[Callable[[], Tensor], Tensor, "Norm"]:
+    """(what makes dz, x as images, its norm)."""
+    to = Separate(geometry, layout)
+    dout, x, norm = to.images(a["dout"], geometry.windows), to.images(a["x"]), Norm(read)
+    window = (3, 3), (2, 2), (1, 1)
+    index = aten.max_pool2d_with_indices(norm(x).relu_(), *window)[1]
 
+    def dz() -> Tensor:
+        z = norm(x).relu_()
+        da = aten.max_pool2d_with_indices_backward(dout, z, *window, (1, 1), False, index)
+        return aten.threshold_backward(da, z, 0)
+
+    return dz, x, norm
+
+
+def maxpool_sums(geometry: Geometry, c: int) -> Case:
     def separate(a: Arguments, layout: torch.memory_format) -> Run:
-        to = Separate(geometry, layout)
-        dout, x, norm = to.images(a["dout"], half), to.images(a["x"]), Norm(a["read"])
-        window = (3, 3), (2, 2), (1, 1)
-        index = aten.max_pool2d_with_indices(norm(x).relu_(), *window)[1]
-
-        def run() -> tuple[Tensor, ...]:
-            z = norm(x).relu_()
-            da = aten.max_pool2d_with_indices_backward(dout, z, *window, (1, 1), False, index)
-            dz = aten.threshold_backward(da, z, 0)
-            return dz, *norm.sums(dz, x)
-
-        return run
+        dz, x, norm = _separate_unpool(geometry, a, a["read"], layout)
+        return lambda: norm.sums(dz(), x)
 
     shape = f"{geometry.n} x {geometry.h}x{geometry.w}, {c}"
-    return Case("bn_relu_maxpool_backward", shape, arguments, outputs, separate)
+    return Case(
+        "bn_relu_maxpool_sums", shape, partial(_unpool_arguments, geometry, c),
+        lambda _, sums: tuple(sums), separate,
+    )  # fmt: skip
 
 
-def normalised(geometry: Geometry, c: int) -> Case:
+def maxpool_backward(geometry: Geometry, c: int) -> Case:
     def arguments(draw: Draw) -> Arguments:
-        dz, x = draw.matrix(geometry.rows, c), draw.matrix(geometry.rows, c)
-        return dict(dz=dz, x=x, behind=draw.behind(c, geometry.rows))
+        given = _unpool_arguments(geometry, c, draw)
+        behind = NormGradient(given.pop("read"), draw.sums(c, geometry.rows), geometry.rows)
+        return dict(**given, behind=behind, out=torch.empty_like(given["x"]))
 
     def separate(args: Arguments, layout: torch.memory_format) -> Run:
-        to = Separate(geometry, layout)
-        dz, x = to.images(args["dz"]), to.images(args["x"])
-        a, b, c = (to.channels(v, x) for v in args["behind"].vectors)
-        return lambda: (dz.mul_(a).addcmul_(x, b).add_(c),)
+        behind = args["behind"]
+        dz, x, _ = _separate_unpool(geometry, args, behind.read, layout)
+        a, b, c = (Separate(geometry, layout).channels(v, x) for v in behind.vectors)
+        return lambda: (dz().mul_(a).addcmul_(x, b).add_(c),)
 
     shape = f"{geometry.n} x {geometry.h}x{geometry.w}, {c}"
-    return Case("normalised_", shape, arguments, lambda _, dz: (geometry.images(dz),), separate)
+    return Case(
+        "bn_relu_maxpool_backward", shape, arguments,
+        lambda a, _: (geometry.images(a["out"]),), separate,
+    )  # fmt: skip
 
 
 def cases(batch: int, every: bool = False, quick: bool = False) -> list[Case]:
@@ -634,7 +644,7 @@ def cases(batch: int, every: bool = False, quick: bool = False) -> list[Case]:
     stem, transition, head = ((10, 16), (9, 32), (3, 64)) if quick else ((112, 64), (28, 512),
                                                                        (7, 1024))  # fmt: skip
     at, c = Geometry(batch, stem[0], stem[0]), stem[1]
-    found += [statistics(at, c), maxpool(at, c), maxpool_backward(at, c), normalised(at, c)]
+    found += [statistics(at, c), maxpool(at, c), maxpool_sums(at, c), maxpool_backward(at, c)]
     at, c = Geometry(batch, transition[0], transition[0]), transition[1]
     found += [
         pack(at, c // 4, c),

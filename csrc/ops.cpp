@@ -33,9 +33,6 @@ STABLE_TORCH_LIBRARY(memdense, m) {
       "settle(Tensor g, Tensor x, Tensor? sums, Tensor? mean, Tensor? keep, float factor)"
       " -> Tensor");
   m.def(
-      "normalised_(Tensor(a!) dz, Tensor x, Tensor mean, Tensor var, Tensor? gamma, float eps,"
-      " Tensor dbeta, Tensor dgamma, bool batch) -> ()");
-  m.def(
       "bn_relu(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
       " bool relu) -> Tensor");
   m.def(
@@ -54,9 +51,14 @@ STABLE_TORCH_LIBRARY(memdense, m) {
       "bn_relu_maxpool(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
       " int n, int h, int w) -> (Tensor out, Tensor winner)");
   m.def(
-      "bn_relu_maxpool_backward(Tensor dout, Tensor winner, Tensor x, Tensor mean, Tensor var,"
+      "bn_relu_maxpool_sums(Tensor dout, Tensor winner, Tensor x, Tensor mean, Tensor var,"
       " Tensor? gamma, Tensor? beta, float eps, int n, int h, int w)"
-      " -> (Tensor dz, Tensor dbeta, Tensor dgamma)");
+      " -> (Tensor dbeta, Tensor dgamma)");
+  // out may be x
+  m.def(
+      "bn_relu_maxpool_backward(Tensor dout, Tensor winner, Tensor x, Tensor mean, Tensor var,"
+      " Tensor? gamma, Tensor? beta, float eps, Tensor dbeta, Tensor dgamma, bool batch, int n,"
+      " int h, int w, Tensor(a!) out) -> ()");
 
   // Images x, dy, out, dx are [N, C, H, W] with any strides, weight is [k, C, 3, 3].
   m.def(

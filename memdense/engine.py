@@ -346,14 +346,14 @@ def stem_backward(
     n, _, *size = convolved.shape
     geometry, rows = Geometry(n, *size), as_rows(convolved)
     read = reader(norm, *statistics[:, : rows.shape[1]])
-    dz, sums = backend.bn_relu_maxpool_backward(
-        as_rows(dout.to(rows.dtype)), winner, rows, read, geometry
-    )
+    dout = as_rows(dout.to(rows.dtype))
+    sums = backend.bn_relu_maxpool_sums(dout, winner, rows, read, geometry)
     dx = dweight = None
     if need[0] or need[1]:
         gradient = behind(read, sums, len(rows), statistics, spec.group)
-        dconvolved = backend.normalised_(dz, rows, gradient)
-        del convolved, rows  # convolutions may copy what they are given
+        # what was recomputed is read for the last time
+        dconvolved = rows if spec.recompute else torch.empty_like(rows)
+        backend.bn_relu_maxpool_backward(dout, winner, rows, gradient, geometry, dconvolved)
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             geometry.images(dconvolved), _channels_last(x), weight.to(x.dtype), None,
             *_arguments(spec), (need[0], need[1], False),

@@ -316,9 +316,11 @@ class Efficient(Walk):
         scratch = self.call()
         if self.setting.recompute_stem:
             self.kept[part.name].append(self.convolve(part))
-        with ledger.hold("stem: gradient of conv0's output", geometry.rows * channels * self.a):
-            scratch.maxpool_backward(geometry.windows, geometry.rows, channels)
-            scratch.normalised(geometry.rows, channels)
+        scratch.maxpool_sums(geometry, channels)
+        # where conv0's output was recomputed it takes its place
+        size = 0 if self.setting.recompute_stem else geometry.rows * channels * self.a
+        with ledger.hold("stem: gradient of conv0's output", size):
+            scratch.maxpool_backward(geometry, channels)
             with ledger.hold("images, channels last", self.images * self.a):
                 self.weight_gradient(part.conv.weight.numel())
         scratch.close()
@@ -460,7 +462,7 @@ class FusedScratch:
     def nothing(self, *_: object) -> None:
         """No scratch."""
 
-    statistics = maxpool = maxpool_backward = normalised = nothing
+    statistics = maxpool = maxpool_sums = maxpool_backward = nothing
     pack = conv1x1 = conv3x3 = settle = conv1x1_backward = conv3x3_backward = nothing
     mean = mean_backward = pool_conv1x1 = pool_conv1x1_backward = close = nothing
 
@@ -651,15 +653,22 @@ class ReferenceScratch(FusedScratch):
         # values and indices of a quarter, and three steps of arithmetic with the latter
         self.ledger.spike("scratch", values // 4 * (self.a + 4 * INDEX))
 
-    def maxpool_backward(self, pooled: Geometry, rows: int, channels: int) -> None:
-        values = self.pixels(pooled, channels) * channels
-        self.ledger.spike("scratch", values * (1 + self.a))  # whose window it is, times d
-        values = self.row_band(rows, channels) * channels
-        self.read(values)
-        self.answer(values)
+    def maxpool_sums(self, geometry: Geometry, channels: int) -> None:
+        values = self.pixels(geometry.windows, channels) * channels
+        with self.ledger.hold("scratch", values * INDEX):  # winners' places
+            self.ledger.spike("scratch", values * (INDEX + 4))
+            with self.ledger.hold("scratch", values * 2 * self.a):  # and values, and dz
+                self.read(values)
+                self.answer(values)
 
-    def normalised(self, rows: int, channels: int) -> None:
-        values = self.row_band(rows, channels) * channels
+    def maxpool_backward(self, geometry: Geometry, channels: int) -> None:
+        images, lines = self.image_band(geometry, channels, 2)
+        windows = min(lines // 2 + 1, geometry.windows.h)
+        self.take("da", images * (2 * windows + 1) * geometry.w * channels * self.a)
+        values = images * windows * geometry.windows.w * channels
+        self.ledger.spike("scratch", values * (1 + self.a))  # whose window it is, times d
+        values = images * lines * geometry.w * channels
+        self.read(values)
         self.take("dy", values * WIDE)
         if self.rounds:
             self.ledger.spike("scratch", values * self.a)

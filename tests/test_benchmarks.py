@@ -209,8 +209,8 @@ COUNTED = {
     "bn_relu_mean_backward": (3 * 18 * 64 + 2 * 64, 0),
     "statistics": (200 * 16, 0),
     "bn_relu_maxpool": (200 * 16 + 50 * 16 + 50 * 16 / 4, 0),
+    "bn_relu_maxpool_sums": (200 * 16 + 50 * 16 + 50 * 16 / 4, 0),
     "bn_relu_maxpool_backward": (2 * 200 * 16 + 50 * 16 + 50 * 16 / 4, 0),
-    "normalised_": (3 * 200 * 16, 0),
 }
 
 

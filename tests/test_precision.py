@@ -177,8 +177,9 @@ def test_bn_relu_maxpool(dtype: torch.dtype) -> None:
     dy = p.draw(2 * 5 * 6, 20).to(dtype)
     out, winner = backend.bn_relu_maxpool(p.x, read, p.geometry)
     assert winner.dtype == torch.uint8 and winner.max() <= 8
-    dz, sums = backend.bn_relu_maxpool_backward(dy, winner, p.x, read, p.geometry)
-    dx = backend.normalised_(dz, p.x, NormGradient(read, sums, p.geometry.rows))
+    sums = backend.bn_relu_maxpool_sums(dy, winner, p.x, read, p.geometry)
+    dx, behind = torch.empty_like(p.x), NormGradient(read, sums, p.geometry.rows)
+    backend.bn_relu_maxpool_backward(dy, winner, p.x, behind, p.geometry, dx)
 
     def separate(z: Tensor) -> Tensor:
         return F.max_pool2d(p.images(z), 3, 2, 1).permute(0, 2, 3, 1).reshape(-1, 20)
@@ -200,7 +201,7 @@ def test_statistics_and_their_backward(dtype: torch.dtype) -> None:
     read = reader(Norm(NormSpec(EPS, True, True), gamma, beta, None, None), mean, var)
     x_hat = (y.to(mean.dtype) - read.mean) * read.rstd
     sums = engine.Sums(dz.to(mean.dtype).sum(0), (dz * x_hat).sum(0))
-    dy = backend.normalised_(dz.clone(), y, NormGradient(read, sums, 3000))
+    dy = backend._normalised(dz, y, NormGradient(read, sums, 3000))
 
     def separate(dtype: torch.dtype) -> list[Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
@@ -313,7 +314,7 @@ def per_reader_backward(
         dz, sums2, dw2 = backend.bn_relu_conv3x3_backward(
             dy, layer.conv2.to(dtype), layer.dilation, y, read2, geometry, None, True
         )
-        dy1 = backend.normalised_(dz, y, NormGradient(read2, sums2, rows))
+        dy1 = backend._normalised(dz, y, NormGradient(read2, sums2, rows))
         z = torch.relu(read1.scale * x[:, :c] + read1.shift)
         dw1 = dy1.to(z.dtype).t() @ z.to(dtype).to(z.dtype)
         sums1 = answer(read1, x[:, :c], (dy1 @ layer.conv1.flatten(1).to(dtype)) * (z > 0))

@@ -107,8 +107,7 @@ def test_nan_goes_where_the_reference_sends_it():
     found = inputs.run(Triton(), torch.float32, convolutions=False)
     for name, value in inputs.run(Reference(), torch.float32, convolutions=False).items():
         same = value.isfinite() == found[name].isfinite()
-        # the reference's maxpool backward makes 0 * NaN of what is not a winner's
-        assert same.all() or name.startswith("maxpool back"), name
+        assert same.all(), name
 
 
 def test_first_maximum_and_last_nan_win_the_maxpool():
@@ -125,21 +124,27 @@ def test_first_maximum_and_last_nan_win_the_maxpool():
 def test_maxpool_walks_down_several_lines(size, monkeypatch):
     """As a program does where there are many."""
     monkeypatch.setattr(pools, "BUSY", 0)
-    for plans in (pools._strips, pools._maxpool_plan):
+    for plans in (pools._strips, pools._maxpool_plan, pools._maxpool_gradient_plan):
         monkeypatch.setattr(pools, plans.__name__, plans.__wrapped__)
     geometry, c = Geometry(*size), 3
     x, read = torch.randn(geometry.rows, c).float(), vectors(c)
     with recorded() as launches:
         out, winner = Triton().bn_relu_maxpool(x, read, geometry)
         dout = torch.randn(out.shape).float()
-        dz, sums = Triton().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
-    assert launches[0].plan.constants[-1] == launches[1].plan.constants[-1] == pools.WALK_LINES
+        sums = Triton().bn_relu_maxpool_sums(dout, winner, x, read, geometry)
+        dx, behind = torch.empty_like(x), NormGradient(read, sums, geometry.rows)
+        Triton().bn_relu_maxpool_backward(dout, winner, x, behind, geometry, dx)
+    stem = pools.maxpool, pools.maxpool_gradient
+    walks = [launch.plan.constants[2] for launch in launches if launch.plan.kernel in stem]
+    assert walks == 3 * [pools.WALK_LINES]
     expected, places = Reference().bn_relu_maxpool(x, read, geometry)
     torch.testing.assert_close(out, expected)
     assert torch.equal(winner, places)
-    expected, both = Reference().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
-    torch.testing.assert_close(dz, expected)
+    both = Reference().bn_relu_maxpool_sums(dout, winner, x, read, geometry)
     torch.testing.assert_close(sums, both, rtol=1e-5, atol=1e-5)
+    expected = torch.empty_like(x)
+    Reference().bn_relu_maxpool_backward(dout, winner, x, behind, geometry, expected)
+    torch.testing.assert_close(dx, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -379,7 +384,6 @@ def test_launches():
         "pack": (lambda: t.pack(images, x, geometry, moments), 2),
         "pack alone": (lambda: t.pack(images, x, geometry, None), 1),
         "settle": (lambda: t.settle(g, x, share, keep), 1),
-        "normalised": (lambda: t.normalised_(g, x, behind), 1),
         "norm": (lambda: t.bn_relu(x, read, True), 1),
         "norm back": (lambda: t.bn_relu_backward(g, x, read, True, into_of(g)), 2),
         "mean": (lambda: t.bn_relu_mean(x, read, geometry), 1),
@@ -392,8 +396,9 @@ def test_launches():
         ),
         "maxpool": (lambda: t.bn_relu_maxpool(x, read, geometry), 1),
         "maxpool back": (
-            lambda: t.bn_relu_maxpool_backward(pooled, winner, x, read, geometry), 2
+            lambda: t.bn_relu_maxpool_backward(pooled, winner, x, behind, geometry, x), 1
         ),
+        "maxpool sums": (lambda: t.bn_relu_maxpool_sums(pooled, winner, x, read, geometry), 2),
     }  # fmt: skip
     for name, (run, count) in wanted.items():
         with recorded(dry=True) as launches:

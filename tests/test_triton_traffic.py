@@ -103,6 +103,9 @@ def without_product(c: int) -> dict[str, tuple[Callable[[int], object], float]]:
     def into(m: int) -> Into:
         return Into(normal(m, c), torch.zeros(2, c), False)
 
+    def behind(m: int) -> NormGradient:
+        return NormGradient(reader(c), Sums(*torch.rand(2, c)), m)
+
     def images(m: int) -> Geometry:
         return Geometry(m // 256, 16, 16)
 
@@ -134,9 +137,15 @@ def without_product(c: int) -> dict[str, tuple[Callable[[int], object], float]]:
             4.5 * c,
         ),
         "maxpool": (lambda m: triton.bn_relu_maxpool(normal(m, c), reader(c), images(m)), 2.75 * c),
+        "maxpool sums": (
+            lambda m: triton.bn_relu_maxpool_sums(
+                normal(m // 4, c), winner(m), normal(m, c), reader(c), images(m)
+            ),
+            2.75 * c,
+        ),
         "maxpool back": (
             lambda m: triton.bn_relu_maxpool_backward(
-                normal(m // 4, c), winner(m), normal(m, c), reader(c), images(m)
+                normal(m // 4, c), winner(m), normal(m, c), behind(m), images(m), normal(m, c)
             ),
             4.75 * c,
         ),
@@ -147,7 +156,8 @@ def without_product(c: int) -> dict[str, tuple[Callable[[int], object], float]]:
 def test_without_product(name, monkeypatch, interpreter):
     """Every operand once; what a maxpool's windows share is read from the cache or not at all."""
     for module, plan in (
-        (pools, "_strips"), (pools, "_maxpool_plan"), (pools, "_answer_plan"), (packing, "_plan"),
+        (pools, "_strips"), (pools, "_maxpool_plan"), (pools, "_maxpool_gradient_plan"),
+        (pools, "_answer_plan"), (packing, "_plan"),
     ):  # fmt: skip
         monkeypatch.setattr(module, plan, getattr(module, plan).__wrapped__)
     # programs walk down lines and rows, as on large inputs

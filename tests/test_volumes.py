@@ -12,7 +12,7 @@ import peers
 import pytest
 import torch
 from exactness import BACKENDS, assert_same_step, into_of, randomise, reader_of
-from inputs import poisoned
+from inputs import assert_errs_no_more, poisoned
 from torch import Tensor, nn
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -199,36 +199,27 @@ def as_reader(read: Any, dtype: torch.dtype) -> Any:
 def everything(
     backend: Reference, layer: list[Any], geometry: Geometry, dilation: tuple[int, ...],
     dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:  # fmt: skip
     """All that the two primitives return or write, into slices of what is NaN around them."""
     x, read, weight, dy, g = layer
     acc = torch.promote_types(dtype, torch.float32)
     r, rows = as_reader(read, acc), poisoned(x.to(dtype))
     w, d, k = weight.to(dtype), poisoned(dy.to(dtype)), len(weight)
     keep = torch.arange(dy.numel()).view(dy.shape) % 5 > 1, 1.25
-    found = []
-    for mask in (None, keep):
+    found = {}
+    for name, mask in (("", None), (" dropped", keep)):
         out = poisoned(torch.full((geometry.rows, k), torch.nan, dtype=dtype))
         moments = torch.full((2, k), torch.nan, dtype=acc)
         backend.bn_relu_conv3x3(rows, r, w, dilation, geometry, out, mask, moments)
         assert out._base.isnan().sum() == out._base.numel() - out.numel()
-        found += [out, *moments]
+        found |= {f"out{name}": out, f"mean{name}": moments[0], f"var{name}": moments[1]}
     into = into_of(poisoned(g.to(dtype)))
     arguments = d, w, dilation, rows, r, geometry
     dz, sums, dweight = backend.bn_relu_conv3x3_backward(*arguments, None, True)
     none, again, unwanted = backend.bn_relu_conv3x3_backward(*arguments, into, False)
     assert none is None and unwanted is None
-    return [*found, dz, *sums, dweight, into.g, *again]
-
-
-def assert_errs_no_more(
-    mine: list[Tensor], theirs: list[Tensor], exact: list[Tensor], times: float = 1.5
-) -> None:
-    for i, values in enumerate(zip(mine, theirs, exact, strict=True)):
-        value = values[2]
-        error, other = ((t - value).square().mean().sqrt().item() for t in values[:2])
-        luck = 0.5 * torch.finfo(mine[i].dtype).eps * value.square().mean().sqrt().item()
-        assert error <= times * max(other, luck), (i, error / max(other, luck))
+    found |= {"dz": dz, "dbeta": sums.dbeta, "dgamma": sums.dgamma, "dweight": dweight}
+    return found | {"g": into.g, "dbeta again": again.dbeta, "dgamma again": again.dgamma}
 
 
 @native
@@ -240,13 +231,13 @@ def test_convolution_of_planes(size: tuple[int, ...], dilation: tuple[int, ...],
     geometry = Geometry(*size)
     case = layer_of(geometry, 24, k, torch.float32), geometry, dilation
     exact = everything(Reference(), *case, torch.float64)
-    for mine, value in zip(everything(Native(), *case, torch.float64), exact, strict=True):
-        torch.testing.assert_close(mine, value, rtol=1e-12, atol=1e-12 * geometry.rows)
+    for name, value in everything(Native(), *case, torch.float64).items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12 * geometry.rows)
     found = everything(Native(), *case, torch.float32)
     # Winograd's sums round more often than PyTorch's, which convolves volumes directly
     assert_errs_no_more(found, everything(Reference(), *case, torch.float32), exact, 2.0)
     again = everything(Native(), *case, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert all(torch.equal(value, again[name]) for name, value in found.items())
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="there is no Triton")

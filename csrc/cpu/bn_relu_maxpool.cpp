@@ -79,8 +79,10 @@ struct MaxPool {
   }
 };
 
+// What dz = da * [z > 0] adds to the sums, with da a pixel's sum of dout over the windows it won;
+// or, where there is an out, the gradient behind the norm, a * dz + b * x + c.
 template <typename T>
-struct MaxPoolBackward {
+struct Unpool {
   const T* dout;
   int64_t dout_row;
   const uint8_t* winner;
@@ -89,26 +91,37 @@ struct MaxPoolBackward {
   Reader<T> read;
   Window window;
   int64_t columns;
-  T* dz;
+  const T *a, *b, *c;
+  T* out;  // may be x
+  int64_t out_row;
 
   static constexpr int64_t kColumns = 256;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
-  // dz = da * [z > 0], and what the sums take of it.
-  static MEMDENSE_INLINE void answer(const T* x, const T* scale, const T* shift, const T* mean,
-                                     int64_t columns, const T* da, T* __restrict__ dz,
-                                     T* __restrict__ dbeta, T* __restrict__ dgamma) {
+  static MEMDENSE_INLINE void add_up(const T* x, const T* scale, const T* shift, const T* mean,
+                                     int64_t columns, const T* da, T* __restrict__ dbeta,
+                                     T* __restrict__ dgamma) {
     for (int64_t j = 0; j < columns; ++j) {
-      const T value = x[j] * scale[j] + shift[j] <= 0 ? 0 : da[j];
-      dz[j] = value;
-      dbeta[j] += value;
-      dgamma[j] += value * (x[j] - mean[j]);
+      const T dz = x[j] * scale[j] + shift[j] <= 0 ? 0 : da[j];
+      dbeta[j] += dz;
+      dgamma[j] += dz * (x[j] - mean[j]);
+    }
+  }
+
+  static MEMDENSE_INLINE void normalise(const T* x, const T* scale, const T* shift, const T* a,
+                                        const T* b, const T* c, int64_t columns,
+                                        T* __restrict__ da) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const T dz = x[j] * scale[j] + shift[j] <= 0 ? 0 : da[j];
+      da[j] = a[j] * dz;
+      if (b) da[j] += b[j] * x[j] + c[j];
     }
   }
 
   // Source lines first..last, counted over all images: each pixel gathers from the (at most four)
   // windows it is in, in the order of its place in them. sums [2][columns]; part is scratch.
   template <int kBytes>
-  static MEMDENSE_INLINE void run(const MaxPoolBackward& k, int64_t first, int64_t last, T* part,
+  static MEMDENSE_INLINE void run(const Unpool& k, int64_t first, int64_t last, T* part,
                                   double* sums) {
     const Window& s = k.window;
     T *dbeta = part, *dgamma = part + k.columns;
@@ -124,14 +137,23 @@ struct MaxPoolBackward {
             for (int64_t oy = std::min((y + 1) / 2, s.out_h() - 1); oy >= y / 2; --oy) {
               for (int64_t ox = std::min((x + 1) / 2, s.out_w() - 1); ox >= x / 2; --ox) {
                 const int64_t pixel = (image * s.out_h() + oy) * s.out_w() + ox;
-                const int64_t tap = 3 * (y - 2 * oy + 1) + x - 2 * ox + 1;
+                const Index tap = 3 * (y - 2 * oy + 1) + x - 2 * ox + 1;
                 const T* d = k.dout + pixel * k.dout_row + c;
                 const uint8_t* winner = k.winner + pixel * k.columns + c;
-                for (int64_t j = 0; j < columns; ++j) da[j] += winner[j] == tap ? d[j] : T{0};
+                for (int64_t j = 0; j < columns; ++j) {
+                  da[j] += static_cast<Index>(winner[j]) == tap ? d[j] : T{0};
+                }
               }
             }
-            answer(k.x + row * k.x_row + c, k.read.scale + c, k.read.shift + c, k.read.mean + c,
-                   columns, da, k.dz + row * k.columns + c, dbeta + c, dgamma + c);
+            const T *at = k.x + row * k.x_row + c, *scale = k.read.scale + c;
+            const T* shift = k.read.shift + c;
+            if (k.out) {
+              const T *b = k.b ? k.b + c : nullptr, *constant = k.b ? k.c + c : nullptr;
+              normalise(at, scale, shift, k.a + c, b, constant, columns, da);
+              std::copy_n(da, columns, k.out + row * k.out_row + c);
+            } else {
+              add_up(at, scale, shift, k.read.mean + c, columns, da, dbeta + c, dgamma + c);
+            }
           }
         }
         for (int64_t i = 0; i < 2 * k.columns; ++i) sums[i] += part[i];
@@ -169,41 +191,68 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& mean, 
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(const Tensor& dout,
-                                                            const Tensor& winner, const Tensor& x,
-                                                            const Tensor& mean, const Tensor& var,
-                                                            const MaybeTensor& gamma,
-                                                            const MaybeTensor& beta, double eps,
-                                                            int64_t n, int64_t h, int64_t w) {
+// Without where the results go.
+template <typename T>
+Unpool<T> unpool(const Tensor& dout, const Tensor& winner, const Tensor& x, const Norm<T>& vectors,
+                 Window window, int64_t n) {
+  const int64_t columns = x.size(1), rows = n * window.out_h() * window.out_w();
+  STD_TORCH_CHECK(winner.is_contiguous() && winner.scalar_type() == ScalarType::Byte &&
+                      winner.numel() == rows * columns,
+                  "memdense: expected winner as bn_relu_maxpool returned it");
+  Unpool<T> work{};
+  work.dout = matrix<const T>(dout, rows, columns, "dout"), work.dout_row = dout.stride(0);
+  work.winner = static_cast<const uint8_t*>(winner.data_ptr());
+  work.x = matrix<const T>(x, x.size(0), columns, "x"), work.x_row = x.stride(0);
+  work.read = vectors.reader(), work.window = window, work.columns = columns;
+  return work;
+}
+
+// Returns what each worker summed, [worker][2][columns].
+template <typename T>
+std::vector<double> run(const Unpool<T>& work, const Workers& workers) {
+  std::vector<T> part(2 * workers.count * work.columns);
+  std::vector<double> sums(part.size());
+  workers.run([&](int64_t worker, int64_t first, int64_t last) {
+    const int64_t own = 2 * worker * work.columns;
+    dispatch<Unpool<T>>(work, first, last, &part[own], &sums[own]);
+  });
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> bn_relu_maxpool_sums(const Tensor& dout, const Tensor& winner,
+                                                const Tensor& x, const Tensor& mean,
+                                                const Tensor& var, const MaybeTensor& gamma,
+                                                const MaybeTensor& beta, double eps, int64_t n,
+                                                int64_t h, int64_t w) {
   check_images(x, n, h, w);
   return with_dtype(x, [&]<typename T>(T) {
-    const Window window{h, w};
-    const int64_t columns = x.size(1), rows = n * window.out_h() * window.out_w();
-    STD_TORCH_CHECK(winner.is_contiguous() && winner.scalar_type() == ScalarType::Byte &&
-                        winner.numel() == rows * columns,
-                    "memdense: expected winner as bn_relu_maxpool returned it");
+    const int64_t columns = x.size(1);
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
-    Tensor dz = make<T>({x.size(0), columns});
+    const Unpool<T> work = unpool(dout, winner, x, vectors, {h, w}, n);
     Tensor dbeta = make<T>({columns}), dgamma = make<T>({columns});
-    const MaxPoolBackward<T> work{matrix<const T>(dout, rows, columns, "dout"),
-                                  dout.stride(0),
-                                  static_cast<const uint8_t*>(winner.data_ptr()),
-                                  matrix<const T>(x, x.size(0), columns, "x"),
-                                  x.stride(0),
-                                  vectors.reader(),
-                                  window,
-                                  columns,
-                                  static_cast<T*>(dz.data_ptr())};
     const Workers workers(n * h);
-    std::vector<T> part(2 * workers.count * columns);
-    std::vector<double> sums(2 * workers.count * columns);
-    workers.run([&](int64_t worker, int64_t first, int64_t last) {
-      dispatch<MaxPoolBackward<T>>(work, first, last, &part[2 * worker * columns],
-                                   &sums[2 * worker * columns]);
-    });
-    total_sums(sums.data(), workers.count, columns, work.read, {},
+    total_sums(run(work, workers).data(), workers.count, columns, work.read, {},
                static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
-    return std::make_tuple(dz, dbeta, dgamma);
+    return std::make_tuple(dbeta, dgamma);
+  });
+}
+
+void bn_relu_maxpool_backward(const Tensor& dout, const Tensor& winner, const Tensor& x,
+                              const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
+                              const MaybeTensor& beta, double eps, const Tensor& dbeta,
+                              const Tensor& dgamma, bool batch, int64_t n, int64_t h, int64_t w,
+                              const Tensor& out) {
+  check_images(x, n, h, w);
+  with_dtype(x, [&]<typename T>(T) {
+    const int64_t rows = x.size(0), columns = x.size(1);
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
+    const NormGradient<T> gradient =
+        norm_gradient<T>(mean, var, gamma, eps, dbeta, dgamma, columns, rows, batch);
+    Unpool<T> work = unpool(dout, winner, x, vectors, {h, w}, n);
+    work.a = data_or_null(gradient.a);
+    work.b = data_or_null(gradient.b), work.c = data_or_null(gradient.c);
+    work.out = matrix<T>(out, rows, columns, "out"), work.out_row = out.stride(0);
+    run(work, Workers(n * h));
   });
 }
 
@@ -212,5 +261,6 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(const Tensor& dout,
 
 STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
   m.impl("bn_relu_maxpool", TORCH_BOX(&memdense::bn_relu_maxpool));
+  m.impl("bn_relu_maxpool_sums", TORCH_BOX(&memdense::bn_relu_maxpool_sums));
   m.impl("bn_relu_maxpool_backward", TORCH_BOX(&memdense::bn_relu_maxpool_backward));
 }

@@ -1,4 +1,4 @@
-// What reads and writes each value once: out = a * u + b * x + c, BatchNorm and ReLU on their own,
+// What reads and writes each value once: out = u + b * x + c, BatchNorm and ReLU on their own,
 // and their mean over images; with their backwards into G.
 #include <torch/csrc/stable/library.h>
 
@@ -26,7 +26,7 @@ int64_t first_row(const Workers& workers, int64_t worker, int64_t rows) {
   return rows * worker / workers.count;
 }
 
-// ---- out = (a * u + b * x + c) * keep * factor; null vectors: a = 1, b = c = 0
+// ---- out = (u + b * x + c) * keep * factor; null vectors: b = c = 0
 
 template <typename T>
 struct Combine {
@@ -34,7 +34,7 @@ struct Combine {
   int64_t u_row;
   const T* x;
   int64_t x_row;
-  const T *a, *b, *c;
+  const T *b, *c;
   const bool* keep;
   int64_t keep_row;
   T factor;
@@ -49,7 +49,6 @@ struct Combine {
       for_columns<T, kBytes, 1>(0, k.columns,
                                 [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
                                   Vec v = load<Vec>(u + j);
-                                  if (k.a) v *= load<Vec>(k.a + j);
                                   if (k.b) {
                                     v += load<Vec>(x + j) * load<Vec>(k.b + j);
                                     v += load<Vec>(k.c + j);
@@ -95,29 +94,13 @@ Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const M
       }
     }
     Tensor dy = make<T>({rows, columns});
-    combine<T>({matrix<const T>(g, rows, columns, "g"), g.stride(0),
-                matrix<const T>(x, rows, columns, "x"), x.stride(0), nullptr, data_or_null(p),
-                data_or_null(q), keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr,
-                keep ? keep->stride(0) : 0, static_cast<T>(factor), static_cast<T*>(dy.data_ptr()),
-                columns, columns},
-               rows);
+    combine<T>(
+        {matrix<const T>(g, rows, columns, "g"), g.stride(0),
+         matrix<const T>(x, rows, columns, "x"), x.stride(0), data_or_null(p), data_or_null(q),
+         keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr, keep ? keep->stride(0) : 0,
+         static_cast<T>(factor), static_cast<T*>(dy.data_ptr()), columns, columns},
+        rows);
     return dy;
-  });
-}
-
-// dz to the gradient behind the norm, in its place
-void normalised(const Tensor& dz, const Tensor& x, const Tensor& mean, const Tensor& var,
-                const MaybeTensor& gamma, double eps, const Tensor& dbeta, const Tensor& dgamma,
-                bool batch) {
-  with_dtype(x, [&]<typename T>(T) {
-    const int64_t rows = x.size(0), columns = x.size(1);
-    const NormGradient<T> gradient =
-        norm_gradient<T>(mean, var, gamma, eps, dbeta, dgamma, columns, rows, batch);
-    T* values = matrix<T>(dz, rows, columns, "dz");
-    combine<T>({values, dz.stride(0), matrix<const T>(x, rows, columns, "x"), x.stride(0),
-                data_or_null(gradient.a), data_or_null(gradient.b), data_or_null(gradient.c),
-                nullptr, 0, T{1}, values, dz.stride(0), columns},
-               rows);
   });
 }
 
@@ -329,7 +312,6 @@ std::tuple<Tensor, Tensor> bn_relu_mean_backward(const Tensor& dout, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(memdense, CPU, m) {
   m.impl("settle", TORCH_BOX(&memdense::settle));
-  m.impl("normalised_", TORCH_BOX(&memdense::normalised));
   m.impl("bn_relu", TORCH_BOX(&memdense::bn_relu));
   m.impl("bn_relu_backward", TORCH_BOX(&memdense::bn_relu_backward));
   m.impl("bn_relu_mean", TORCH_BOX(&memdense::bn_relu_mean));

@@ -207,24 +207,33 @@ class Native(Reference):
             return volumes.bn_relu_maxpool(self, x, read, geometry)
         return _ops.bn_relu_maxpool(x, *read.tensors, *geometry)
 
-    def bn_relu_maxpool_backward(
+    def bn_relu_maxpool_sums(
         self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
-    ) -> tuple[Tensor, Sums]:
+    ) -> Sums:
         if not _reads(x, read, dout):
-            return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+            return super().bn_relu_maxpool_sums(dout, winner, x, read, geometry)
         if not geometry.of_images:
-            return volumes.bn_relu_maxpool_backward(self, dout, winner, x, read, geometry)
-        dz, *sums = _ops.bn_relu_maxpool_backward(dout, winner, x, *read.tensors, *geometry)
-        return dz, Sums(*sums)
+            return volumes.bn_relu_maxpool_sums(self, dout, winner, x, read, geometry)
+        return Sums(*_ops.bn_relu_maxpool_sums(dout, winner, x, *read.tensors, *geometry))
 
-    def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
+    def bn_relu_maxpool_backward(
+        self,
+        dout: Tensor,
+        winner: Tensor,
+        x: Tensor,
+        behind: NormGradient,
+        geometry: Geometry,
+        out: Tensor,
+    ) -> None:
         read = behind.read
-        if not _reads(x, read, dz):
-            return super().normalised_(dz, x, behind)
-        _ops.normalised_(
-            dz, x, read.mean, read.var, read.weight, read.eps, *behind.sums, read.batch
-        )
-        return dz
+        if not _reads(x, read, dout, out):
+            super().bn_relu_maxpool_backward(dout, winner, x, behind, geometry, out)
+        elif not geometry.of_images:
+            volumes.bn_relu_maxpool_backward(self, dout, winner, x, behind, geometry, out)
+        else:
+            _ops.bn_relu_maxpool_backward(
+                dout, winner, x, *read.tensors, *behind.sums, read.batch, *geometry, out
+            )
 
 
 def _fits(x: Tensor, *others: Tensor | None) -> bool:

@@ -582,47 +582,81 @@ class Reference:
             winners[n, lines] = place
         return out, winner
 
-    def bn_relu_maxpool_backward(
+    def bn_relu_maxpool_sums(
         self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
-    ) -> tuple[Tensor, Sums]:
-        """Of :meth:`bn_relu_maxpool`: (dz (M, C), its sums)."""
-        small = geometry.windows
-        dz = torch.zeros_like(x)
-        target = geometry.pixels(dz)
+    ) -> Sums:
+        """Of :meth:`bn_relu_maxpool`'s dz (M, C): dout (M', C) where a pixel won, and z > 0."""
+        small, sums = geometry.windows, GradientSums(read, None)
+        source = geometry.pixels(x).flatten(1, -2)
         gradient, winners = small.pixels(dout), small.pixels(winner)
-        for n, h in self.image_bands(winner, small):
-            d, w = gradient[n, h], winners[n, h]
-            spans = (h.start, h.stop), *((0, size) for size in small[2:])
-            for offset, shifts in enumerate(product((-1, 0, 1), repeat=len(spans))):
-                reached = [
-                    strided(*span, shift, size)
-                    for span, shift, size in zip(spans, shifts, geometry[1:], strict=True)
-                ]
-                from_, to = zip(*reached, strict=True)
-                mine = w[(slice(None), *from_)] == offset
-                answers = torch.where(mine, d[(slice(None), *from_)], 0)
-                target[(n, *to)] += answers
-        sums = GradientSums(read, None)
-        for rows in self.row_bands(x):
-            self._answer(dz[rows], self._read(x[rows], read), x[rows], read, sums)
-        return dz, sums.credited()
+        for n, h in self.image_bands(dout, small):
+            d = gradient[n, h].flatten(1, -2)
+            won = source[n].gather(1, self._places(winners[n, h], h.start, geometry))
+            self._answer(d.clone(), self._read(won, read), won, read, sums)
+        return sums.credited()
 
-    def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
-        """a*dz + b*x + c, in dz's place."""
-        for rows in self.row_bands(x):
-            dz[rows] = self._normalised(dz[rows], x[rows], behind)
-        return dz
+    @staticmethod
+    def _places(winners: Tensor, first: int, geometry: Geometry) -> Tensor:
+        """Pixels of an image, (n, pixels, C), that won windows (n, h, w, C), whose first line is
+        ``first``.
+        """
+        # a window's middle, and what is around it
+        middle = torch.zeros((), dtype=torch.long, device=winners.device)
+        around = torch.zeros(1, dtype=torch.long, device=winners.device)
+        for axis in range(1, geometry.axes + 1):
+            lines = torch.arange(winners.shape[axis], device=winners.device)
+            if axis == 1:
+                lines += first
+            middle = middle[..., None] * geometry[axis] + 2 * lines
+            shifts = torch.arange(-1, 2, device=winners.device)
+            around = (around[:, None] * geometry[axis] + shifts).flatten()
+        return (around[winners.int()] + middle[..., None]).flatten(1, -2)
+
+    def bn_relu_maxpool_backward(
+        self,
+        dout: Tensor,
+        winner: Tensor,
+        x: Tensor,
+        behind: NormGradient,
+        geometry: Geometry,
+        out: Tensor,
+    ) -> None:
+        """out = a*dz + b*x + c (M, C), with the same dz; out may be x."""
+        source, target = geometry.pixels(x), geometry.pixels(out)
+        for n, h, da in self._unpooled(dout, winner, x, geometry):
+            lines = source[n, h]
+            z = self._read(lines, behind.read)
+            dz = aten.threshold_backward.grad_input(da, z, 0, grad_input=da)
+            target[n, h] = self._normalised(dz, lines, behind)
+
+    def _unpooled(
+        self, dout: Tensor, winner: Tensor, x: Tensor, geometry: Geometry
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(images, lines, each pixel's sum of dout over the windows that it won), in scratch."""
+        small = geometry.windows
+        gradient, winners = small.pixels(dout), small.pixels(winner)
+        for n, h in self.image_bands(x, geometry, unit=2):
+            windows = slice(h.start // 2, min(h.stop // 2 + 1, small.lines))
+            d, w = gradient[n, windows], winners[n, windows]
+            # they reach a line further above and below
+            reached = 2 * d.shape[1] + 1
+            shape = len(d), reached, *geometry[2:], x.shape[1]
+            da = self.scratch.take("da", shape, x.dtype, x.device).zero_()
+            for offset, (up, *shifts) in enumerate(product((-1, 0, 1), repeat=geometry.axes)):
+                spans = (
+                    strided(d.shape[1], up + 1, reached),
+                    *map(strided, small[2:], shifts, geometry[2:]),
+                )
+                from_, to = ((slice(None), *part) for part in zip(*spans, strict=True))
+                da[to] += torch.where(w[from_] == offset, d[from_], 0)
+            yield n, h, da[:, 1 : 1 + h.stop - h.start]
 
 
-def strided(start: int, stop: int, shift: int, size: int) -> tuple[slice, slice]:
-    """Which of the windows start..stop (relative to start) reach line 2*i + shift within 0..size,
-    and those lines.
-    """
-    first = start if 2 * start + shift >= 0 else start + 1
-    last = min(stop, (size - 1 - shift) // 2 + 1)
-    return slice(first - start, last - start), slice(
-        2 * first + shift, 2 * (last - 1) + shift + 1, 2
-    )
+def strided(windows: int, shift: int, size: int) -> tuple[slice, slice]:
+    """Which of so many windows i reach line 2*i + shift within 0..size, and those lines."""
+    first = 0 if shift >= 0 else 1
+    last = min(windows, (size - 1 - shift) // 2 + 1)
+    return slice(first, last), slice(2 * first + shift, 2 * (last - 1) + shift + 1, 2)
 
 
 def _octets(z: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ is taken beside a bottleneck's (M, B).
 import torch
 from torch import Tensor
 
-from ..buffers import Geometry, Into, Reader, Sums
+from ..buffers import Geometry, Into, NormGradient, Reader, Sums, accumulator
 from .reference import Reference, conv3x3_arguments, strided
 
 
@@ -126,7 +126,7 @@ def bn_relu_maxpool(
     out = values.new_full((small.n, small.lines, values.shape[2]), -torch.inf)
     winner = torch.empty_like(out, dtype=torch.uint8)
     for i in range(3):
-        windows, planes = strided(0, small.lines, i - 1, geometry.lines)
+        windows, planes = strided(small.lines, i - 1, geometry.lines)
         new, known = values[:, planes], out[:, windows]
         better = (new > known) | new.isnan()
         out[:, windows] = torch.where(better, new, known)
@@ -134,20 +134,41 @@ def bn_relu_maxpool(
     return out.view(small.rows, -1), winner.view(small.rows, -1)
 
 
-def bn_relu_maxpool_backward(
+def bn_relu_maxpool_sums(
     backend: Reference, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
-) -> tuple[Tensor, Sums]:
-    """Answers a plane's maxima for the windows that they won."""
+) -> Sums:
+    """A plane's maxima answer for the windows that they won."""
+    answers = _planes_answers(dout, winner, geometry)
+    return backend.bn_relu_maxpool_sums(*answers, x, read, geometry.planes)
+
+
+def bn_relu_maxpool_backward(
+    backend: Reference,
+    dout: Tensor,
+    winner: Tensor,
+    x: Tensor,
+    behind: NormGradient,
+    geometry: Geometry,
+    out: Tensor,
+) -> None:
+    """Likewise."""
+    answers = _planes_answers(dout, winner, geometry)
+    backend.bn_relu_maxpool_backward(*answers, x, behind, geometry.planes, out)
+
+
+def _planes_answers(dout: Tensor, winner: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """dout and the winners of the planes' maxima."""
     n, lines = geometry.n, geometry.windows.lines
+    channels = dout.shape[1]
     dout, winner = dout.reshape(n, lines, -1), winner.view(n, lines, -1)
-    answers = dout.new_zeros((n, geometry.lines, dout.shape[2]))
+    # a plane may answer for two windows at once
+    dtype = accumulator(dout.dtype)
+    answers = dout.new_zeros((n, geometry.lines, dout.shape[2]), dtype=dtype)
     # where a plane won nothing: a window's middle is never outside
-    winners = torch.full_like(answers, 4, dtype=torch.uint8)
+    winners = torch.full_like(answers, 4, dtype=winner.dtype)
     for i in range(3):
-        windows, planes = strided(0, lines, i - 1, geometry.lines)
+        windows, planes = strided(lines, i - 1, geometry.lines)
         won = winner[:, windows] // 9 == i
         answers[:, planes].add_(torch.where(won, dout[:, windows], 0))
         winners[:, planes] = torch.where(won, winner[:, windows] % 9, winners[:, planes])
-    return backend.bn_relu_maxpool_backward(
-        answers.view(-1, x.shape[1]), winners.view(-1, x.shape[1]), x, read, geometry.planes
-    )
+    return answers.view(-1, channels), winners.view(-1, channels)

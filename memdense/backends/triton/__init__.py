@@ -29,7 +29,7 @@ def _fits(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _answers(g: Tensor) -> bool:
-    """Whether the kernels take G."""
+    """Whether the kernels take a gradient, in a dtype of its own."""
     return g.dtype in DTYPES and g.stride(1) == 1
 
 
@@ -260,17 +260,27 @@ class Triton(Reference):
             return volumes.bn_relu_maxpool(self, x, read, geometry)
         return pools.bn_relu_maxpool(x, read, geometry)
 
-    def bn_relu_maxpool_backward(
+    def bn_relu_maxpool_sums(
         self, dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
-    ) -> tuple[Tensor, Sums]:
-        packed = dout.is_contiguous() and winner.is_contiguous()
-        if not (_fits(x, dout) and packed):
-            return super().bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+    ) -> Sums:
+        if not (_fits(x) and _answers(dout) and dout.is_contiguous()):
+            return super().bn_relu_maxpool_sums(dout, winner, x, read, geometry)
         if not geometry.of_images:
-            return volumes.bn_relu_maxpool_backward(self, dout, winner, x, read, geometry)
-        return pools.bn_relu_maxpool_backward(dout, winner, x, read, geometry)
+            return volumes.bn_relu_maxpool_sums(self, dout, winner, x, read, geometry)
+        return pools.bn_relu_maxpool_sums(dout, winner, x, read, geometry)
 
-    def normalised_(self, dz: Tensor, x: Tensor, behind: NormGradient) -> Tensor:
-        if not _fits(x, dz):
-            return super().normalised_(dz, x, behind)
-        return settle.normalised_(dz, x, behind)
+    def bn_relu_maxpool_backward(
+        self,
+        dout: Tensor,
+        winner: Tensor,
+        x: Tensor,
+        behind: NormGradient,
+        geometry: Geometry,
+        out: Tensor,
+    ) -> None:
+        if not (_fits(x, out) and _answers(dout) and dout.is_contiguous()):
+            super().bn_relu_maxpool_backward(dout, winner, x, behind, geometry, out)
+        elif not geometry.of_images:
+            volumes.bn_relu_maxpool_backward(self, dout, winner, x, behind, geometry, out)
+        else:
+            pools.bn_relu_maxpool_backward(dout, winner, x, behind, geometry, out)

@@ -12,10 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...buffers import Geometry, Into, Reader, Sums, new_matrix
+from ...buffers import Geometry, Into, NormGradient, Reader, Sums, new_matrix
 from .launch import Plan
 from .reduce import merge_sums, sums_partial
-from .shared import answer, norm_vectors, relu, store_sums, tile_of, walk_of
+from .shared import (
+    answer,
+    behind_vectors,
+    norm_vectors,
+    relu,
+    store_sums,
+    tile_of,
+    walk_of,
+)
 from .tiles import cached, cdiv, power, readable, tiling, walk
 
 # ---- tails, forward
@@ -227,16 +235,23 @@ def maxpool(
 
 
 @triton.jit
-def unpool_pixel(da, x, dz, s, t, mu, r, mask, inside, beta, gamma):
-    """dZ = dA*[s*X + t > 0] where ``inside``, and its two sums."""
-    values = tl.load(x, mask, 0.0).to(tl.float32)
-    stored = tl.where(values * s + t <= 0.0, 0.0, da).to(dz.dtype.element_ty)
-    tl.store(dz, stored, inside)
-    wide = stored.to(tl.float32)
-    return (
-        beta + tl.where(inside, wide, 0.0),
-        gamma + tl.where(inside, wide * ((values - mu) * r), 0.0),
-    )
+def unpool_pixel(
+    da, x, out, at_x, at_out, s, t, mu, r, a, b, c, mask, inside, beta, gamma, BATCH: tl.constexpr
+):  # fmt: skip
+    """dZ = dA*[s*X + t > 0] where ``inside``: out takes a*dZ + b*X + c; without it the two sums
+    take dZ.
+    """
+    values = tl.load(x + at_x, mask, 0.0).to(tl.float32)
+    dz = tl.where(inside & ~(values * s + t <= 0.0), da, 0.0)
+    if out is not None:
+        dz *= a
+        if BATCH:
+            dz += b * values + c
+        tl.store(out + at_out, dz.to(out.dtype.element_ty), inside)
+    else:
+        beta += dz
+        gamma += tl.where(inside, dz * ((values - mu) * r), 0.0)
+    return beta, gamma
 
 
 @triton.jit
@@ -247,12 +262,13 @@ def won(d, at, place):
 
 @triton.jit
 def maxpool_gradient(
-    d, winner, x, mean, var, weight, bias, dz, partial,
-    H, W, H2, W2, C, CX, ldx, eps, segments, tiles, plane,
-    BW: tl.constexpr, BC: tl.constexpr, LINES: tl.constexpr,
+    d, winner, x, mean, var, weight, bias, dbeta, dgamma, out, partial,
+    H, W, H2, W2, C, CX, ldx, ldo, eps, count, segments, tiles, plane,
+    BW: tl.constexpr, BC: tl.constexpr, LINES: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
-    """dZ [N*H*W, C] = [s*X + t > 0] * the sum of d over the windows that a pixel won, and each
-    tile's sums of dZ and dZ*x_hat at partial [2, C, tiles]; d, winner [N*H2*W2, C].
+    """With dZ = [s*X + t > 0] * the sum of d over the windows that a pixel won: out = a*dZ + b*X +
+    c, which may be X, with X, out [N*H*W, C] and d, winner [N*H2*W2, C]; without an out each tile's
+    sums of dZ and dZ*x_hat at partial [2, C, tiles].
 
     Pixels (2i, 2j) to (2i + 1, 2j + 1) lie in the windows (i, j) to (i + 1, j + 1) and no others. A
     program walks down LINES such quads, BW side by side.
@@ -264,6 +280,16 @@ def maxpool_gradient(
     t = t[None, :]
     mu = mu[None, :]
     r = r[None, :]
+    va = s
+    vb = s
+    vc = s
+    if out is not None:
+        va, vb, vc = behind_vectors(mean, var, weight, dbeta, dgamma, eps, count, c, c < C, BATCH)
+        va = va[None, :]
+        vb = vb[None, :]
+        vc = vc[None, :]
+        out += (image.to(tl.int64) * H + 2 * first) * W * ldo + 2 * column[:, None] * ldo
+        out += c[None, :]
     left = (column < W2)[:, None] & (c < C)[None, :]
     right = (column + 1 < W2)[:, None] & (c < C)[None, :]
     odd = (2 * column + 1 < W)[:, None]
@@ -271,9 +297,7 @@ def maxpool_gradient(
     at = (image.to(tl.int64) * H2 + first) * W2 * C + column[:, None] * C + c[None, :]
     d += at
     winner += at
-    top = (image.to(tl.int64) * H + 2 * first) * W
-    x += top * ldx + 2 * column[:, None] * ldx + c[None, :]
-    dz += top * C + 2 * column[:, None] * C + c[None, :]
+    x += (image.to(tl.int64) * H + 2 * first) * W * ldx + 2 * column[:, None] * ldx + c[None, :]
     beta = tl.zeros([BW, BC], tl.float32)
     gamma = beta
     d00 = tl.load(d, left, 0.0)
@@ -289,31 +313,34 @@ def maxpool_gradient(
         w10 = tl.load(winner, left & below, 255)
         w11 = tl.load(winner + C, right & below, 255)
         beta, gamma = unpool_pixel(
-            won(d00, w00, 4), x, dz, s, t, mu, r, readable, left, beta, gamma
-        )
+            won(d00, w00, 4), x, out, 0, 0,
+            s, t, mu, r, va, vb, vc, readable, left, beta, gamma, BATCH,
+        )  # fmt: skip
         beta, gamma = unpool_pixel(
-            won(d00, w00, 5) + won(d01, w01, 3),
-            x + ldx, dz + C, s, t, mu, r, readable & odd, left & odd, beta, gamma,
+            won(d00, w00, 5) + won(d01, w01, 3), x, out, ldx, ldo,
+            s, t, mu, r, va, vb, vc, readable & odd, left & odd, beta, gamma, BATCH,
         )  # fmt: skip
         lower = 2 * line + 1 < H
         beta, gamma = unpool_pixel(
-            won(d00, w00, 7) + won(d10, w10, 1),
-            x + W * ldx, dz + W * C, s, t, mu, r, readable & lower, left & lower, beta, gamma,
+            won(d00, w00, 7) + won(d10, w10, 1), x, out, W * ldx, W * ldo,
+            s, t, mu, r, va, vb, vc, readable & lower, left & lower, beta, gamma, BATCH,
         )  # fmt: skip
         beta, gamma = unpool_pixel(
             won(d00, w00, 8) + won(d01, w01, 6) + won(d10, w10, 2) + won(d11, w11, 0),
-            x + (W + 1) * ldx, dz + (W + 1) * C, s, t, mu, r,
-            readable & odd & lower, left & odd & lower, beta, gamma,
+            x, out, (W + 1) * ldx, (W + 1) * ldo, s, t, mu, r, va, vb, vc,
+            readable & odd & lower, left & odd & lower, beta, gamma, BATCH,
         )  # fmt: skip
         x += 2 * W * ldx
-        dz += 2 * W * C
+        if out is not None:
+            out += 2 * W * ldo
         d00 = d10
         d01 = d11
         w00 = w10
         w01 = w11
-    dbeta = tl.sum(beta, 0)
-    dgamma = tl.sum(gamma, 0)
-    store_sums(partial, plane, dbeta, dgamma, dbeta, dgamma, c, c < C, tile, tiles, False)
+    if out is None:
+        beta = tl.sum(beta, 0)
+        gamma = tl.sum(gamma, 0)
+        store_sums(partial, plane, beta, gamma, beta, gamma, c, c < C, tile, tiles, False)
 
 
 # ---- their plans and calls
@@ -460,36 +487,57 @@ def _strips(
 
 @cached
 def _maxpool_plan(
-    dtype: torch.dtype, geometry: Geometry, c: int, touched: int, ldx: int, eps: float,
-    backward: bool,
-) -> Plan:  # fmt: skip
+    dtype: torch.dtype, geometry: Geometry, c: int, touched: int, ldx: int, eps: float
+) -> Plan:
     _, h, w = geometry
     n, h2, w2 = geometry.windows
     side, columns, walk, segments, tiles = _strips(dtype, n, h2, w2, c)
     sizes = (h, w, h2, w2, c, touched, ldx, eps, segments)
-    grid, constants = (tiles * cdiv(c, columns),), (side, columns, walk)
-    if not backward:
-        return Plan(maxpool, grid, sizes, constants, warps=8)
-    return Plan(maxpool_gradient, grid, (*sizes, tiles, c * tiles), constants, warps=8)
+    return Plan(maxpool, (tiles * cdiv(c, columns),), sizes, (side, columns, walk), warps=8)
 
 
 def bn_relu_maxpool(x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Values (M', C) and winners (M', C), uint8."""
     m, c = geometry.windows.rows, x.shape[1]
     out, winner = x.new_empty((m, c)), x.new_empty((m, c), dtype=torch.uint8)
-    plan = _maxpool_plan(x.dtype, geometry, c, readable(x), x.stride(0), read.eps, False)
+    plan = _maxpool_plan(x.dtype, geometry, c, readable(x), x.stride(0), read.eps)
     plan(x, *_vectors(read), out, winner)
     return out, winner
 
 
-def bn_relu_maxpool_backward(
+@cached
+def _maxpool_gradient_plan(
+    dtype: torch.dtype, geometry: Geometry, c: int, touched: int, strides: tuple[int, int],
+    eps: float, count: int, batch: bool,
+) -> Plan:  # fmt: skip
+    _, h, w = geometry
+    n, h2, w2 = geometry.windows
+    side, columns, walk, segments, tiles = _strips(dtype, n, h2, w2, c)
+    sizes = (h, w, h2, w2, c, touched, *strides, eps, count, segments, tiles, c * tiles)
+    constants = (side, columns, walk, batch)
+    return Plan(maxpool_gradient, (tiles * cdiv(c, columns),), sizes, constants, warps=8)
+
+
+def bn_relu_maxpool_sums(
     dout: Tensor, winner: Tensor, x: Tensor, read: Reader, geometry: Geometry
-) -> tuple[Tensor, Sums]:
-    """dz (M, C), packed, and its sums."""
-    m, c = x.shape
-    dz = x.new_empty((m, c))
-    tiles = _strips(x.dtype, *geometry.windows, c)[-1]
-    partial = sums_partial(x, c, tiles, None)
-    plan = _maxpool_plan(x.dtype, geometry, c, readable(x), x.stride(0), read.eps, True)
-    plan(dout, winner, x, *_vectors(read), dz, partial)
-    return dz, merge_sums(partial, read, None)[0]
+) -> Sums:
+    """Of dz (M, C)."""
+    c = x.shape[1]
+    partial = sums_partial(x, c, _strips(x.dtype, *geometry.windows, c)[-1], None)
+    plan = _maxpool_gradient_plan(
+        x.dtype, geometry, c, readable(x), (x.stride(0), 0), read.eps, 0, False
+    )
+    plan(dout, winner, x, *_vectors(read), None, None, None, partial)
+    return merge_sums(partial, read, None)[0]
+
+
+def bn_relu_maxpool_backward(
+    dout: Tensor, winner: Tensor, x: Tensor, behind: NormGradient, geometry: Geometry, out: Tensor
+) -> None:
+    """The gradient of x (M, C) into out."""
+    read = behind.read
+    plan = _maxpool_gradient_plan(
+        x.dtype, geometry, x.shape[1], readable(x), (x.stride(0), out.stride(0)), read.eps,
+        behind.rows, read.batch,
+    )  # fmt: skip
+    plan(dout, winner, x, *_vectors(read), *behind.sums, out, None)

@@ -1,7 +1,8 @@
 """BatchNorm's own share in a gradient: of a slice whose readers have answered, and behind a norm
 with one reader.
 
-Specification: ``settle`` and ``normalised_`` of the reference backend.
+Specification: ``settle`` of the reference backend, and what precedes its
+``bn_relu_conv1x1_backward``.
 """
 
 from __future__ import annotations
