@@ -431,14 +431,20 @@ def _read_tail(
         axes = axes_of(conv)
         kind = nn.AvgPool3d if axes == 3 else nn.AvgPool2d
         check(pool, f"{name}.pool", (kind,), f"an {kind.__name__}")
-        shape = pool.kernel_size, pool.stride, pool.padding
-        if [per_axis(numbers, axes) for numbers in shape] != [(n,) * axes for n in (2, 2, 0)]:
+        if not _pools(pool, axes, size=2, padding=0):
             raise Unsupported(f"{name}.pool is not a {'x'.join('2' * axes)} average of stride 2")
         if pool.ceil_mode or pool.divisor_override:
             raise Unsupported(f"{name}.pool has ceil_mode or divisor_override")
     check(module, name, types, "a transition that was looked at when the model was converted")
     spec = TailSpec("transition", norm.norm.spec, True, 1 if pool is None else 2)
     return Tail(spec, norm.norm, conv.weight), norm
+
+
+def _pools(pool: nn.Module, axes: int, size: int, padding: int) -> bool:
+    """Whether its windows are of this size, two apart along each axis."""
+    stride = pool.kernel_size if pool.stride is None else pool.stride  # as functions take None
+    shape = pool.kernel_size, stride, pool.padding
+    return [per_axis(n, axes) for n in shape] == [(n,) * axes for n in (size, 2, padding)]
 
 
 def read_tail(module: nn.Module, name: str, kind: str, types: frozenset[type]) -> StageModules:
@@ -479,8 +485,7 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
         raise Unsupported(f"{names[1]} has {'one more' if between else 'no'} ReLU behind it")
     for name in between:
         check(modules[name], name, (nn.ReLU,), "a ReLU")
-    shape = pool.kernel_size, pool.stride, pool.padding, pool.dilation
-    fits = [per_axis(numbers, axes) for numbers in shape] == [(n,) * axes for n in (3, 2, 1, 1)]
+    fits = _pools(pool, axes, size=3, padding=1) and per_axis(pool.dilation, axes) == (1,) * axes
     if not fits or pool.ceil_mode or pool.return_indices:
         raise Unsupported(
             f"{names[-1]} is not a {'x'.join('3' * axes)} maximum of stride 2 and padding 1"

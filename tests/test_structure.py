@@ -109,6 +109,7 @@ CHANGES = {
     "a square 1x1 turned": turn_data,
     "stem's weight": set_to("conv0.weight", nn.Parameter(torch.rand(8, 3, 7, 7))),
     "stem's stride": set_to("conv0.stride", (1, 1)),
+    "stem's pool": set_to("pool0.stride", None),
     "dilation": lambda f: (
         set_to(LAYER + "conv2.dilation", (2, 2))(f),
         set_to(LAYER + "conv2.padding", (2, 2))(f),
@@ -131,6 +132,14 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_changes_between_calls_is_seen(change: Callable[[nn.Module], Any]) -> None:
     check(network_of_two(), change)
+
+
+def test_a_pool_without_a_stride_takes_its_windows() -> None:
+    model = network_of_two()
+    expected = run(copy.deepcopy(model))
+    model.features.transition1.pool.stride = None
+    with warnings.catch_warnings(action="error", category=memdense.MemdenseWarning):
+        assert same(run(model), expected)
 
 
 def test_what_could_change_unseen_is_read_at_every_call() -> None:
