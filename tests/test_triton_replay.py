@@ -99,7 +99,7 @@ def test_volumes_replay(replays: list[replay.Tape]) -> None:
     """The planes' kernels among PyTorch's operations, with the bits of those that run."""
     model = memdense.convert(peers.monai(3), verbose=False)
     twin = copy.deepcopy(model)
-    for seed in range(4):
+    for seed in range(3):
         found = []
         for net, wanted in ((model, True), (twin, False)):
             net.zero_grad()
@@ -109,7 +109,7 @@ def test_volumes_replay(replays: list[replay.Tape]) -> None:
                 loss(out).backward()
             found.append([out.detach(), *(p.grad for p in net.parameters())])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert len(replays) == 8 and len(set(map(id, replays))) == 4
+    assert len(replays) == len(set(map(id, replays))) == 4  # two stages, two passes
 
 
 @pytest.mark.parametrize(
