@@ -568,7 +568,7 @@ def _unpool_arguments(geometry: Geometry, c: int, draw: Draw) -> Arguments:
 
 def _separate_unpool(
     geometry: Geometry, a: Arguments, read: Reader, layout: torch.memory_format
-) -> tuple[Callable[[], Tensor], Tensor, "Norm"]:
+) -> tuple[Callable[[], Tensor], Tensor, Norm]:
     """(what makes dz, x as images, its norm)."""
     to = Separate(geometry, layout)
     dout, x, norm = to.images(a["dout"], geometry.windows), to.images(a["x"]), Norm(read)

@@ -156,7 +156,7 @@ struct Unpool {
             }
           }
         }
-        for (int64_t i = 0; i < 2 * k.columns; ++i) sums[i] += part[i];
+        for (int64_t i = 0; !k.out && i < 2 * k.columns; ++i) sums[i] += part[i];
       }
     }
   }

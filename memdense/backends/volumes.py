@@ -151,15 +151,14 @@ def bn_relu_maxpool_backward(
     geometry: Geometry,
     out: Tensor,
 ) -> None:
-    """Likewise."""
+    """Of the same dz."""
     answers = _planes_answers(dout, winner, geometry)
     backend.bn_relu_maxpool_backward(*answers, x, behind, geometry.planes, out)
 
 
 def _planes_answers(dout: Tensor, winner: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """dout and the winners of the planes' maxima."""
-    n, lines = geometry.n, geometry.windows.lines
-    channels = dout.shape[1]
+    n, lines, channels = geometry.n, geometry.windows.lines, dout.shape[1]
     dout, winner = dout.reshape(n, lines, -1), winner.view(n, lines, -1)
     # a plane may answer for two windows at once
     dtype = accumulator(dout.dtype)

@@ -15,15 +15,7 @@ from torch import Tensor
 from ...buffers import Geometry, Into, NormGradient, Reader, Sums, new_matrix
 from .launch import Plan
 from .reduce import merge_sums, sums_partial
-from .shared import (
-    answer,
-    behind_vectors,
-    norm_vectors,
-    relu,
-    store_sums,
-    tile_of,
-    walk_of,
-)
+from .shared import answer, behind_vectors, norm_vectors, relu, store_sums, tile_of, walk_of
 from .tiles import cached, cdiv, power, readable, tiling, walk
 
 # ---- tails, forward
