@@ -124,8 +124,9 @@ class Reader:
 
 
 def reader(norm: Norm, mean: Tensor, var: Tensor) -> Reader:
-    """``norm``, reading by these statistics."""
-    return Reader(mean, var, norm.weight, norm.bias, norm.spec.eps, norm.spec.batch)
+    """``norm``, reading by these statistics; kernels want vectors packed."""
+    weight, bias = (v if v is None else v.contiguous() for v in (norm.weight, norm.bias))
+    return Reader(mean, var, weight, bias, norm.spec.eps, norm.spec.batch)
 
 
 class Sums(NamedTuple):

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -109,6 +110,12 @@ def interpreter(monkeypatch):
         values = values[0] if axis is None else values.swapaxes(0, axis).squeeze(axis)
         return operation.to_tensor(values, x.dtype)
 
+    known = cache(interpreter._get_np_dtype)
+
+    def numpy(dtype):
+        scalar = dtype.scalar
+        return known(tl.uint64 if scalar.is_ptr() else scalar)
+
     patched = set()
 
     def call(function, *args, **kwargs):
@@ -118,6 +125,7 @@ def interpreter(monkeypatch):
         return function.rewrite()(*args, **kwargs)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", numpy)
     monkeypatch.setattr(interpreter.ReduceOps, "sum", tree)
     # to patch triton.language again at every call of a function takes longer than all the rest
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)

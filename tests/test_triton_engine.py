@@ -17,7 +17,10 @@ import memdense
 from memdense import engine, spec
 from memdense.backends.triton import Triton, launch
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="runs in Triton's interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.skipif(not launch.INTERPRETED, reason="runs in Triton's interpreter"),
+]
 
 
 def gradient_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

@@ -10,6 +10,7 @@ import itertools
 import random
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,10 @@ from memdense import ops
 from memdense.backends import triton
 from memdense.backends.triton import Triton, cuda, launch, replay
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="runs in Triton's interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.skipif(not launch.INTERPRETED, reason="runs in Triton's interpreter"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +140,32 @@ def test_frozen_and_evaluating(replays: list[replay.Tape]) -> None:
     twin = copy.deepcopy(model)
     for seed in range(3):
         assert_same(step(model, seed, True), step(twin, seed, False))
+    assert len(replays) == 4
+
+
+def test_vectors_of_any_stride(replays: list[replay.Tape]) -> None:
+    """Kernels read packed ones."""
+    model = network()
+    twin = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for name, p in list(m.named_parameters()):
+                wide = torch.stack((p.detach(), torch.full_like(p, torch.nan)), 1)
+                setattr(m, name, nn.Parameter(wide[:, 0]))
+    for seed in range(3):
+        assert_same(step(model, seed, True), step(twin, seed, False))
+    assert len(replays) == 4
+
+
+def test_tail_without_parameters(replays: list[replay.Tape]) -> None:
+    """A last norm that has none, alone behind a block that a hook turns to plain modules."""
+    model = network()
+    model.features.norm5 = nn.BatchNorm2d(model.features.norm5.num_features, affine=False)
+    model.features.denseblock2.denselayer1.register_forward_hook(lambda *_: None)
+    twin = copy.deepcopy(model)
+    for seed in range(3):
+        with pytest.warns(memdense.MemdenseWarning) if not seed else nullcontext():
+            assert_same(step(model, seed, True), step(twin, seed, False))
     assert len(replays) == 4
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import ROW_UNIT
-from .launch import Plan, constant
+from .launch import Plan, constant, table_of
 from .tiles import cached, cdiv
 
 BLOCK = 4096  # values that a program writes
@@ -115,7 +115,7 @@ def _table(sources: tuple[Source, ...], turned: bool, device: torch.device) -> T
         lines.append(
             (pointer, SOURCES.index(dtype), start, size, c, padded, taps, across, *strides)
         )
-    return torch.tensor(lines, dtype=torch.int64).to(device)
+    return table_of(lines, device)
 
 
 @cached

@@ -9,7 +9,8 @@ a whole stage launches is replayed by :mod:`.replay`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -146,6 +147,14 @@ class Plan:
     def compile_and_launch(self, tensors: tuple[Tensor | None, ...]) -> Compiled:
         compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
         return Compiled(compiled.run, compiled.function, compiled.packed_metadata, compiled)
+
+
+def table_of(lines: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Lines of int64, for a cache. A thread of its own makes it: what this one allocates may belong
+    to a CUDA graph, which torch.compile's "reduce-overhead" warms up and captures thread by thread.
+    """
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(lambda: torch.tensor(lines, dtype=torch.int64).to(device)).result()
 
 
 def constant(make: Callable[[], Tensor]) -> Tensor:

@@ -106,12 +106,12 @@ class Recorder(TorchDispatchMode):
     once something cannot be told.
     """
 
-    def __init__(self, moving: Tensors, fixed: Tensors) -> None:
+    def __init__(self, device: torch.device, moving: Tensors, fixed: Tensors) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.pieces: list[Piece] = []
         self.replayable = True
-        self._device = fixed[0].device
+        self._device = device
         self._at: dict[int, list[int]] = {}  # pieces, by their storage
         self._storages: list[StorageWeakRef] = []  # keep addresses of storages, not their memory
         self._paused = False
@@ -509,7 +509,8 @@ def call(
         fixed: inputs that usually lie where they did: a stage's parameters.
         rest: hashable.
     """
-    device = fixed[0].device
+    # a tail alone, of a norm without parameters, has none that are fixed
+    device = next(t.device for t in (*fixed, *moving) if t is not None)
     if not enabled():
         _expect_device(device, moving, fixed)
         return function(backend, moving, fixed, *rest)
@@ -534,7 +535,7 @@ def call(
     _expect_device(device, moving, fixed)
     if not record:
         return function(backend, moving, fixed, *rest)
-    with Recorder(moving, fixed) as recorder:
+    with Recorder(device, moving, fixed) as recorder:
         outputs = function(backend, moving, fixed, *rest)
     places = [None if t is None else recorder.place(t) for t in outputs]
     tape = Tape(recorder, places) if recorder.replayable else None

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cast import SOURCES
-from .launch import Plan, keep_while_read
+from .launch import Plan, keep_while_read, table_of
 from .tiles import cached
 
 FIELDS = tl.constexpr(7)  # of a line in the table
@@ -104,7 +104,7 @@ def _table(
         map(SOURCES.index, means), [shape[0] for shape in shapes], starts,
         [struct.unpack("q", struct.pack("d", m))[0] for m in momenta], strict=True,
     )  # fmt: skip
-    return torch.tensor([*lines], dtype=torch.int64).to(device)
+    return table_of([*lines], device)
 
 
 @cached
