@@ -125,7 +125,7 @@ def find_stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         TypeError, ValueError: see :func:`convert`.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("a scripted or traced model cannot be changed: convert it before that")
+        raise TypeError("a scripted or traced model has no modules to read: convert it before that")
     if isinstance(model, torch.fx.GraphModule):
         raise TypeError("what torch.fx wrote down calls no dense blocks, but what was in them")
     if not isinstance(model, nn.Module):

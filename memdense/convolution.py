@@ -15,7 +15,7 @@ from torch._prims_common import (
 from torch.nn import functional as F
 
 from . import _extension
-from .direct import autocast, batched, learns, transformed, watched
+from .direct import autocast, batched, learns, transformed, watched, written_down
 from .spec import output_length, pair
 
 _DTYPES = {
@@ -88,9 +88,12 @@ def dilated_conv3x3(
         stride, padding, dilation: one number, or one per axis; padding may be "same" or "valid".
 
     Raises:
+        TypeError: images that are no tensor.
         RuntimeError: shapes, dtypes or devices that do not fit together, a stride, padding or
             dilation that is none, or an image smaller than the dilated kernel.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"dilated_conv3x3: expected images as a Tensor, got {type(x).__name__}")
     x, weight, bias = autocast(x, weight, bias)
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     if isinstance(padding, str):
@@ -98,12 +101,13 @@ def dilated_conv3x3(
     geometry = stride, _pair("padding", padding, 0), dilation
     if bias is not None:
         bias = bias.contiguous()  # as it may be where a model's weights come in a stack
-    if weight.device != x.device:
-        raise RuntimeError(
-            f"dilated_conv3x3: expected weight on the images' device {x.device}, got "
-            f"{weight.device}"
-        )
-    if x.is_complex() or x.layout is not torch.strided or transformed():
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and (t.device, t.dtype) != (x.device, x.dtype):
+            raise RuntimeError(
+                f"dilated_conv3x3: expected {name} in the images' {x.dtype} on {x.device}, got "
+                f"{t.dtype} on {t.device}"
+            )
+    if x.is_complex() or x.layout is not torch.strided or transformed() or written_down():
         return F.conv2d(x, weight, bias, *geometry)
     if x.dim() == 3:
         return dilated_conv3x3(x.unsqueeze(0), weight, bias, *geometry).squeeze(0)

@@ -42,6 +42,13 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def written_down() -> bool:
+    """Whether a trace or an export is made, which may be read where memdense is not."""
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return True
+    return torch.compiler._is_exporting_flag  # Dynamo of torch 2.11 takes is_exporting() for true
+
+
 def batched(*gradients: Tensor | None) -> bool:
     """Whether each stands for many: torch.func's vmap, or autograd's ``is_grads_batched``."""
     legacy = torch._C._functorch.is_legacy_batchedtensor

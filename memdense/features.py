@@ -16,7 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from .backends import warn_plain
 from .buffers import CHANNELS_LAST
 from .convolution import layout_of
-from .direct import foreign, transformed
+from .direct import foreign, transformed, written_down
 from .modules import OWN_TYPES
 from .stage import (
     Readings,
@@ -87,10 +87,8 @@ class Switches:
         """Obstacles that nobody needs to be told of."""
         if not self.efficient:
             return "efficient is False"
-        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-            return "tracing"
-        if torch.compiler._is_exporting_flag:  # Dynamo of torch 2.11 takes is_exporting() for true
-            return "exporting, to where these operations are not"
+        if written_down():
+            return "tracing or exporting, to where these operations are not"
         # modules say best what is wrong with an input, and do with an empty one what they do
         if not isinstance(x, Tensor):
             written = isinstance(x, torch.fx.Proxy)

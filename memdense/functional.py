@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .convolution import dilated_conv3x3
-from .direct import autocast, transformed
+from .direct import autocast, transformed, written_down
 from .spec import NormSpec, StageSpec, TailSpec
 
 __all__ = ["bn_relu_conv1x1", "dilated_conv3x3"]
@@ -40,6 +40,7 @@ def bn_relu_conv1x1(
         (N, B, H, W), channels last.
 
     Raises:
+        TypeError: an input that is no tensor.
         ValueError: shapes or dtypes that do not fit together, no running statistics in evaluation,
             or one value per channel in training.
     """
@@ -64,13 +65,17 @@ def norm_relu_conv1x1(
     """:func:`bn_relu_conv1x1` that moves ``count``, num_batches_tracked, too; a momentum of None
     averages over it.
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"bn_relu_conv1x1: expected input as a Tensor, got {type(input).__name__}")
     input, conv_weight = autocast(input, conv_weight)
-    _check(input, running_mean, running_var, weight, bias, conv_weight, training, eps)
+    written = written_down()
+    if not written:  # where sizes are numbers
+        _check(input, running_mean, running_var, weight, bias, conv_weight, training, eps)
     if training and running_mean is not None and momentum is None and count is None:
         raise ValueError("bn_relu_conv1x1: expected a momentum, got None")
     if momentum is not None and momentum < 0:
         raise ValueError(f"bn_relu_conv1x1: expected a momentum of at least 0, got {momentum}")
-    if transformed():
+    if written or transformed():
         if training and count is not None:
             count.add_(1)
             momentum = 1.0 / float(count) if momentum is None else momentum
@@ -148,6 +153,7 @@ def _check(
             expect(vector.shape == (channels,), f"{name} of shape ({channels},)",
                    tuple(vector.shape))  # fmt: skip
             expect(vector.device == x.device, f"{name} on {x.device}", vector.device)
+            expect(vector.is_floating_point(), f"floating-point {name}", vector.dtype)
     expect((running_mean is None) == (running_var is None),
            "both of running_mean and running_var, or neither", "one")  # fmt: skip
     expect(training or running_mean is not None, "running statistics in evaluation", None)

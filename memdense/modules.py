@@ -158,10 +158,12 @@ class BNReLUConv1x1(nn.Module):
             warn_plain("BNReLUConv1x1", reason, self._warned)
             return self.conv(F.relu(self.norm(input)))
         norm = self.norm
+        running = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if norm.training and not norm.track_running_stats:
+            running = None, None, None
         return norm_relu_conv1x1(
-            input, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.weight,
-            norm.bias, self.conv.weight, norm.training or norm.running_mean is None, norm.momentum,
-            norm.eps,
+            input, *running, norm.weight, norm.bias, self.conv.weight,
+            norm.training or running[0] is None, norm.momentum, norm.eps,
         )  # fmt: skip
 
     def _unusual(self) -> str | None:
@@ -212,7 +214,7 @@ class DilatedConv2d(nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         if kernel_size not in (3, (3, 3), [3, 3]):
-            raise ValueError(f"DilatedConv2d: expected kernel_size 3, got {kernel_size}")
+            raise ValueError(f"DilatedConv2d: expected kernel_size 3, got {kernel_size!r}")
         if groups != 1:
             raise ValueError(f"DilatedConv2d: expected groups 1, got {groups}")
         if padding_mode != "zeros":

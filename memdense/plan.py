@@ -609,7 +609,7 @@ def largest_batch(fits: Callable[[int], bool], smallest: int = 1) -> int:
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, DenseNet):
-        kind = type(model).__name__
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(f"expected a memdense.DenseNet or an architecture's name, got {kind}")
     if not model.training:
         raise ValueError("expected a model in training mode: call model.train()")

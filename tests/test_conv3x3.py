@@ -620,7 +620,7 @@ def test_bad_input(x, weight, geometry, message):
 
 
 def test_other_devices_are_refused():
-    with pytest.raises(RuntimeError, match="expected weight on the images' device cpu, got meta"):
+    with pytest.raises(RuntimeError, match=r"float32 on cpu, got .* on meta"):
         dilated_conv3x3(torch.randn(1, 2, 5, 5), torch.randn(1, 2, 3, 3, device="meta"))
 
 
@@ -762,8 +762,14 @@ def test_meta():
 
 
 def test_mixed_types_are_refused():
-    with pytest.raises(RuntimeError, match="expected weight in"):
-        dilated_conv3x3(torch.randn(1, 2, 5, 5), torch.randn(1, 2, 3, 3).double())
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(1, 2, 3, 3)
+    message = "^dilated_conv3x3: expected {} in the images' torch.float32 on cpu, got torch.float64"
+    with pytest.raises(RuntimeError, match=message.format("weight")):
+        dilated_conv3x3(x, weight.double())
+    with pytest.raises(RuntimeError, match=message.format("bias")):
+        dilated_conv3x3(x, weight, torch.zeros(1).double())
+    with pytest.raises(TypeError, match="expected images as a Tensor, got ndarray"):
+        dilated_conv3x3(x.numpy(), weight)
 
 
 def test_empty_batch():

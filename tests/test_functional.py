@@ -104,10 +104,12 @@ def test_keeps_only_its_input() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("tracks", [True, False])
+@pytest.mark.parametrize("tracks", [True, False, "no more"])
 def test_module_is_its_parts(momentum, tracks) -> None:
     torch.manual_seed(0)
-    ours = memdense.BNReLUConv1x1(6, 10, momentum=momentum, track_running_stats=tracks).double()
+    ours = memdense.BNReLUConv1x1(6, 10, 1e-5, momentum, track_running_stats=bool(tracks)).double()
+    if tracks == "no more":
+        ours.norm.track_running_stats = False
     parts = nn.Sequential(copy.deepcopy(ours.norm), nn.ReLU(), copy.deepcopy(ours.conv))
     for mode in (True, True, False):
         ours.train(mode), parts.train(mode)
@@ -115,6 +117,18 @@ def test_module_is_its_parts(momentum, tracks) -> None:
         assert_close("out", ours(x), parts(x), floor=1.0)
         for (name, a), b in zip(ours.norm.named_buffers(), parts[0].buffers(), strict=True):
             assert torch.allclose(a, b, rtol=1e-12), name
+
+
+def test_traced_module_is_its_parts() -> None:
+    """In training, too, where buffers move whenever it runs."""
+    ours = memdense.BNReLUConv1x1(6, 10).double()
+    parts = nn.Sequential(copy.deepcopy(ours.norm), nn.ReLU(), copy.deepcopy(ours.conv))
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    traced = [torch.jit.trace(module, x) for module in (ours, parts)]
+    for _ in range(3):
+        assert_close("out", *(module(x) for module in traced), floor=1.0)
+    for (name, a), b in zip(ours.norm.named_buffers(), parts[0].buffers(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12), name
 
 
 def test_autocast() -> None:
@@ -136,6 +150,7 @@ def test_autocast() -> None:
         ({"input": torch.zeros(0, 4, 2, 2)}, "that is not empty, got torch.float32"),
         ({"conv_weight": torch.zeros(3, 5, 1, 1)}, r"shape \(B, 4, 1, 1\), got \(3, 5"),
         ({"conv_weight": torch.zeros(3, 4, 1, 1).double()}, "input's dtype torch.float32"),
+        ({"running_mean": torch.zeros(4, dtype=torch.int64)}, "floating-point running_mean, got"),
         ({"bias": torch.zeros(3)}, r"bias of shape \(4,\), got \(3,\)"),
         ({"running_var": None}, "both of running_mean and running_var, or neither"),
         ({"running_mean": None, "running_var": None}, "running statistics in evaluation"),
@@ -228,3 +243,5 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             bn_relu_conv1x1(x, *arguments)
+    with pytest.raises(TypeError, match="expected input as a Tensor, got ndarray"):
+        bn_relu_conv1x1(x.numpy(), *running, None, None, conv)

@@ -5,12 +5,13 @@ import io
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torchvision.models as tv
 from exactness import assert_same_step, randomise
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -479,13 +480,30 @@ def test_what_hangs_on_features_runs(how: str, efficient: bool) -> None:
     assert_same_step(ours, theirs, x)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_exported_programs_are_pytorchs(strict: bool) -> None:
-    """They are loaded where memdense is not."""
-    model, x = memdense.DenseNet(**NET).eval(), torch.randn(2, 3, 40, 40)
-    program = torch.export.export(model, (x,), strict=strict)
-    assert "memdense" not in program.graph_module.code
-    torch.testing.assert_close(program.module()(x), model(x))
+def written_networks() -> Iterator[tuple[nn.Module, Tensor]]:
+    model = memdense.DenseNet(**NET)
+    yield model, torch.randn(2, 3, 40, 40)
+    layer = model.features.denseblock1.denselayer1
+    layer.conv2 = memdense.DilatedConv2d(*layer.conv2.weight.shape[1::-1], padding=1, bias=False)
+    yield model, torch.randn(2, 3, 40, 40)
+    pieces = memdense.BNReLUConv1x1(3, 8), memdense.DilatedConv2d(8, 4, padding="same", dilation=2)
+    yield nn.Sequential(*pieces), torch.randn(2, 3, 9, 8)
+
+
+@pytest.mark.parametrize("how", ["exported", "exported strictly", "traced"])
+def test_what_is_written_down_is_pytorchs(how: str) -> None:
+    """It is loaded where memdense is not."""
+    for model, x in written_networks():
+        model.eval()
+        if how == "traced":
+            written = torch.jit.trace(model, x)
+            text = str(written.inlined_graph)
+        else:
+            program = torch.export.export(model, (x,), strict=how == "exported strictly")
+            written, text = program.module(), program.graph_module.code
+        assert "memdense::" not in text and "ops.memdense" not in text
+        assert "conv" in text
+        torch.testing.assert_close(written(x), model(x))
 
 
 def periodic(self: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
