@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .backends import triton_reason
 from .plan import OPTIMIZERS, Plan, build, plan
 
 
@@ -55,6 +56,8 @@ def _run_tune(args: dict[str, Any]) -> None:
         raise ValueError(f"expected a dtype among {', '.join(dtypes)}, got {args['dtype']!r}")
     if not torch.cuda.is_available():
         raise ValueError("there is no CUDA device to tune for")
+    if reason := triton_reason(torch.device("cuda", torch.cuda.current_device())):
+        raise ValueError(f"there is nothing to tune: {reason}")
     from .backends.triton import tune
 
     tune.run(dtypes[args["dtype"]])

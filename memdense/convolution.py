@@ -88,7 +88,7 @@ def dilated_conv3x3(
         stride, padding, dilation: one number, or one per axis; padding may be "same" or "valid".
 
     Raises:
-        TypeError: images that are no tensor.
+        TypeError: images that are no tensor, or a geometry that is no integers.
         RuntimeError: shapes, dtypes or devices that do not fit together, a stride, padding or
             dilation that is none, or an image smaller than the dilated kernel.
     """

@@ -226,19 +226,21 @@ def _state_dict(arch: str, weights: Weights, num_classes: int, progress: bool) -
     )
 
 
-def _densenet(
-    arch: str,
-    growth_rate: int,
-    block_config: tuple[int, ...],
-    num_init_features: int,
-    weights: Weights | None,
-    progress: bool,
-    **kwargs: Any,
-) -> DenseNet:
+# growth rate, layers of each block, channels of the first convolution
+CONFIGURATIONS = {
+    "densenet121": (32, (6, 12, 24, 16), 64),
+    "densenet161": (48, (6, 12, 36, 24), 96),
+    "densenet169": (32, (6, 12, 32, 32), 64),
+    "densenet201": (32, (6, 12, 48, 32), 64),
+    "densenet264": (32, (6, 12, 64, 48), 64),
+}
+
+
+def _densenet(arch: str, weights: Weights | None, progress: bool, **kwargs: Any) -> DenseNet:
     state = None
     if weights is not None:
         state = _state_dict(arch, weights, kwargs.get("num_classes", 1000), progress)
-    model = DenseNet(growth_rate, block_config, num_init_features, **kwargs)
+    model = DenseNet(*CONFIGURATIONS[arch], **kwargs)
     if state is not None:
         model.load_state_dict(state)
     return model
@@ -256,9 +258,9 @@ def densenet121(
         **kwargs: further arguments of :class:`DenseNet`.
 
     Raises:
-        ValueError: for weights that are none of these.
+        ValueError, TypeError: for weights that are none of these.
     """
-    return _densenet("densenet121", 32, (6, 12, 24, 16), 64, weights, progress, **kwargs)
+    return _densenet("densenet121", weights, progress, **kwargs)
 
 
 def densenet161(
@@ -267,7 +269,7 @@ def densenet161(
     """DenseNet-161 (k = 48, blocks of 6, 12, 36, 24). 28,681,000 parameters. See
     :func:`densenet121`.
     """
-    return _densenet("densenet161", 48, (6, 12, 36, 24), 96, weights, progress, **kwargs)
+    return _densenet("densenet161", weights, progress, **kwargs)
 
 
 def densenet169(
@@ -276,7 +278,7 @@ def densenet169(
     """DenseNet-169 (k = 32, blocks of 6, 12, 32, 32). 14,149,480 parameters. See
     :func:`densenet121`.
     """
-    return _densenet("densenet169", 32, (6, 12, 32, 32), 64, weights, progress, **kwargs)
+    return _densenet("densenet169", weights, progress, **kwargs)
 
 
 def densenet201(
@@ -285,7 +287,7 @@ def densenet201(
     """DenseNet-201 (k = 32, blocks of 6, 12, 48, 32). 20,013,928 parameters. See
     :func:`densenet121`.
     """
-    return _densenet("densenet201", 32, (6, 12, 48, 32), 64, weights, progress, **kwargs)
+    return _densenet("densenet201", weights, progress, **kwargs)
 
 
 def densenet264(
@@ -295,4 +297,4 @@ def densenet264(
     for it.
 
     See :func:`densenet121`."""
-    return _densenet("densenet264", 32, (6, 12, 64, 48), 64, weights, progress, **kwargs)
+    return _densenet("densenet264", weights, progress, **kwargs)

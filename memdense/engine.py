@@ -47,7 +47,7 @@ class Forward(NamedTuple):
     out: Tensor  # the tail's output; empty without tail
     features: Tensor  # X as images (N, C_max, H, W) or volumes, channels last; empty without layers
     statistics: Tensor  # (2, columns): see StatisticsTable
-    bottlenecks: list[Tensor]  # each layer's Y (M, B), where they are kept
+    bottlenecks: list[Tensor]  # Y (M, B) of each layer that has one, where they are kept
 
 
 def forward(x: Tensor, stage: Stage, mask: Tensor | None, backend: Backend) -> Forward:
@@ -202,7 +202,7 @@ def backward(
         sums, found[i, "conv1"] = _tail_backward(dout, X, G, stage.tail, read, need_conv, backend)
         answered(i, 1, sums)
 
-    c = last
+    c, kept = last, list(bottlenecks)
     for i in reversed(range(len(stage.layers))):
         layer = stage.layers[i]
         new, c = slice(c - layer.growth, c), c - layer.growth
@@ -218,7 +218,7 @@ def backward(
         else:
             read2 = table.reader(layer.norm2, (i, 2))
             if stage.keep_bottlenecks:
-                y = bottlenecks[i]
+                y = kept.pop()
             else:
                 y = backend.bn_relu_conv1x1(x, read1, layer.conv1, None)
             dz, sums2, found[i, "conv2"] = backend.bn_relu_conv3x3_backward(

@@ -10,6 +10,7 @@ from . import ops
 from .convolution import dilated_conv3x3
 from .direct import autocast, transformed, written_down
 from .spec import NormSpec, StageSpec, TailSpec
+from .structure import stands_beside
 
 __all__ = ["bn_relu_conv1x1", "dilated_conv3x3"]
 
@@ -37,12 +38,14 @@ def bn_relu_conv1x1(
         conv_weight: (B, C, 1, 1), of input's dtype (or cast, under autocast, as ``F.conv2d`` does).
 
     Returns:
-        (N, B, H, W), channels last.
+        (N, B, H, W), channels last; as ``F.conv2d`` has it under torch.func's transforms, in a
+        trace and in an export.
 
     Raises:
         TypeError: an input that is no tensor.
-        ValueError: shapes or dtypes that do not fit together, no running statistics in evaluation,
-            or one value per channel in training.
+        ValueError: shapes, dtypes or devices that do not fit together, an empty input, no running
+            statistics in evaluation, one value per channel in training, or an eps or momentum that
+            is none.
     """
     running = running_mean, running_var
     return norm_relu_conv1x1(
@@ -153,7 +156,9 @@ def _check(
             expect(vector.shape == (channels,), f"{name} of shape ({channels},)",
                    tuple(vector.shape))  # fmt: skip
             expect(vector.device == x.device, f"{name} on {x.device}", vector.device)
-            expect(vector.is_floating_point(), f"floating-point {name}", vector.dtype)
+            expect(stands_beside(vector, x),
+                   f"{name} of input's dtype {x.dtype} (float32 too, if that has 16 bits)",
+                   vector.dtype)  # fmt: skip
     expect((running_mean is None) == (running_var is None),
            "both of running_mean and running_var, or neither", "one")  # fmt: skip
     expect(training or running_mean is not None, "running statistics in evaluation", None)

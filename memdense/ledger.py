@@ -18,7 +18,9 @@ from .backends.reference import Reference
 from .buffers import Geometry, GradientBuffer, reader_columns, row_stride
 from .densenet import DenseNet
 from .explain import size_after
+from .features import Features
 from .spec import Layer, Stage, flatten
+from .structure import Unsupported, article
 
 # bytes of statistics, sums, weight gradients and a wide G: float32
 WIDE = 4
@@ -118,18 +120,29 @@ def read_network(model: DenseNet, height: int, width: int) -> Network:
 
     Raises:
         ValueError: nothing is left of such images somewhere in it.
-        Unsupported: a part of it would run as plain modules.
+        Unsupported: a part of it would run as plain modules, or is not a DenseNet's.
     """
     features = model.features
+    for name, module, kind in (
+        ("features", features, Features), ("classifier", model.classifier, nn.Linear)
+    ):  # fmt: skip
+        if not isinstance(module, kind):
+            raise Unsupported(f"{name} is {article(type(module).__name__)}")
     parts = []
     size: tuple[int, int] = (height, width)
-    for step in features.steps("pool"):
+    steps = features.steps("pool")
+    if steps[-1].tail != "pool":
+        raise Unsupported(f"{steps[-1].names[-1]} is where the last norm was")
+    for step in steps:
         modules = [features._modules[name] for name in step.names]
         if step.kind == "stage":
             part = Part("stage", step.names[0], *size, stage=features.read(step).stage)
             modules = modules[1:]
         else:
             kind = "stem" if step.kind == "stem" else "conv"
+            if not isinstance(modules[0], nn.Conv2d):
+                name = type(modules[0]).__name__
+                raise Unsupported(f"{step.names[0]} is {article(name)}, not a convolution")
             part = Part(kind, step.names[0], *size_after(modules[0], size), conv=modules[0])
         parts.append(part)
         for module in modules:

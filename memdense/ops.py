@@ -103,7 +103,7 @@ def _(x, tensors, running, mask, spec, double_backward):
     n, c, *size = x.shape
     last = c + sum(layer.growth for layer in s.layers)
     kept = (
-        [x.new_empty((n * prod(size), layer.bottleneck)) for layer in s.layers]
+        [x.new_empty((n * prod(size), each.bottleneck)) for each in s.layers if each.bottleneck]
         if s.keep_bottlenecks
         else []
     )

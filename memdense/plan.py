@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import _extension
-from .densenet import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
+from .densenet import CONFIGURATIONS, DenseNet
 from .ledger import Ledger, Machine, Network, Setting, read_network, replay
 from .memory import format_bytes
 from .spec import pair
@@ -25,9 +25,6 @@ from .structure import Unsupported
 
 __all__ = ["ModelState", "Plan", "Scaling", "SettingPlan", "plan"]
 
-_ARCHITECTURES: dict[str, Callable[..., DenseNet]] = {
-    f.__name__: f for f in (densenet121, densenet161, densenet169, densenet201, densenet264)
-}
 # the paper's networks for small images: layers are depth - 4, in three blocks
 _SMALL = re.compile(r"(bc|b|c|l)(\d+)-(\d+)")
 _DTYPES = {
@@ -104,16 +101,9 @@ def build(arch: str | None = None, **kwargs: Any) -> DenseNet:
         ValueError: there is no such architecture, or sizes that make no network.
     """
     defaults: dict[str, Any] = {}
-    if arch in _ARCHITECTURES:
-        with torch.device("meta"):
-            made = _ARCHITECTURES[arch]()
-        blocks = [m for name, m in made.features.named_children() if "block" in name]
-        first = blocks[0].denselayer1
-        defaults = dict(
-            growth_rate=(first.conv2 if first.has_bottleneck else first.conv1).out_channels,
-            block_config=tuple(map(len, blocks)),
-            num_init_features=made.features.conv0.out_channels,
-        )
+    if arch in CONFIGURATIONS:
+        names = "growth_rate", "block_config", "num_init_features"
+        defaults = dict(zip(names, CONFIGURATIONS[arch], strict=True))
     elif arch is not None:
         defaults = _small(arch)
     with torch.device("meta"):
@@ -121,7 +111,7 @@ def build(arch: str | None = None, **kwargs: Any) -> DenseNet:
 
 
 def _small(arch: str) -> dict[str, Any]:
-    known = f"{', '.join(_ARCHITECTURES)}, bc100-12 and the like (b, c, l: l40-12)"
+    known = f"{', '.join(CONFIGURATIONS)}, bc100-12 and the like (b, c, l: l40-12)"
     match = _SMALL.fullmatch(arch)
     if not match:
         raise ValueError(f"there is no architecture {arch!r}; known are {known}")
@@ -636,10 +626,11 @@ def _network(model: DenseNet, height: int, width: int) -> Network:
     try:
         return read_network(model, height, width)
     except Unsupported as reason:
-        raise ValueError(f"a part of the model would run as plain modules: {reason}") from None
+        raise ValueError(f"there is no plan for a part of the model: {reason}") from None
     except ValueError as reason:
-        smallest = next(side for side in range(1, 4096) if _holds(model, side))
-        raise ValueError(f"{reason}: it takes {smallest} x {smallest} at the least") from None
+        smallest = next((side for side in range(1, 4096) if _holds(model, side)), None)
+        least = f": it takes {smallest} x {smallest} at the least" if smallest else ""
+        raise ValueError(f"{reason}{least}") from None
 
 
 def _holds(model: DenseNet, side: int) -> bool:

@@ -77,9 +77,7 @@ def steps_of(
             i += 1
         elif following and isinstance(children[following], NORMS) and i + 1 == len(names):
             # without a last tail the norm's output is nobody's
-            yield (
-                Step("stage", (here, following), last_tail) if last_tail else Step("stage", (here,))
-            )
+            yield Step("stage", (here, following) if last_tail else (here,), last_tail)
             i += 1
         else:
             yield Step("stage", (here,))
@@ -127,11 +125,10 @@ def read_once(
         return read()  # guards look for changes
     known = readings.setdefault(owner, {})
     snapshot, found = known.get(key, (None, None))
-    if snapshot is not None and (global_hooks() or not snapshot.holds(modules)):
-        known.clear()  # what was replaced is held by nobody
-        snapshot = None
-    if snapshot is None:
+    if snapshot is None or global_hooks() or not snapshot.holds(modules):
         found = read()
+        for other in [other for other, (old, _) in known.items() if not old.current()]:
+            del known[other]  # it would hold what was replaced
         if snapshot := Snapshot.of(modules):
             known[key] = snapshot, found
     return found

@@ -567,6 +567,11 @@ class Snapshot:
         tensors = [objects[i] for i in self._tensors]
         return [t.shape for t in tensors] + [t.dtype for t in tensors]
 
+    def current(self) -> bool:
+        """Whether its modules are there, and as they were."""
+        roots = [known() for known in self._roots]
+        return all(root is not None for root in roots) and self.holds(roots)
+
     def holds(self, roots: Sequence[nn.Module]) -> bool:
         """Whether reading these modules would find what it found."""
         if not all(root is known() for root, known in zip(roots, self._roots, strict=True)):

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import pytest
@@ -457,6 +458,18 @@ def test_gradients_have_their_parameters_strides() -> None:
     model(torch.randn(2, 3, 40, 40)).sum().backward()
     for name, p in model.named_parameters():
         assert p.grad.stride() == p.stride(), name
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_layers_of_both_kinds_in_a_block(keep: bool) -> None:
+    """Of which some have no bottleneck to keep."""
+    block = memdense.DenseBlock(4, 6, 2, 4)
+    for i in (1, 3):
+        block[f"denselayer{i}"] = memdense.modules.DenseLayer(6 + 4 * (i - 1), 4, None)
+    ours = memdense.Features(OrderedDict(block=block), keep_bottlenecks=keep).double()
+    plain = copy.deepcopy(ours)
+    plain.efficient = False
+    assert_same_step(ours, plain, torch.randn(2, 6, 5, 4).double())
 
 
 HOOKED = {

@@ -25,9 +25,7 @@ def stage_arguments(kind: str, frozen: bool, bn_size: int | None) -> tuple:
         block.denselayer2.training = True
         tail.eval()
     has_tail = kind != "none"
-    found = read_stage(
-        block, "block", tail if has_tail else None, "tail", kind, OWN_TYPES, bn_size is not None
-    )
+    found = read_stage(block, "block", tail if has_tail else None, "tail", kind, OWN_TYPES, True)
     tensors, running = flatten(found.stage)
     x = torch.randn(2, 5, 6, 7, requires_grad=True)
     mask = torch.rand(2 * 6 * 7, 6) < 0.5

@@ -466,8 +466,22 @@ def test_models_that_cannot_be_planned() -> None:
         memdense.plan(build("bc22-8").eval())
     model = build("bc22-8")
     model.features.denseblock2.denselayer1.norm1.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"plain modules: .*norm1 carries a forward hook"):
+    with pytest.raises(ValueError, match=r"of the model: .*norm1 carries a forward hook"):
         memdense.plan(model)
+    for name, module, message in (
+        ("classifier", nn.Identity(), "classifier is an Identity"),
+        ("features", nn.Sequential(), "features is a Sequential"),
+        ("features.norm5", nn.Identity(), "norm5 is where the last norm was"),
+        ("features.conv0", nn.Sequential(), "conv0 is a Sequential, not a convolution"),
+    ):
+        model = build("bc22-8")
+        where, _, child = name.rpartition(".")
+        setattr(model.get_submodule(where), child, module)
+        with pytest.raises(ValueError, match=message):
+            memdense.plan(model)
+    deep = memdense.DenseNet(4, (1,) * 12, 8)
+    with pytest.raises(ValueError, match=r"nothing is left of 224 x 224 pixels behind \w+$"):
+        memdense.plan(deep)
 
 
 COMMAND = "plan --arch densenet121 --image 64 --batch 8 --dtype bf16 --budget 2GiB"

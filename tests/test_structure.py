@@ -186,6 +186,15 @@ def test_what_was_read_goes_with_its_modules() -> None:
     assert weights[1]() is None and len(readings) < known
 
 
+def test_what_was_read_for_another_call_goes_too() -> None:
+    model, x = network_of_two(), torch.randn(2, 3, 32, 32)
+    model.extract_features(x)
+    refs = [weakref.ref(p) for p in model.features.denseblock1.parameters()]
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    model(x)
+    assert alive(refs) == 0
+
+
 def alive(tensors: list[weakref.ref]) -> int:
     gc.collect()
     return sum(t() is not None for t in tensors)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from memdense.__main__ import main
+from memdense.backends import triton_reason
 from memdense.backends.triton import launch, tiles, tune, tuning
 from memdense.backends.triton.tuning import Config, choose
 
@@ -50,6 +51,9 @@ def test_a_broken_file_is_ignored_with_a_warning(file, content):
     file.write_text(content.replace("%s", tuning.device_name()))
     with pytest.warns(UserWarning, match="memdense ignores"):
         assert choose("kernel", HALF, (1000, 64), (A, B)) == A
+    with pytest.warns(UserWarning, match="memdense ignores"):
+        tuning.save({tuning.bucket("kernel", HALF, 1000, 64): B})
+    assert choose("kernel", HALF, (1000, 64), (A, B)) == B
 
 
 def test_forced_goes_before_all():
@@ -91,8 +95,14 @@ def test_every_candidate_is_timed_in_its_own_configuration():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
-def test_tuning_needs_a_device(capsys):
+def test_tuning_needs_a_device(capsys, monkeypatch):
     assert main(["tune"]) == 2
     assert "there is no CUDA device" in capsys.readouterr().err
     assert main(["tune", "--dtype", "int8"]) == 2
     assert "expected a dtype among bf16, fp16, fp32, got 'int8'" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, device.index))
+    assert main(["tune"]) == 2
+    assert "nothing to tune: its kernels need compute capability 8.0" in capsys.readouterr().err
+    triton_reason.cache_clear()

@@ -64,7 +64,9 @@ def _package(frame: FrameType) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run what is called inside, backward passes too, on one backend, in this thread only.
+    """Run what is called inside on one backend, in this thread only, and whenever it comes the
+    backward of what ran forward so. Backward passes that are called inside run on it too, but for
+    a GPU's, which have threads of their own.
 
     Args:
         name: "native" (the C++ extension), "triton" (Triton's kernels, and the extension's for
@@ -108,7 +110,7 @@ def _check(name: str) -> None:
     if name == "triton" and not _interpreted():
         if not torch.cuda.is_available():
             raise RuntimeError("the triton backend is not available: there is no CUDA device")
-        if reason := triton_reason(torch.device("cuda")):
+        if reason := triton_reason(torch.device("cuda", torch.cuda.current_device())):
             raise RuntimeError(f"the triton backend is not available: {reason}")
 
 

@@ -267,9 +267,9 @@ def weight_gradient_3x3(
     tl.store(partial + j[None, :] * C * 9 + 4, centre, inside & (j < K)[None, :])
 
 
-def reachable(geometry: Geometry, dilation: tuple[int, int], *strides: int) -> bool:
+def reachable(geometry: Geometry, dilation: tuple[int, int], stride: int) -> bool:
     """Whether the taps of a pixel lie within 32-bit offsets of it."""
-    return (dilation[0] * geometry.w + dilation[1]) * max(strides) < 2**30
+    return (dilation[0] * geometry.w + dilation[1]) * stride < 2**30
 
 
 def forward_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
@@ -353,7 +353,7 @@ def forward(
 
 @cached
 def _input_plan(
-    dtype: torch.dtype, precise: str, geometry: Geometry, c: int, k: int,
+    precise: str, geometry: Geometry, c: int, k: int,
     dilation: tuple[int, int], touched: tuple[int, int, int],
     strides: tuple[int, ...], eps: float, into: bool, seeded: bool, rounds: bool, tiles: int,
 ) -> Plan:  # fmt: skip
@@ -425,7 +425,7 @@ def backward(
     g = x.new_empty((m, c)) if into is None else into.g
     seeded = into is not None and into.seeded
     plan = _input_plan(
-        x.dtype, precise, geometry, c, k, dilation,
+        precise, geometry, c, k, dilation,
         (readable(x), readable(g) if seeded else c, readable(dy)),
         (dy.stride(0), *weight.stride(), x.stride(0), g.stride(0)),
         read.eps, into is not None, seeded, into is not None and into.rounds, tiles,

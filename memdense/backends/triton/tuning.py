@@ -1,8 +1,8 @@
 """Which configuration a kernel runs in: the one measured fastest on this device, else the first.
 
-Nothing is measured while a model runs. ``python -m memdense tune`` times every candidate of every
-kernel at a few sizes and leaves the winners in a file, read once per process. Sizes are bucketed by
-powers of two, so that a network's layers share a handful of entries.
+Nothing is measured while a model runs. ``python -m memdense tune`` times every candidate of the 1x1
+kernels at a few sizes and leaves the winners in a file, read once per process. Sizes are bucketed
+by powers of two, so that a network's layers share a handful of entries.
 """
 
 from __future__ import annotations
@@ -110,13 +110,13 @@ def save(found: dict[str, Config]) -> Path:
     """Add this device's winners to the file."""
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)
+    winners.cache_clear()
+    mine = winners() | {entry: list(config) for entry, config in found.items()}
     try:
-        everything = json.loads(target.read_text())
-    except (OSError, ValueError):
+        everything = dict(json.loads(target.read_text()))
+    except (OSError, ValueError, TypeError):
         everything = {}
-    everything[device_name()] = everything.get(device_name(), {}) | {
-        entry: list(config) for entry, config in found.items()
-    }
+    everything[device_name()] = mine
     partial = target.with_name(f"{target.name}.{os.getpid()}")
     partial.write_text(json.dumps(everything, indent=1, sort_keys=True))
     partial.replace(target)
