@@ -50,9 +50,11 @@ def cuda_directories(nvcc: Path) -> list[str]:
 
 
 def architectures() -> str:
-    """Of what was asked for, what the kernels are for: containers ask for every GPU there is."""
+    """Of the numbers that were asked for, those that the kernels are for: containers ask for every
+    GPU there is.
+    """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    return ";".join(a for a in asked if not re.match(r"[0-7]\.", a)) or ARCHITECTURES
+    return ";".join(a for a in asked if re.match(r"([89]|\d\d)\.", a)) or ARCHITECTURES
 
 
 def cuda_extension(cpp_extension, torch):

@@ -81,7 +81,7 @@ STABLE_TORCH_LIBRARY(memdense, m) {
       "Tensor var, Tensor? gamma, Tensor? beta, float eps, int n, int h, int w, Tensor(a!) dz, "
       "Tensor(b!) dbeta, Tensor(c!) dgamma, Tensor(d!)? dweight, bool accumulate=False, "
       "bool tf32=False) -> ()");
-  // Bytes of memory that the CPU's kernels take for it beside their results, in float32.
+  // Bytes of tensors that the CPU's kernels take for it beside their results, in float32.
   m.def(
       "conv3x3_scratch(int n, int h, int w, int c, int k, int[2] dilation, int threads, "
       "bool backward) -> int");

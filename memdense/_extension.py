@@ -27,8 +27,8 @@ All of these, dbeta and dgamma are in the dtype of mean. With ``accumulate``, on
 s * dz is added to dz instead. On CUDA two launches forward (one without statistics), three backward
 (two without dweight). The same bits on the same device, or for the same number of threads.
 
-`conv3x3_scratch(n, h, w, c, k, dilation, threads, backward) -> int`: bytes that `bn_relu_conv3x3`,
-or its backward, takes in float32 on the CPU beside its results.
+`conv3x3_scratch(n, h, w, c, k, dilation, threads, backward) -> int`: bytes of the tensors that
+`bn_relu_conv3x3`, or its backward, takes in float32 on the CPU beside its results.
 """
 
 from __future__ import annotations

@@ -164,11 +164,13 @@ def test_without_what_is_optional(emulation):
         assert_same_bits([out, dz, dbeta, dgamma], [expected[0], *expected[3:6]])
 
 
-def test_nan_passes_like_relu(emulation):
+@pytest.mark.parametrize("dropout", [False, True])
+def test_nan_passes_like_relu(emulation, dropout):
+    """Dropout multiplies."""
     layer = Layer((1, 6, 6, 24, 16, (1, 1)), Kind(torch.float32), "cpu", True)
     layer.y[14, 3] = torch.nan
-    found = layer.run(emulation.op, False, torch.contiguous_format)
-    expected = layer.reference(False)
+    found = layer.run(emulation.op, dropout, torch.contiguous_format)
+    expected = layer.reference(dropout)
     assert torch.equal(found[0].isnan(), expected[0].isnan())
     assert 0 < found[0].isnan().sum() < found[0].numel()
     assert torch.equal(found[5].isnan(), expected[3].isnan())

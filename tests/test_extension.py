@@ -358,8 +358,9 @@ print(*cpp_extension._get_cuda_arch_flags())
         ("", ["compute_90", "sm_80", "sm_90"]),
         ("8.6", ["sm_86"]),
         ("7.5 8.0 9.0+PTX", ["compute_90", "sm_80", "sm_90"]),
+        ("Turing;Ampere", ["compute_90", "sm_80", "sm_90"]),
     ],
-    ids=["usual", "asked for", "older ones too"],
+    ids=["usual", "asked for", "older ones too", "by name"],
 )
 def test_cuda_kernels_are_for_every_device(source, tmp_path, asked, code):
     """Not just for those where they are built."""

@@ -155,6 +155,13 @@ def test_other_dtypes_take_the_reference(dtype):
 
 
 @built
+def test_a_mask_in_columns_takes_the_reference():
+    g, x, keep = torch.randn(12, 4), torch.randn(12, 4), ((torch.rand(4, 12) < 0.5).t(), 2.0)
+    found, expected = (backend.settle(g, x, None, keep) for backend in (Native(), Reference()))
+    assert torch.equal(found, expected)
+
+
+@built
 def test_scratch_does_not_grow_with_rows():
     c, b = 64, 48
     vectors, weight = [torch.randn(c) for _ in range(4)], torch.randn(b, c)

@@ -8,11 +8,10 @@
 #include "gemm.h"
 #include "vector.h"
 
-#if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+// Clang has no tiles of AVX-512's width beside it (tile.cpp).
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 11
 #define MEMDENSE_AMX 1
-#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own intrinsics
-#endif
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>

@@ -7,7 +7,7 @@
 //
 // six products, of which a tile instruction does sixteen times as many as AVX-512 does of floats;
 // it sums 32 of them in float before it adds to what is there. Parts below 2^-126 count as 0, and
-// an infinity becomes NaN.
+// an infinity becomes NaN, as does what rounds to one (from 3.396e38 on).
 #pragma once
 
 #include <cstdint>

@@ -48,7 +48,8 @@ amx::Matrix read_line(const Images<const S>& images, int64_t n, int64_t y, int64
     }
   }
   const int64_t stride = pixel_stride<float>(channels);
-  stage_line<S, float>(images.line(n, y), images.strides, pixels, channels, read, line, stride);
+  memdense::dispatch<StageLine<S, float>>(images.line(n, y), images.strides, pixels, channels, read,
+                                          line, stride);
   return {line, stride, pixels, channels};
 }
 
@@ -333,7 +334,8 @@ struct AmxWeightWalk {
       } else {
         for (int64_t i = y; i < last; ++i) {
           float* line = lines + (i - y) * pitch * stride;
-          stage_line<S, float>(x.line(band.n, i), x.strides, g.in[1], g.c, read, line, stride);
+          memdense::dispatch<StageLine<S, float>>(x.line(band.n, i), x.strides, g.in[1], g.c, read,
+                                                  line, stride);
           std::fill(line + g.in[1] * stride, line + pitch * stride, 0.f);
         }
       }

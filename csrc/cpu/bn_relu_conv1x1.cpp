@@ -336,15 +336,10 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1_backward(
                   gamma, beta, eps, g, add, sums, Pixels<1>{}, x.size(0), need_weight);
 }
 
-void check_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == n * h * w, "memdense: expected x with ", n * h * w,
-                  " rows");
-}
-
 Tensor bn_relu_pool_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
                             const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                             const Tensor& weight, int64_t n, int64_t h, int64_t w) {
-  check_images(x, n, h, w);
+  expect_images(x, n, h, w);
   return forward(x, mean, var, gamma, beta, eps, weight, n * (h / 2) * (w / 2), Pixels<4>{h, w},
                  {});
 }
@@ -353,7 +348,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(
     const Tensor& dout, const Tensor& weight, const Tensor& x, const Tensor& mean,
     const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps, Tensor g,
     bool add, const MaybeTensor& sums, int64_t n, int64_t h, int64_t w, bool need_weight) {
-  check_images(x, n, h, w);
+  expect_images(x, n, h, w);
   if (!add && (h % 2 || w % 2)) {
     // there are pixels that no window reads
     torch::stable::zero_(g);

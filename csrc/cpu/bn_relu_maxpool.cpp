@@ -128,7 +128,7 @@ struct Unpool {
     for (int64_t line = first; line < last; ++line) {
       const int64_t image = line / s.h, y = line % s.h;
       for (int64_t left = 0; left < s.w; left += kSumRows) {
-        std::fill_n(part, 2 * k.columns, T{0});
+        if (!k.out) std::fill_n(part, 2 * k.columns, T{0});
         for (int64_t x = left; x < std::min(s.w, left + kSumRows); ++x) {
           const int64_t row = line * s.w + x;
           for (int64_t c = 0; c < k.columns; c += kColumns) {
@@ -162,15 +162,10 @@ struct Unpool {
   }
 };
 
-void check_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
-  STD_TORCH_CHECK(n > 0 && h > 0 && w > 0 && x.dim() == 2 && x.size(0) == n * h * w,
-                  "memdense: expected x with ", n * h * w, " rows");
-}
-
 std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& x, const Tensor& mean, const Tensor& var,
                                            const MaybeTensor& gamma, const MaybeTensor& beta,
                                            double eps, int64_t n, int64_t h, int64_t w) {
-  check_images(x, n, h, w);
+  expect_images(x, n, h, w);
   return with_dtype(x, [&]<typename T>(T) {
     const Window window{h, w};
     const int64_t columns = x.size(1), rows = n * window.out_h() * window.out_w();
@@ -207,14 +202,14 @@ Unpool<T> unpool(const Tensor& dout, const Tensor& winner, const Tensor& x, cons
   return work;
 }
 
-// Returns what each worker summed, [worker][2][columns].
+// Returns what each worker summed, [worker][2][columns], or nothing where there is an out.
 template <typename T>
 std::vector<double> run(const Unpool<T>& work, const Workers& workers) {
-  std::vector<T> part(2 * workers.count * work.columns);
+  std::vector<T> part(work.out ? 0 : 2 * workers.count * work.columns);
   std::vector<double> sums(part.size());
   workers.run([&](int64_t worker, int64_t first, int64_t last) {
     const int64_t own = 2 * worker * work.columns;
-    dispatch<Unpool<T>>(work, first, last, &part[own], &sums[own]);
+    dispatch<Unpool<T>>(work, first, last, part.data() + own, sums.data() + own);
   });
   return sums;
 }
@@ -224,7 +219,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_sums(const Tensor& dout, const Tensor
                                                 const Tensor& var, const MaybeTensor& gamma,
                                                 const MaybeTensor& beta, double eps, int64_t n,
                                                 int64_t h, int64_t w) {
-  check_images(x, n, h, w);
+  expect_images(x, n, h, w);
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t columns = x.size(1);
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
@@ -242,7 +237,7 @@ void bn_relu_maxpool_backward(const Tensor& dout, const Tensor& winner, const Te
                               const MaybeTensor& beta, double eps, const Tensor& dbeta,
                               const Tensor& dgamma, bool batch, int64_t n, int64_t h, int64_t w,
                               const Tensor& out) {
-  check_images(x, n, h, w);
+  expect_images(x, n, h, w);
   with_dtype(x, [&]<typename T>(T) {
     const int64_t rows = x.size(0), columns = x.size(1);
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);

@@ -18,7 +18,7 @@
 
 #include "memory.h"
 #include "moments.h"
-#include "simd.h"
+#include "vector.h"
 
 namespace memdense {
 namespace {
@@ -41,16 +41,19 @@ struct Source {
 
 // Merges a tile into mean[c] and m2[c] of the `count` rows before it; copies it.
 template <typename T, typename Acc>
-MEMDENSE_SIMD void take_tile(const T* x, Rows tile, T* copy, int64_t copy_stride, int64_t count,
-                             double* mean, double* m2) {
-  merge_tile<T, Acc>(x, tile, count, mean, m2);
-  if (!copy) return;
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    std::memcpy(copy + r * copy_stride, x + r * tile.row_stride, tile.columns * sizeof(T));
+struct TakeTile {
+  template <int>
+  static MEMDENSE_INLINE void run(const T* x, Rows tile, T* copy, int64_t copy_stride,
+                                  int64_t count, double* mean, double* m2) {
+    merge_tile<T, Acc>(x, tile, count, mean, m2);
+    if (!copy) return;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      std::memcpy(copy + r * copy_stride, x + r * tile.row_stride, tile.columns * sizeof(T));
+    }
   }
-}
+};
 
-// take_tile over rows, in tiles.
+// The same of rows, in tiles.
 template <typename T, typename Acc>
 void take_rows(const T* x, Rows g, T* copy, int64_t copy_stride, int64_t count, double* mean,
                double* m2) {
@@ -58,9 +61,9 @@ void take_rows(const T* x, Rows g, T* copy, int64_t copy_stride, int64_t count, 
     for (int64_t column = 0; column < g.columns; column += kTileColumns) {
       const Rows tile{std::min(kTileRows, g.rows - row), std::min(kTileColumns, g.columns - column),
                       g.row_stride};
-      take_tile<T, Acc>(x + row * g.row_stride + column, tile,
-                        copy ? copy + row * copy_stride + column : nullptr, copy_stride,
-                        count + row, mean + column, m2 + column);
+      dispatch<TakeTile<T, Acc>>(x + row * g.row_stride + column, tile,
+                                 copy ? copy + row * copy_stride + column : nullptr, copy_stride,
+                                 count + row, mean + column, m2 + column);
     }
   }
 }
@@ -153,14 +156,13 @@ std::tuple<Tensor, Tensor> pack(const Tensor& x, Tensor out) {
 }
 
 }  // namespace
-template <typename T, typename Acc>
+template <typename T>
 void merge_rows(const T* x, Rows rows, int64_t count, double* mean, double* m2) {
-  take_rows<T, Acc>(x, rows, nullptr, 0, count, mean, m2);
+  take_rows<T, T>(x, rows, nullptr, 0, count, mean, m2);
 }
 
-template void merge_rows<float, float>(const float*, Rows, int64_t, double*, double*);
-template void merge_rows<double, double>(const double*, Rows, int64_t, double*, double*);
-template void merge_rows<BFloat16, float>(const BFloat16*, Rows, int64_t, double*, double*);
+template void merge_rows<float>(const float*, Rows, int64_t, double*, double*);
+template void merge_rows<double>(const double*, Rows, int64_t, double*, double*);
 
 }  // namespace memdense
 

@@ -18,12 +18,7 @@ constexpr int64_t kGrain = 16384;
 
 // Workers over rows that are worth it.
 Workers row_workers(int64_t rows, int64_t columns) {
-  return Workers(std::clamp<int64_t>(rows * columns / kGrain, 1, rows));
-}
-
-// Shares of `rows` rows, in their order, for as many workers.
-int64_t first_row(const Workers& workers, int64_t worker, int64_t rows) {
-  return rows * worker / workers.count;
+  return Workers(rows, std::clamp<int64_t>(rows * columns / kGrain, 1, rows));
 }
 
 // ---- out = (u + b * x + c) * keep * factor; null vectors: b = c = 0
@@ -65,9 +60,8 @@ struct Combine {
 
 template <typename T>
 void combine(const Combine<T>& work, int64_t rows) {
-  const Workers workers = row_workers(rows, work.columns);
-  workers.run([&](int64_t w, int64_t, int64_t) {
-    dispatch<Combine<T>>(work, first_row(workers, w, rows), first_row(workers, w + 1, rows));
+  row_workers(rows, work.columns).run([&](int64_t, int64_t first, int64_t last) {
+    dispatch<Combine<T>>(work, first, last);
   });
 }
 
@@ -81,7 +75,7 @@ Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const M
       STD_TORCH_CHECK(keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == columns &&
                           keep->scalar_type() == ScalarType::Bool &&
                           (columns == 1 || keep->stride(1) == 1),
-                      "memdense: expected keep of x's shape and dtype bool");
+                      "memdense: expected keep of x's shape, dtype bool and unit column stride");
     }
     std::vector<T> p, q;
     if (sums) {
@@ -173,9 +167,8 @@ Tensor bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const May
     const Read<T> work{
         matrix<const T>(x, rows, columns, "x"), x.stride(0), vectors.reader(), columns, relu,
         static_cast<T*>(out.data_ptr())};
-    const Workers workers = row_workers(rows, columns);
-    workers.run([&](int64_t w, int64_t, int64_t) {
-      dispatch<Read<T>>(work, first_row(workers, w, rows), first_row(workers, w + 1, rows));
+    row_workers(rows, columns).run([&](int64_t, int64_t first, int64_t last) {
+      dispatch<Read<T>>(work, first, last);
     });
     return out;
   });
@@ -278,9 +271,8 @@ std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Ten
                                  columns};
     const Workers workers = row_workers(rows, columns);
     std::vector<double> totals(2 * workers.count * columns);
-    workers.run([&](int64_t w, int64_t, int64_t) {
-      dispatch<Answers<T, kRelu>>(work, first_row(workers, w, rows),
-                                  first_row(workers, w + 1, rows), &totals[2 * w * columns]);
+    workers.run([&](int64_t w, int64_t first, int64_t last) {
+      dispatch<Answers<T, kRelu>>(work, first, last, &totals[2 * w * columns]);
     });
     total_sums(totals.data(), workers.count, columns, work.read, sums,
                static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));

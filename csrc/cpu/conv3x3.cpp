@@ -207,15 +207,16 @@ struct Outputs {
   void results(int64_t n, int64_t y, int64_t block, const Result<T>& result) const {
     const int64_t j = blocks.start(block);
     const auto line = [&](const auto& images) { return images.line(n, y) + j * images.strides.c; };
-    store_tile<S, T>(result, bias ? bias + j : nullptr, mask.data ? line(mask) : nullptr,
-                     mask.strides, factor, line(out), out.strides);
+    memdense::dispatch<StoreTile<S, T>>(result, bias ? bias + j : nullptr,
+                                        mask.data ? line(mask) : nullptr, mask.strides, factor,
+                                        line(out), out.strides);
   }
 
   void stored(int64_t block, const T* values, int64_t count) {
     if (mean.empty()) return;
     const int64_t j = blocks.start(block);
-    merge_rows<T, T>(values, {count, blocks.columns_of(block), blocks.width(block)}, counts[block],
-                     &mean[j], &m2[j]);
+    merge_rows<T>(values, {count, blocks.columns_of(block), blocks.width(block)}, counts[block],
+                  &mean[j], &m2[j]);
     counts[block] += count;
   }
 };
@@ -306,7 +307,9 @@ struct Gradients {
           AnswerTile<S, T>{result, x.line(n, y) + c, x.strides.w, scale + c, shift + c, mean + c,
                            rstd + c, &dbeta[c], &dgamma[c], to, dx.strides.w, accumulate});
     } else {
-      store_tile<S, T>(result, nullptr, nullptr, {}, T{1}, to, dx.strides);
+      const S* bias = nullptr;
+      const uint8_t* mask = nullptr;
+      memdense::dispatch<StoreTile<S, T>>(result, bias, mask, Strides{}, T{1}, to, dx.strides);
     }
   }
 
@@ -360,10 +363,14 @@ namespace {
 // Output pixels whose sum is taken before it is added to the rest: short chains round less.
 constexpr int64_t kPartialPixels = 4096;
 
+// to += values
 template <typename T>
-MEMDENSE_SIMD void add(const T* __restrict__ values, int64_t count, T* __restrict__ to) {
-  for (int64_t i = 0; i < count; ++i) to[i] += values[i];
-}
+struct Add {
+  template <int>
+  static MEMDENSE_INLINE void run(const T* __restrict__ values, int64_t count, T* __restrict__ to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += values[i];
+  }
+};
 
 // Units of a walk whose sum is taken before it is added to the rest.
 template <typename Walk>
@@ -420,7 +427,7 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
         std::fill_n(sums, size, T{0});
       }
       walk.run(first, last, dy, source, reading, scratch + task * sizes.scratch, sums);
-      if (first > begin) add(sums, size, mine);
+      if (first > begin) memdense::dispatch<Add<T>>(sums, size, mine);
     }
   });
   torch::stable::parallel_for(0, g.k, 8, [&](int64_t begin, int64_t end) {
@@ -517,8 +524,8 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
 
 // ---- memory
 
-// Bytes that a layer's second half takes beside its results, in float32 on so many threads: its
-// forward, or the larger of its two gradients.
+// Bytes of tensors that a layer's second half takes beside its results, in float32 on so many
+// threads: its forward, or the larger of its two gradients.
 int64_t conv3x3_scratch(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, const Ints& dilation,
                         int64_t threads, bool backward) {
   STD_TORCH_CHECK(std::min({n, h, w, c, k, threads}) >= 1,

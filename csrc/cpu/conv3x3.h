@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "../conv3x3_geometry.h"
-#include "simd.h"
 #include "statistics.h"
 #include "tile.h"
 #include "vector.h"
@@ -255,33 +254,37 @@ inline T relu(T value) {
 
 // z of `pixels` pixels of a line, to [pixel][stride]; the channels that pad a vector become 0.
 template <typename S, typename T>
-MEMDENSE_SIMD void stage_line(const S* x, const Strides& strides, int64_t pixels, int64_t channels,
-                              const Reading<T>& read, T* z, int64_t stride) {
-  if (strides.c != 1) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const T scale = read.scale ? read.scale[c] : T{1}, shift = read.scale ? read.shift[c] : T{0};
-      for (int64_t p = 0; p < pixels; ++p) {
-        const T value = load(x[c * strides.c + p * strides.w]);
-        z[p * stride + c] = read.scale ? relu(value * scale + shift) : value;
+struct StageLine {
+  template <int>
+  static MEMDENSE_INLINE void run(const S* x, const Strides& strides, int64_t pixels,
+                                  int64_t channels, const Reading<T>& read, T* z, int64_t stride) {
+    if (strides.c != 1) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const T scale = read.scale ? read.scale[c] : T{1};
+        const T shift = read.scale ? read.shift[c] : T{0};
+        for (int64_t p = 0; p < pixels; ++p) {
+          const T value = load(x[c * strides.c + p * strides.w]);
+          z[p * stride + c] = read.scale ? relu(value * scale + shift) : value;
+        }
       }
+      for (int64_t p = 0; p < pixels; ++p)
+        std::fill(z + p * stride + channels, z + (p + 1) * stride, T{0});
+      return;
     }
-    for (int64_t p = 0; p < pixels; ++p)
-      std::fill(z + p * stride + channels, z + (p + 1) * stride, T{0});
-    return;
-  }
-  const int64_t step = strides.w;
-  const T *scale = read.scale, *shift = read.shift;
-  for (int64_t p = 0; p < pixels; ++p, x += step, z += stride) {
-    if (scale) {
+    const int64_t step = strides.w;
+    const T *scale = read.scale, *shift = read.shift;
+    for (int64_t p = 0; p < pixels; ++p, x += step, z += stride) {
+      if (scale) {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) z[c] = relu(load(x[c]) * scale[c] + shift[c]);
-    } else {
+        for (int64_t c = 0; c < channels; ++c) z[c] = relu(load(x[c]) * scale[c] + shift[c]);
+      } else {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) z[c] = load(x[c]);
+        for (int64_t c = 0; c < channels; ++c) z[c] = load(x[c]);
+      }
+      for (int64_t c = channels; c < stride; ++c) z[c] = T{0};
     }
-    for (int64_t c = channels; c < stride; ++c) z[c] = T{0};
   }
-}
+};
 
 // Results on their way into a line: rows of pixels, columns of channels.
 template <typename T>
@@ -295,32 +298,35 @@ struct Result {
 // out = (values + bias) * (mask ? factor : 0); bias and mask may be missing. Leaves in values what
 // it stored.
 template <typename S, typename T>
-MEMDENSE_SIMD void store_tile(const Result<T>& tile, const S* bias, const uint8_t* mask,
-                              const Strides& mask_strides, T factor, S* out,
-                              const Strides& strides) {
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    T* __restrict__ values = tile.values + i * tile.row;
-    S* __restrict__ to = out + tile.pixels[i] * strides.w;
-    if (bias) {
-      for (int64_t j = 0; j < tile.columns; ++j) values[j] += load(bias[j]);
-    }
-    if (mask) {
-      const uint8_t* kept = mask + tile.pixels[i] * mask_strides.w;
-      for (int64_t j = 0; j < tile.columns; ++j) {
-        values[j] *= kept[j * mask_strides.c] ? factor : T{0};
+struct StoreTile {
+  template <int>
+  static MEMDENSE_INLINE void run(const Result<T>& tile, const S* bias, const uint8_t* mask,
+                                  const Strides& mask_strides, T factor, S* out,
+                                  const Strides& strides) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      T* __restrict__ values = tile.values + i * tile.row;
+      S* __restrict__ to = out + tile.pixels[i] * strides.w;
+      if (bias) {
+        for (int64_t j = 0; j < tile.columns; ++j) values[j] += load(bias[j]);
+      }
+      if (mask) {
+        const uint8_t* kept = mask + tile.pixels[i] * mask_strides.w;
+        for (int64_t j = 0; j < tile.columns; ++j) {
+          values[j] *= kept[j * mask_strides.c] ? factor : T{0};
+        }
+      }
+      if (strides.c == 1) {
+        __builtin_prefetch(to + tile.columns, 1);  // the next block of channels, which comes soon
+        for (int64_t j = 0; j < tile.columns; ++j) store(to[j], values[j]);
+      } else {
+        for (int64_t j = 0; j < tile.columns; ++j) store(to[j * strides.c], values[j]);
+      }
+      if constexpr (!std::is_same_v<S, T>) {
+        for (int64_t j = 0; j < tile.columns; ++j) values[j] = load(to[j * strides.c]);
       }
     }
-    if (strides.c == 1) {
-      __builtin_prefetch(to + tile.columns, 1);  // the next block of channels, which comes soon
-      for (int64_t j = 0; j < tile.columns; ++j) store(to[j], values[j]);
-    } else {
-      for (int64_t j = 0; j < tile.columns; ++j) store(to[j * strides.c], values[j]);
-    }
-    if constexpr (!std::is_same_v<S, T>) {
-      for (int64_t j = 0; j < tile.columns; ++j) values[j] = load(to[j * strides.c]);
-    }
   }
-}
+};
 
 template <typename Vec, typename S>
 MEMDENSE_INLINE Vec load_as(const S* from) {
@@ -506,8 +512,8 @@ struct Walk {
       T* line = staged + (y - low) * line_values();
       T* inside = line + left * stride;
       std::fill(line, inside, T{0});
-      stage_line<S, T>(source.line(band.n, y), source.strides, horizontal.source, channels, read,
-                       inside, stride);
+      memdense::dispatch<StageLine<S, T>>(source.line(band.n, y), source.strides, horizontal.source,
+                                          channels, read, inside, stride);
       std::fill(inside + horizontal.source * stride, line + line_values(), T{0});
     }
     for (int64_t block = 0; block < blocks.count; ++block) {
@@ -648,12 +654,13 @@ struct WeightWalk {
     T* z = scratch;
     T* d = scratch + (high - low) * z_line();
     for (int64_t y = low; y < high; ++y) {
-      stage_line<S, T>(x.line(band.n, y), x.strides, g.in[1], g.c, read, z + (y - low) * z_line(),
-                       z_stride);
+      memdense::dispatch<StageLine<S, T>>(x.line(band.n, y), x.strides, g.in[1], g.c, read,
+                                          z + (y - low) * z_line(), z_stride);
     }
     for (int64_t y = band.begin; y < band.end; ++y) {
-      stage_line<S, T>(dy.line(band.n, y), dy.strides, g.out[1], g.k, {},
-                       d + (y - band.begin) * dy_line(), dy_stride);
+      memdense::dispatch<StageLine<S, T>>(dy.line(band.n, y), dy.strides, g.out[1], g.k,
+                                          Reading<T>{}, d + (y - band.begin) * dy_line(),
+                                          dy_stride);
     }
     const int64_t group = std::clamp<int64_t>(kGroupPixels / g.out[1], 1, kMaxGroup);
     for (int64_t begin = band.begin; begin < band.end; begin += group) {

@@ -41,7 +41,7 @@ inline void merge(double count, double& mean, double& m2, double n, double n_mea
 }
 
 // Merges more rows into mean[c] and m2[c] of the `count` rows before them.
-template <typename T, typename Acc>
+template <typename T>
 void merge_rows(const T* x, Rows rows, int64_t count, double* mean, double* m2);
 
 }  // namespace memdense

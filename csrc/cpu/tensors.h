@@ -82,6 +82,15 @@ const T* data_or_null(const std::vector<T>& v) {
   return v.empty() ? nullptr : v.data();
 }
 
+// x's rows are the pixels of n images.
+inline void expect_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
+  const int64_t rows = x.dim() == 2 ? x.size(0) : 0;
+  STD_TORCH_CHECK(
+      n > 0 && h > 0 && w > 0 && rows % w == 0 && rows / w % h == 0 && rows / w / h == n,
+      "memdense: expected a matrix x of ", n, " images of ", h, " by ", w, " pixels, got ", rows,
+      " rows");
+}
+
 // Calls f with a float or a double, as x is of.
 template <typename F>
 auto with_dtype(const Tensor& x, const F& f) {
@@ -97,8 +106,10 @@ auto with_dtype(const Tensor& x, const F& f) {
 struct Workers {
   int64_t units, count;
 
-  explicit Workers(int64_t all)
-      : units(all), count(std::clamp<int64_t>(torch::stable::get_num_threads(), 1, all)) {}
+  explicit Workers(int64_t all) : Workers(all, all) {}
+
+  Workers(int64_t all, int64_t most)
+      : units(all), count(std::clamp<int64_t>(torch::stable::get_num_threads(), 1, most)) {}
 
   int64_t first(int64_t worker) const { return units * worker / count; }
 

@@ -288,7 +288,8 @@ struct Lines {
     }
     T* line = held.data + i % 4 * width * stride;
     if (held.line[i % 4] != n * height + y) {
-      stage_line<S, T>(images.line(n, y), images.strides, width, channels, read, line, stride);
+      memdense::dispatch<StageLine<S, T>>(images.line(n, y), images.strides, width, channels, read,
+                                          line, stride);
       held.line[i % 4] = n * height + y;
     }
     return line;

@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 

@@ -692,7 +692,10 @@ MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column,
     if (a.keep) {
       const uint8_t* keep = a.keep + pixel * a.keep_row + column;
 #pragma unroll
-      for (int e = 0; e < kEight; ++e) x[e] = e < count && keep[e] ? x[e] * a.factor : 0.f;
+      for (int e = 0; e < kEight; ++e) {
+        // a product, not a choice: what was infinite or NaN stays so, as with PyTorch's dropout
+        if (e < count) x[e] *= keep[e] ? a.factor : 0.f;
+      }
     }
   } else {
     float y_of[kEight];

@@ -76,7 +76,8 @@ class Native(Reference):
         share: Share | None,
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
-        if not _fits(x, g):
+        mask = keep is None or keep[0].stride(1) == 1
+        if not (_fits(x, g) and mask):
             return super().settle(g, x, share, keep)
         sums, mean = (None, None) if share is None else (share.sums, share.mean)
         return _ops.settle(g, x, sums, mean, *(keep or (None, 1.0)))
