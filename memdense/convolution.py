@@ -107,11 +107,13 @@ def dilated_conv3x3(
                 f"dilated_conv3x3: expected {name} in the images' {x.dtype} on {x.device}, got "
                 f"{t.dtype} on {t.device}"
             )
-    if x.is_complex() or x.layout is not torch.strided or transformed() or written_down():
+    if x.is_complex() or x.layout is not torch.strided or transformed():
         return F.conv2d(x, weight, bias, *geometry)
     if x.dim() == 3:
         return dilated_conv3x3(x.unsqueeze(0), weight, bias, *geometry).squeeze(0)
     if watched(x, weight, bias):
+        if written_down():
+            return F.conv2d(x, weight, bias, *geometry)
         return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
     if _overrides(x):
         convolve = torch.ops.aten.convolution_overrideable.default

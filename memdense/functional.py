@@ -44,8 +44,8 @@ def bn_relu_conv1x1(
     Raises:
         TypeError: an input that is no tensor.
         ValueError: shapes, dtypes or devices that do not fit together, an empty input, no running
-            statistics in evaluation, one value per channel in training, or an eps or momentum that
-            is none.
+            statistics in evaluation, one value per channel in training, a negative eps or momentum,
+            or no momentum where running statistics move.
     """
     running = running_mean, running_var
     return norm_relu_conv1x1(
