@@ -155,6 +155,19 @@ def test_other_dtypes_take_the_reference(dtype):
 
 
 @built
+@pytest.mark.parametrize(
+    "size", [(2, -2, -4), (0, 4, 4), (3, 4, 2), (1 << 32, 1 << 32, 16)], ids=str
+)
+def test_rows_that_are_no_images_are_refused(size):
+    vectors = *(torch.ones(3) for _ in range(4)), 1e-5
+    x, weight = torch.zeros(16, 3), torch.zeros(5, 3)
+    with pytest.raises(RuntimeError, match=r"a matrix x of .* got 16 rows"):
+        torch.ops.memdense.bn_relu_maxpool(x, *vectors, *size)
+    with pytest.raises(RuntimeError, match=r"a matrix x of .* got 16 rows"):
+        torch.ops.memdense.bn_relu_pool_conv1x1(x, *vectors, weight, *size)
+
+
+@built
 def test_a_mask_in_columns_takes_the_reference():
     g, x, keep = torch.randn(12, 4), torch.randn(12, 4), ((torch.rand(4, 12) < 0.5).t(), 2.0)
     found, expected = (backend.settle(g, x, None, keep) for backend in (Native(), Reference()))
