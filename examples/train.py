@@ -123,6 +123,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--data {options.data} needs --data-dir DIR")
     if options.compare and (options.checkpoint or options.resume or "RANK" in os.environ):
         parser.error("--compare goes with neither --checkpoint nor --resume nor torchrun")
+    if options.seed >= 1 << 63:
+        parser.error("--seed must be below 2^63")
     if min(options.seed, options.workers, options.lr, options.weight_decay) < 0:
         parser.error("--seed, --workers, --lr and --weight-decay must not be negative")
     if options.resume and not options.resume.is_file():

@@ -196,7 +196,7 @@ class Features(nn.Sequential):
         """(N, C_in, H, W), or volumes, to the mean of the rectified last norm over each: (N, C)."""
         if self._switches.run_efficiently(_ALL, x):
             steps = self.steps("pool")
-            if steps[-1].tail == "pool":
+            if steps and steps[-1].tail == "pool":
                 return self._run(x, steps, self._layout(x))[0]
         return rectified_mean(self(x))
 

@@ -131,8 +131,8 @@ def read_network(model: DenseNet, height: int, width: int) -> Network:
     parts = []
     size: tuple[int, int] = (height, width)
     steps = features.steps("pool")
-    if steps[-1].tail != "pool":
-        raise Unsupported(f"{steps[-1].names[-1]} is where the last norm was")
+    if not steps or steps[-1].tail != "pool":
+        raise Unsupported("features does not end with a norm")
     for step in steps:
         modules = [features._modules[name] for name in step.names]
         if step.kind == "stage":

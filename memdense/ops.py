@@ -26,7 +26,7 @@ Update = Callable[[Tensor], None]  # of running statistics, by a stage's or the 
 
 _DOUBLE_BACKWARD = (
     "memdense does not keep what differentiating a gradient (create_graph=True) needs: "
-    "build the model with double_backward=True, or set model.features.double_backward = True"
+    "build or convert the model with double_backward=True, or set that of its memdense.Features"
 )
 _JOINT = "SyncBatchNorm's gradients cannot be differentiated, nor taken many at once"
 

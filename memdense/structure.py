@@ -368,7 +368,15 @@ def _stage_modules(
     axes -= {0}
     if len(axes) > 1:
         raise Unsupported(f"{name} has modules of images and of volumes")
-    return StageModules(stage, *flatten(stage), spec, moving(norms), sum(axes), drop_channels)
+    (tensors, running), moves = flatten(stage), moving(norms)
+    # a stage moves all at its end: who reads what another has moved would find it as it was
+    means, counts = (set(map(id, buffers)) for buffers in (moves.means, moves.counts))
+    moved = means | set(map(id, moves.variances))
+    if any(id(t) in moved for t in running):
+        raise Unsupported(f"a norm of {name} reads running statistics that another one moves")
+    if len(counts) < len(means) and min(moves.momenta) < 0:
+        raise Unsupported(f"norms of {name} that average share num_batches_tracked")
+    return StageModules(stage, tensors, running, spec, moves, sum(axes), drop_channels)
 
 
 def read_stage(

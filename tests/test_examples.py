@@ -152,6 +152,7 @@ def test_missing_files_are_named(tmp_path, data, expected):
         ("--plot run.jpeg2", "--plot draws .png, .svg or .pdf, not run.jpeg2"),
         ("--plot absent/run.png", "there is no folder absent"),
         ("--checkpoint tests", "tests is a folder"),
+        ("--seed=9223372036854775808", "--seed must be below"),
         ("--lr=-1", "--lr and --weight-decay must not be negative"),
         ("--batch-size 2000", "expected a --batch-size"),
         ("--epochs 1 --lr 1e30", "the loss is nan at step"),

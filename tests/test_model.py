@@ -6,7 +6,7 @@ import os
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -470,6 +470,37 @@ def test_layers_of_both_kinds_in_a_block(keep: bool) -> None:
     plain = copy.deepcopy(ours)
     plain.efficient = False
     assert_same_step(ours, plain, torch.randn(2, 6, 5, 4).double())
+
+
+def share_statistics(block: nn.Module) -> None:
+    """A frozen norm's are those that another one moves."""
+    moves, reads = (block[f"denselayer{i}"].norm2 for i in (1, 2))
+    reads.running_mean, reads.running_var = moves.running_mean, moves.running_var
+    reads.eval()
+
+
+def share_count(block: nn.Module) -> None:
+    first, second = (block[f"denselayer{i}"].norm2 for i in (1, 2))
+    second.num_batches_tracked = first.num_batches_tracked
+    first.momentum = second.momentum = None
+
+
+@pytest.mark.parametrize("share", [share_statistics, share_count])
+def test_norms_that_share_buffers(share: Callable[[nn.Module], None]) -> None:
+    """Plain modules move them one after another, a stage all at once."""
+    stacks = []
+    for efficient in (True, False):
+        torch.manual_seed(0)
+        stack = memdense.Features(memdense.DenseBlock(2, 6, 2, 4), efficient=efficient).double()
+        share(stack[0])
+        stacks.append(stack)
+    with pytest.warns(memdense.MemdenseWarning, match="reads running .* moves|share num_batches"):
+        assert_same_step(*stacks, torch.randn(2, 6, 5, 4).double())
+
+
+def test_an_empty_stack() -> None:
+    x = torch.randn(2, 3, 5, 4)
+    assert torch.equal(memdense.Features().pooled(x), x.relu().mean((2, 3)))
 
 
 HOOKED = {
