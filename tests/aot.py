@@ -190,6 +190,7 @@ def bc100_12(dtype: torch.dtype) -> None:
 
 def candidates(dtype: torch.dtype) -> None:
     """Every configuration of the 1x1 and 3x3 kernels that a device may choose, narrow and wide."""
+    # no multiples of 16 but the first: a hint that would double the machine codes
     sizes = [(m, 256, b) for m in (1 << 20, 30008, 1000) for b in (48, 128, 192, 256, 384)]
     for problem in tune.problems(dtype, sizes, torch.device("meta"), least=1):
         for config in problem.candidates:
