@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import memdense
 from memdense import _extension, memory
 from memdense.backends import backend_for
+from memdense.densenet import CONFIGURATIONS
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ def bc(depth: int) -> Arch:
 
 
 ARCHS = {
-    "densenet121": Arch(32, (6, 12, 24, 16), 64, 224, 131),
-    "densenet169": Arch(32, (6, 12, 32, 32), 64, 224, 164),
-    "densenet201": Arch(32, (6, 12, 48, 32), 64, 224, 205),
-    "densenet264": Arch(32, (6, 12, 64, 48), 64, 224, 280),
+    "densenet121": Arch(*CONFIGURATIONS["densenet121"], 224, 131),
+    "densenet169": Arch(*CONFIGURATIONS["densenet169"], 224, 164),
+    "densenet201": Arch(*CONFIGURATIONS["densenet201"], 224, 205),
+    "densenet264": Arch(*CONFIGURATIONS["densenet264"], 224, 280),
     "bc100-12": Arch(12, (16, 16, 16), 24, 32, 35),
 }
 

@@ -129,6 +129,11 @@ def reader(norm: Norm, mean: Tensor, var: Tensor) -> Reader:
     return Reader(mean, var, weight, bias, norm.spec.eps, norm.spec.batch)
 
 
+def mask_in_rows(keep: tuple[Tensor, float] | None) -> bool:
+    """Whether dropout's mask (M, k), if there is one, has unit column stride: kernels want it."""
+    return keep is None or keep[0].stride(1) == 1
+
+
 class Sums(NamedTuple):
     """What a reader's backward leaves per channel, each (C,) in memory of its own: dbeta = sum(dz)
     and dgamma = sum(dz * x_hat).

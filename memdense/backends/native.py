@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension  # noqa: F401  (loads the operations)
-from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums
+from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums, mask_in_rows
 from . import volumes
 from .reference import Reference
 
@@ -55,8 +55,7 @@ class Native(Reference):
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
-        mask = keep is None or keep[0].stride(1) == 1
-        if not mask or not _convolves(x, read, weight, out):
+        if not mask_in_rows(keep) or not _convolves(x, read, weight, out):
             return super().bn_relu_conv3x3(x, read, weight, dilation, geometry, out, keep, moments)
         if not geometry.of_images:
             return volumes.bn_relu_conv3x3(
@@ -76,8 +75,7 @@ class Native(Reference):
         share: Share | None,
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
-        mask = keep is None or keep[0].stride(1) == 1
-        if not (_fits(x, g) and mask):
+        if not (_fits(x, g) and mask_in_rows(keep)):
             return super().settle(g, x, share, keep)
         sums, mean = (None, None) if share is None else (share.sums, share.mean)
         return _ops.settle(g, x, sums, mean, *(keep or (None, 1.0)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ...buffers import Geometry, Into, NormGradient, Reader, Share, Sums
+from ...buffers import Geometry, Into, NormGradient, Reader, Share, Sums, mask_in_rows
 from .. import volumes
 from ..reference import Reference
 from . import cast, conv1x1, conv3x3, pools, replay, running, settle, statistics
@@ -114,8 +114,7 @@ class Triton(Reference):
         keep: tuple[Tensor, float] | None,
         moments: Tensor | None,
     ) -> None:
-        fits = _fits(x, out) and weight.dtype == x.dtype
-        fits = fits and (keep is None or keep[0].stride(-1) == 1)
+        fits = _fits(x, out) and weight.dtype == x.dtype and mask_in_rows(keep)
         if fits and not geometry.of_images:
             return volumes.bn_relu_conv3x3(
                 self, x, read, weight, dilation, geometry, out, keep, moments
@@ -138,8 +137,7 @@ class Triton(Reference):
         share: Share | None,
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
-        mask = keep is None or keep[0].stride(1) == 1
-        if not (_fits(x) and _answers(g) and mask):
+        if not (_fits(x) and _answers(g) and mask_in_rows(keep)):
             return super().settle(g, x, share, keep)
         return settle.settle(g, x, share, keep)
 

@@ -510,7 +510,7 @@ def call(
         rest: hashable.
     """
     # a tail alone, of a norm without parameters, has none that are fixed
-    device = next(t.device for t in (*fixed, *moving) if t is not None)
+    device = next(t.device for t in itertools.chain(fixed, moving) if t is not None)
     if not enabled():
         _expect_device(device, moving, fixed)
         return function(backend, moving, fixed, *rest)
