@@ -77,8 +77,10 @@ inline Geometry geometry(int64_t n, int64_t h, int64_t w, const Tensor& y, const
                          const Ints& dilation) {
   STD_TORCH_CHECK(y.dim() == 2 && out.dim() == 2, "conv3x3: expected matrices, got ", y.dim(),
                   "-D and ", out.dim(), "-D");
-  STD_TORCH_CHECK(n >= 1 && h >= 1 && w >= 1 && n * h * w == y.size(0), "conv3x3: ", n,
-                  " images of ", h, " by ", w, " pixels are not ", y.size(0), " rows");
+  const int64_t rows = y.size(0);
+  STD_TORCH_CHECK(
+      n >= 1 && h >= 1 && w >= 1 && rows % w == 0 && rows / w % h == 0 && rows / w / h == n,
+      "conv3x3: ", n, " images of ", h, " by ", w, " pixels are not ", rows, " rows");
   return geometry(n, h, w, y.size(1), out.size(1), dilation);
 }
 

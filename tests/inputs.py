@@ -250,6 +250,7 @@ def second_half() -> tuple[dict[str, object], dict[str, object]]:
 REFUSALS = [
     ({"y": torch.zeros(5, 20).t()}, "expected y with unit column stride"),
     ({"n": 2}, "2 images of 5 by 4 pixels are not 20 rows"),
+    ({"n": 1 + 2**62}, "images of 5 by 4 pixels are not 20 rows"),  # 20 in 64 bits
     ({"mean": torch.zeros(4)}, "expected mean to be a contiguous vector of 5"),
     ({"weight": torch.zeros(6, 4, 3, 3)}, r"expected weight of shape \[6, 5, 3, 3\]"),
     ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),

@@ -14,6 +14,7 @@
 #include "moments.h"
 #include "tensors.h"
 #include "vector.h"
+#include "workers.h"
 
 namespace memdense {
 namespace {

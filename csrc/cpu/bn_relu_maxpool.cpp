@@ -10,6 +10,7 @@
 #include "answer.h"
 #include "tensors.h"
 #include "vector.h"
+#include "workers.h"
 
 namespace memdense {
 namespace {

@@ -8,6 +8,7 @@
 #include "answer.h"
 #include "tensors.h"
 #include "vector.h"
+#include "workers.h"
 
 namespace memdense {
 namespace {
@@ -18,7 +19,7 @@ constexpr int64_t kGrain = 16384;
 
 // Workers over rows that are worth it.
 Workers row_workers(int64_t rows, int64_t columns) {
-  return Workers(rows, std::clamp<int64_t>(rows * columns / kGrain, 1, rows));
+  return Workers(rows, worker_count(std::min(rows, rows * columns / kGrain)));
 }
 
 // ---- out = (u + b * x + c) * keep * factor; null vectors: b = c = 0

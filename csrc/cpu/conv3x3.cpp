@@ -17,6 +17,7 @@
 #include "memory.h"
 #include "norm.h"
 #include "winograd3x3.h"
+#include "workers.h"
 
 namespace memdense {
 namespace conv3x3 {
@@ -115,18 +116,6 @@ struct Scratch {
 
 int64_t aligned(int64_t values) { return (values + 15) / 16 * 16; }
 
-int64_t task_count(int64_t lines, int64_t threads = torch::stable::get_num_threads()) {
-  return std::clamp<int64_t>(lines, 1, threads);
-}
-
-// f(task, begin, end) for each task's share of `count`
-template <typename F>
-void for_tasks(int64_t tasks, int64_t count, const F& f) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) f(t, t * count / tasks, (t + 1) * count / tasks);
-  });
-}
-
 // f(walk) with the kernels for the geometry: of outputs, or `backward` of the inputs' gradient.
 template <typename T, typename F>
 auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
@@ -175,7 +164,7 @@ void run_walk(const Walk& walk, bool backward, const Images<const S>& source, Re
         walk.pack(weights, begin * kGroup, std::min(end * kGroup, channels), packed);
       });
 
-  for_tasks(tasks, walk.units(), [&](int64_t task, int64_t begin, int64_t end) {
+  Workers(walk.units(), tasks).run([&](int64_t task, int64_t begin, int64_t end) {
     walk.run(begin, end, source, read, packed, scratch + task * sizes.share, emits[task]);
   });
 }
@@ -226,7 +215,7 @@ void forward(const Geometry& g, const Images<const S>& x, Reading<Compute<S>> re
              const Tensor& weight, const S* bias, const Images<const uint8_t>& mask, double factor,
              const Images<S>& out, Compute<S>* mean, Compute<S>* var) {
   using T = Compute<S>;
-  const int64_t tasks = task_count(g.n * g.out[0]);
+  const int64_t tasks = worker_count(g.n * g.out[0]);
   with_walk<T>(g, false, tasks, [&](const auto& walk) {
     const Outputs<S, T> outputs(walk.blocks, bias, mask, static_cast<T>(factor), out,
                                 mean != nullptr);
@@ -294,7 +283,7 @@ template <typename S, typename T>
 struct Gradients {
   const Blocks<T>& blocks;
   Images<const S> x;  // without data: dx is all that is wanted
-  const T *scale, *shift, *mean, *rstd;
+  Reader<T> read;
   Images<S> dx;
   bool accumulate;
   std::vector<double> dbeta, dgamma;
@@ -303,9 +292,9 @@ struct Gradients {
     const int64_t c = blocks.start(block);
     S* to = dx.line(n, y) + c * dx.strides.c;
     if (x.data) {
-      memdense::dispatch<AnswerTile<S, T>>(
-          AnswerTile<S, T>{result, x.line(n, y) + c, x.strides.w, scale + c, shift + c, mean + c,
-                           rstd + c, &dbeta[c], &dgamma[c], to, dx.strides.w, accumulate});
+      memdense::dispatch<AnswerTile<S, T>>(AnswerTile<S, T>{result, x.line(n, y) + c, x.strides.w,
+                                                            read.from(c), &dbeta[c], &dgamma[c], to,
+                                                            dx.strides.w, accumulate});
     } else {
       const S* bias = nullptr;
       const uint8_t* mask = nullptr;
@@ -322,11 +311,10 @@ void input_gradient(const Geometry& g, const Images<const S>& dy, const Tensor& 
                     const Images<const S>& x, const Reader<Compute<S>>& read, const Images<S>& dx,
                     bool accumulate, Compute<S>* dbeta, Compute<S>* dgamma) {
   using T = Compute<S>;
-  const int64_t channels = x.data ? g.c : 0, tasks = task_count(g.n * g.in[0]);
+  const int64_t channels = x.data ? g.c : 0, tasks = worker_count(g.n * g.in[0]);
   with_walk<T>(g, true, tasks, [&](const auto& walk) {
     const std::vector<double> zeros(channels);
-    const Gradients<S, T> gradients{walk.blocks, x,  read.scale, read.shift, read.mean,
-                                    read.rstd,   dx, accumulate, zeros,      zeros};
+    const Gradients<S, T> gradients{walk.blocks, x, read, dx, accumulate, zeros, zeros};
     std::vector<Gradients<S, T>> emits(tasks, gradients);
     run_walk<S>(walk, true, dy, Reading<T>{}, weight, emits);
     for (int64_t c = 0; c < channels; ++c) {
@@ -407,7 +395,7 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
   const Scratch<T> memory(sizes.values(tasks));
   T *partials = memory.data, *groups = partials + tasks * sizes.partial;
   T* scratch = groups + (sizes.grouped ? tasks * sizes.partial : 0);
-  for_tasks(tasks, tasks, [&](int64_t task, int64_t, int64_t) {
+  Workers(tasks, tasks).run([&](int64_t task, int64_t, int64_t) {
     const Walk& walk = walks[task / shares];
     const int64_t channel = task / shares * step, share = task % shares,
                   size = walk.partial_values();
@@ -467,7 +455,7 @@ auto with_weight_walks(const Geometry& g, int64_t tasks, const F& f) {
 template <typename S>
 void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
                      Reading<Compute<S>> read, Compute<S>* dweight) {
-  const int64_t tasks = task_count(g.n * g.out[0]);
+  const int64_t tasks = worker_count(g.n * g.out[0]);
   with_weight_walks<Compute<S>>(g, tasks, [&](const auto& walks, int64_t step) {
     run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
   });
@@ -531,7 +519,7 @@ int64_t conv3x3_scratch(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, c
   STD_TORCH_CHECK(std::min({n, h, w, c, k, threads}) >= 1,
                   "conv3x3_scratch: expected sizes and threads of at least 1");
   const Geometry g = geometry(n, h, w, c, k, dilation);
-  const int64_t tasks = task_count(n * h, threads);
+  const int64_t tasks = worker_count(n * h, threads);
   const int64_t walk = with_walk<float>(
       g, backward, tasks, [&](const auto& walk) { return WalkMemory(walk).values(tasks); });
   const int64_t weight =

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../conv3x3_geometry.h"
+#include "norm.h"
 #include "statistics.h"
 #include "tile.h"
 #include "vector.h"
@@ -352,7 +353,7 @@ struct AnswerTile {
   Result<T> tile;
   const S* x;
   int64_t x_row;
-  const T *scale, *shift, *mean, *rstd;
+  Reader<T> read;
   double *dbeta, *dgamma;
   S* out;
   int64_t out_row;
@@ -366,9 +367,9 @@ struct AnswerTile {
           Vec scale[kVectors], shift[kVectors], mean[kVectors], sum[kVectors], product[kVectors];
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) {
-            scale[v] = memdense::load<Vec>(a.scale + c + v * kLanes);
-            shift[v] = memdense::load<Vec>(a.shift + c + v * kLanes);
-            mean[v] = memdense::load<Vec>(a.mean + c + v * kLanes);
+            scale[v] = memdense::load<Vec>(a.read.scale + c + v * kLanes);
+            shift[v] = memdense::load<Vec>(a.read.shift + c + v * kLanes);
+            mean[v] = memdense::load<Vec>(a.read.mean + c + v * kLanes);
             sum[v] = product[v] = Vec{};
           }
           for (int64_t i = 0; i < a.tile.rows; ++i) {
@@ -395,7 +396,7 @@ struct AnswerTile {
             for (int64_t i = 0; i < kLanes; ++i) {
               const int64_t j = c + v * kLanes + i;
               a.dbeta[j] += sum[v][i];
-              a.dgamma[j] += static_cast<double>(product[v][i]) * a.rstd[j];
+              a.dgamma[j] += static_cast<double>(product[v][i]) * a.read.rstd[j];
             }
           }
         });

@@ -12,6 +12,8 @@ namespace memdense {
 template <typename T>
 struct Reader {
   const T *scale, *shift, *mean, *rstd;
+
+  Reader from(int64_t c) const { return {scale + c, shift + c, mean + c, rstd + c}; }
 };
 
 // r = 1 / sqrt(var + eps), s = gamma * r, t = beta - mean * s; `mean` must outlive it.

@@ -1,4 +1,4 @@
-// From tensors to what kernels take, with the checks between; and how work is shared out.
+// From tensors to what kernels take, with the checks between.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -100,27 +100,6 @@ auto with_dtype(const Tensor& x, const F& f) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "memdense: expected float32 or float64");
   return f(float{});
 }
-
-// A fixed share of `units` for each of at most as many workers as threads: the same number of
-// threads gives the same shares, and with partial results taken in order the same bits.
-struct Workers {
-  int64_t units, count;
-
-  explicit Workers(int64_t all) : Workers(all, all) {}
-
-  Workers(int64_t all, int64_t most)
-      : units(all), count(std::clamp<int64_t>(torch::stable::get_num_threads(), 1, most)) {}
-
-  int64_t first(int64_t worker) const { return units * worker / count; }
-
-  // f(worker, first unit, last unit)
-  template <typename F>
-  void run(const F& f) const {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) f(w, first(w), first(w + 1));
-    });
-  }
-};
 
 // dbeta and dgamma from what `count` workers summed, in their order: sums [worker][2][channels].
 // The reader's share of them, s * dbeta and s * r * dgamma, is added to `credited` (2, channels).
