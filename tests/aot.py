@@ -79,11 +79,11 @@ def source(launch: Launch) -> ASTSource:
             kind = "*" + TYPES[value.dtype]
             # offsets count from an allocation, which is aligned
             divisible = not value.storage_offset() * value.element_size() % ALIGNMENT
-        elif isinstance(value, int) and value == 1:
+        elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
             constants[i,] = 1
         elif isinstance(value, int):
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = not value % ALIGNMENT
+            divisible = not value % ALIGNMENT and not parameter.do_not_specialize
         else:
             kind = "fp32"
         signature[parameter.name] = kind
@@ -190,7 +190,6 @@ def bc100_12(dtype: torch.dtype) -> None:
 
 def candidates(dtype: torch.dtype) -> None:
     """Every configuration of the 1x1 and 3x3 kernels that a device may choose, narrow and wide."""
-    # no multiples of 16 but the first: a hint that would double the machine codes
     sizes = [(m, 256, b) for m in (1 << 20, 30008, 1000) for b in (48, 128, 192, 256, 384)]
     for problem in tune.problems(dtype, sizes, torch.device("meta"), least=1):
         for config in problem.candidates:

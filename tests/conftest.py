@@ -3,7 +3,9 @@
 import fcntl
 import os
 import shutil
+from dataclasses import replace
 from functools import cache
+from math import prod
 
 import pytest
 import torch
@@ -124,8 +126,31 @@ def interpreter(monkeypatch):
             interpreter._patch_lang(function.fn)
         return function.rewrite()(*args, **kwargs)
 
+    @cache
+    def shape_of(shape):
+        return tl.core.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(prod(shape))
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shape_of(type.shape if type.is_block() else ())
+
+    @cache
+    def block_of(shape):
+        return tl.core.tuple(shape), prod(shape), str(shape)
+
+    def block(self, element, shape):
+        sizes = tuple([n if type(n) is int else n.value for n in shape])
+        self.element_ty = element
+        self.shape, self.numel, name = block_of(sizes)
+        self.name = f"<{name}, {element}>"
+
+    builder = interpreter.interpreter_builder
+    options = replace(builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(builder, "options", options)
     monkeypatch.setattr(interpreter, "_convert_float", convert)
     monkeypatch.setattr(interpreter, "_get_np_dtype", numpy)
     monkeypatch.setattr(interpreter.ReduceOps, "sum", tree)
+    monkeypatch.setattr(tl.tensor, "__init__", tensor)
+    monkeypatch.setattr(tl.block_type, "__init__", block)
     # to patch triton.language again at every call of a function takes longer than all the rest
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from math import prod
 from pathlib import Path
 from unittest import mock
 
@@ -66,7 +67,8 @@ def vectors(c: int) -> Reader:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_errs_no_more_than_the_reference(shape, dtype):
     # several draws where channels are few: a handful of errors says little
-    draws = [Inputs(*shape, dtype) for _ in range(6 if shape[1] < 16 else 1)]
+    count = 1 if shape[1] >= 16 else 2 if prod(shape[0]) > 100 else 6
+    draws = [Inputs(*shape, dtype) for _ in range(count)]
     # slices with a G of 16 bits, prefixes with one of 32
     wide = shape[1] % 2 == 0
 
@@ -234,7 +236,7 @@ def test_moves_running_statistics_in_one_launch(dtype, counted):
             # to the nearest; of a tenth of a unit's multiples many are ties, which float64's last
             # bit decides, and 16-bit values are rounded to float32 first
             about = torch.finfo(dtype)
-            unit = torch.ldexp(torch.tensor(about.eps), torch.frexp(wanted)[1] - 1)
+            unit = torch.ldexp(torch.full_like(wanted, about.eps), torch.frexp(wanted)[1] - 1)
             unit = unit.clamp(min=about.eps * about.smallest_normal)
             error = (found.double() - wanted).abs()
             assert (error <= 0.5 * (1 + 2**-12) * unit).all(), (i, size)

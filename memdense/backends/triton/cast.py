@@ -8,12 +8,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...buffers import ROW_UNIT
-from .launch import Plan, constant, table_of
+from .launch import Plan, constant, kernel, table_of
 from .tiles import cached, cdiv
 
 BLOCK = 4096  # values that a program writes
@@ -21,7 +20,7 @@ SOURCES = (torch.float32, torch.float16, torch.bfloat16)
 FIELDS = tl.constexpr(12)  # of a line in the table
 
 
-@triton.jit
+@kernel
 def cast_weights(table, out, BLOCK: tl.constexpr):
     """out[first + r*P + c] = w[r // T, c, r % T // K, r % K] for c < C, and 0 for C <= c < P; a
     turned weight has its first two axes exchanged.

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, NormGradient, Reader, Sums
-from .launch import Plan
+from .launch import Plan, kernel
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .settle import normalised_
 from .shared import norm_vectors, relu, store_moments, store_sums
@@ -22,7 +22,7 @@ MAX_BLOCKS = 3  # accumulators side by side; a wider B takes another path
 SPLIT_ROWS = 896  # the fewest that a split of the gradients is worth
 
 
-@triton.jit
+@kernel
 def forward_1x1(
     x, w, mean, var, weight, bias, y, partial,
     M, C, CX, CW, B, ldx, ldw, eps, tiles, plane,
@@ -87,7 +87,7 @@ def _quads(values, BC: tl.constexpr, BM: tl.constexpr):
     return tl.sum(tl.sum(tl.reshape(values, [BC, BM // 8, 4, 2]), 3), 1)
 
 
-@triton.jit
+@kernel
 def gradients_1x1(
     dy, w, x, mean, var, weight, bias, g, partial, weights,
     M, C, CX, CW, CG, B, ldy, ldw, ldx, ldg, eps, across, share, plane, size,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry, Into, Reader, Sums
-from .launch import Plan
+from .launch import Plan, kernel
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .shared import answer, norm_vectors, relu, store_moments, store_sums
 from .tiles import cached, cdiv, multiprocessors, power, precision, readable, share_of
@@ -93,7 +93,7 @@ def _convolve(
     return acc
 
 
-@triton.jit
+@kernel
 def forward_3x3(
     x, w, mean, var, weight, bias, keep, out, partial,
     M, H, W, C, CX, K, DY, DX, ldx, line, step, sk, sc, sy, sx, ldk, ldo, eps, factor, tiles, plane,
@@ -129,7 +129,7 @@ def forward_3x3(
         store_moments(partial, plane, values, valid, count, n, n < K, tile, tiles)
 
 
-@triton.jit
+@kernel
 def input_gradient_3x3(
     dy, w, x, mean, var, weight, bias, g, partial,
     M, H, W, C, CX, CG, K, CK, DY, DX, ldy, line, step, sk, sc, sy, sx, ldx, ldg, eps, tiles, plane,
@@ -208,7 +208,7 @@ def _meeting(
     return values, before, centre, after
 
 
-@triton.jit
+@kernel
 def weight_gradient_3x3(
     dy, x, mean, var, weight, bias, partial,
     M, H, W, C, CX, K, CK, DY, DX, ldy, line, step, ldx, eps, share, lines, columns, size,

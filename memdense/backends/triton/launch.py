@@ -22,6 +22,15 @@ ALIGNMENT = 16  # bytes that Triton's widest loads want
 
 INTERPRETED = triton.knobs.runtime.interpret
 
+# How many rows, lines, tiles and programs there are. That such a number is 1 or a multiple of 16
+# makes no code better: not to be told leaves less to compile, for the last batch of an epoch above
+# all.
+COUNTS = (
+    "M", "P", "H", "W", "H2", "W2", "n1", "n2", "rows", "lines", "columns", "channels", "count",
+    "tiles", "plane", "across", "share", "walkers", "segments", "splits", "stride",
+)  # fmt: skip
+kernel = triton.jit(do_not_specialize=COUNTS)
+
 
 class Launch(NamedTuple):
     """A launch as :func:`recorded` saw it."""
@@ -81,7 +90,7 @@ class Plan:
     """A kernel with its grid, sizes and constants; calling it launches it on tensors.
 
     Args:
-        kernel: a ``triton.jit`` function that takes tensors (or None), then ``sizes``, then
+        kernel: a :data:`kernel`, which takes tensors (or None), then ``sizes``, then
             ``constants``.
         grid: how many programs, per axis.
         sizes: numbers known at run time.

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry, Into, NormGradient, Reader, Sums, new_matrix
-from .launch import Plan
+from .launch import Plan, kernel
 from .reduce import merge_sums, sums_partial
 from .shared import answer, behind_vectors, norm_vectors, relu, store_sums, tile_of, walk_of
 from .tiles import cached, cdiv, power, readable, tiling, walk
@@ -21,7 +21,7 @@ from .tiles import cached, cdiv, power, readable, tiling, walk
 # ---- tails, forward
 
 
-@triton.jit
+@kernel
 def norm_rows(
     x, mean, var, weight, bias, out,
     M, C, CX, ldx, eps,
@@ -42,7 +42,7 @@ def norm_rows(
     tl.store(out + c[None, :], z.to(out.dtype.element_ty), valid & (c < C)[None, :])
 
 
-@triton.jit
+@kernel
 def mean_images(
     x, mean, var, weight, bias, out,
     P, C, CX, ldx, eps,
@@ -64,7 +64,7 @@ def mean_images(
     tl.store(out + c, (tl.sum(total, 0) / P).to(out.dtype.element_ty), c < C)
 
 
-@triton.jit
+@kernel
 def pool_quads(
     x, mean, var, weight, bias, out,
     H, W, M, C, CX, CO, ldx, ldo, eps,
@@ -94,7 +94,7 @@ def pool_quads(
 # ---- tails, backward
 
 
-@triton.jit
+@kernel
 def answer_rows(
     d, x, mean, var, weight, bias, g, partial,
     H, W, M, C, CD, CX, CG, ldd, ldx, ldg, eps, share, walkers, plane,
@@ -191,7 +191,7 @@ def line_maximum(x, column, s, t, line_inside, inside, W, ldx):
     return value, at
 
 
-@triton.jit
+@kernel
 def maxpool(
     x, mean, var, weight, bias, out, winner,
     H, W, H2, W2, C, CX, ldx, eps, segments,
@@ -252,7 +252,7 @@ def won(d, at, place):
     return tl.where(at == place, d.to(tl.float32), 0.0)
 
 
-@triton.jit
+@kernel
 def maxpool_gradient(
     d, winner, x, mean, var, weight, bias, dbeta, dgamma, out, partial,
     H, W, H2, W2, C, CX, ldx, ldo, eps, count, segments, tiles, plane,

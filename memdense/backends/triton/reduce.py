@@ -12,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Into, Reader, Sums
-from .launch import Plan
-from .tiles import cached, cdiv, power
+from .launch import Plan, kernel
+from .tiles import cached, cdiv
 
-WALK = 1024  # tiles that a program takes at a time
+WALKS = 128, 1024  # tiles that a program takes at a time: few sizes, as each is compiled
 BLOCK = 1024  # weights that a program sums
 
 
-@triton.jit
+@kernel
 def merge_moments(partial, moments, M, rows, tiles, plane, stride, BLOCK: tl.constexpr):
     """mean = sum(n_i*mean_i)/M, var = sum(M2_i + n_i*(mean_i - mean)^2)/M of channel c over tiles
     of n_i rows (Chan et al., 1979); partial [2, C, tiles], moments [2, C], plane = C*tiles.
@@ -54,20 +54,20 @@ def total(values, tiles, BLOCK: tl.constexpr):
     return tl.sum(sums, 0).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def merge_gradients(
     partial, var, weight, dbeta, dgamma, credit, weights, dweight,
-    C, tiles, plane, eps, stride, size, splits,
+    channels, tiles, plane, eps, stride, size, splits,
     ROUNDS: tl.constexpr, WALK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 to C - 1: dbeta and dgamma of channel c, and its share in S1 and S2, which is
-    s*dbeta and s*r*dgamma, or where G rounds the sums of what G took in, d and r*(d*x_hat).
-    partial [2 or 4, C, tiles], credit [2, C].
+    """Programs 0 to C - 1, of C channels: dbeta and dgamma of channel c, and its share in S1 and
+    S2, which is s*dbeta and s*r*dgamma, or where G rounds the sums of what G took in, d and
+    r*(d*x_hat). partial [2 or 4, C, tiles], credit [2, C].
 
     The others: dweight = sum over splits of weights [splits, size], a block each.
     """
     pid = tl.program_id(0)
-    if pid < C:
+    if pid < channels:
         c = pid.to(tl.int64)
         at = partial + c * tiles
         beta = total(at, tiles, WALK)
@@ -88,12 +88,16 @@ def merge_gradients(
             tl.store(credit + c, tl.load(credit + c) + s1)
             tl.store(credit + stride + c, tl.load(credit + stride + c) + s2)
     elif weights is not None:
-        i = (pid - C).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        i = (pid - channels).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         sums = tl.zeros([BLOCK], tl.float32)
         for _ in range(0, splits):
             sums += tl.load(weights + i, i < size, 0.0)
             weights += size
         tl.store(dweight + i, sums, i < size)
+
+
+def _walk(tiles: int) -> int:
+    return WALKS[tiles > WALKS[0]]
 
 
 @cached
@@ -102,7 +106,7 @@ def _moments_plan(rows: int, channels: int, tiles: int, stride: int, tile_rows: 
         merge_moments,
         (channels,),
         (rows, tile_rows, tiles, channels * tiles, stride),
-        (min(WALK, power(tiles)),),
+        (_walk(tiles),),
     )
 
 
@@ -126,7 +130,7 @@ def _gradients_plan(
         merge_gradients,
         (channels + blocks,),
         (channels, tiles, channels * tiles, eps, stride, size, splits),
-        (rounds, min(WALK, power(tiles)), BLOCK),
+        (rounds, _walk(tiles), BLOCK),
     )
 
 

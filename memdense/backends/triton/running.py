@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cast import SOURCES
-from .launch import Plan, keep_while_read, table_of
+from .launch import Plan, keep_while_read, kernel, table_of
 from .tiles import cached
 
 FIELDS = tl.constexpr(7)  # of a line in the table
@@ -41,7 +41,7 @@ def _move_as(dtype, pointer, c, inside, m, batch):
         _move(pointer.to(tl.pointer_type(tl.bfloat16)) + c, inside, m, batch)
 
 
-@triton.jit
+@kernel
 def move_running(table, statistics, columns, rows, BLOCK: tl.constexpr):
     """mean = (1 - m)*mean + m*batch_mean, var likewise with the batch's rows/(rows - 1)*var, and
     count += 1; statistics [2, columns] hold the batch's.

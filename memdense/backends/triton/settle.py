@@ -7,17 +7,16 @@ Specification: ``settle`` of the reference backend, and what precedes its
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...buffers import NormGradient, Share
-from .launch import Plan
+from .launch import Plan, kernel
 from .shared import behind_vectors, tile_of
 from .tiles import cached, readable, tiling
 
 
-@triton.jit
+@kernel
 def settle_rows(
     g, x, sums, mean, keep, dy,
     M, C, CG, CX, ldg, ldx, ldk, stride, count, factor,
@@ -47,7 +46,7 @@ def settle_rows(
     tl.store(dy + c[None, :], d.to(dy.dtype.element_ty), inside)
 
 
-@triton.jit
+@kernel
 def normalise_rows(
     dz, x, mean, var, weight, dbeta, dgamma,
     M, C, CX, ldz, ldx, count, eps,

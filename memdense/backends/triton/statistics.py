@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buffers import Geometry
-from .launch import Plan
+from .launch import Plan, kernel
 from .reduce import merge, moments_partial
 from .shared import walk_of
 from .tiles import cached, readable, walk
@@ -30,7 +30,7 @@ def _rows_at(pixel, n1, n2, s0, s1, s2, AXES: tl.constexpr):
     return at + (pixel % n1).to(tl.int64) * s1 + (pixel // n1).to(tl.int64) * s0
 
 
-@triton.jit
+@kernel
 def pack_rows(
     x, out, partial,
     M, C, CX, n1, n2, s0, s1, s2, sc, ldo, share, walkers, plane,
