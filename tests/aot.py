@@ -2,7 +2,7 @@
 
 Not under TRITON_INTERPRET: functions decorated there cannot be compiled. As a script, "aot.py NET
 DTYPE ARCH...": every kernel of a training step, as lines of JSON. DTYPE "ieee" is float32 where
-PyTorch forbids TF32.
+PyTorch forbids TF32. "aot.py BATCH BATCH": :func:`new_codes`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -173,12 +174,12 @@ def stem_step(n: int, side: int, channels: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
-def densenet121(dtype: torch.dtype) -> None:
-    """Batch 256 at 224 x 224."""
-    stem_step(256, 224, 64, dtype)
+def densenet121(dtype: torch.dtype, batch: int = 256) -> None:
+    """At 224 x 224."""
+    stem_step(batch, 224, 64, dtype)
     for side, channels, layers in ((56, 64, 6), (28, 128, 12), (14, 256, 24)):
-        stage_step(256, side, channels, layers, 32, "transition", dtype)
-    stage_step(256, 7, 512, 16, 32, "pool", dtype)
+        stage_step(batch, side, channels, layers, 32, "transition", dtype)
+    stage_step(batch, 7, 512, 16, 32, "pool", dtype)
 
 
 def bc100_12(dtype: torch.dtype) -> None:
@@ -228,6 +229,16 @@ def step_launches(net: str, dtype: torch.dtype, arch: int = 90) -> list[Launch]:
     return list({key(launch): launch for launch in launches}.values())
 
 
+def new_codes(first: int, second: int) -> list[str]:
+    """The kernels that a batch of another size compiles again, of DenseNet-121 in bfloat16."""
+    codes = []
+    for batch in (first, second):
+        NETS["batch"] = partial(densenet121, batch=batch)
+        launches = step_launches("batch", torch.bfloat16)
+        codes.append({key(launch): launch.plan.name for launch in launches})
+    return sorted(codes[1][found] for found in codes[1].keys() - codes[0].keys())
+
+
 def main(net: str, dtype: str, archs: Sequence[str]) -> None:
     if dtype == "ieee":
         torch.backends.cudnn.conv.fp32_precision = dtype
@@ -241,4 +252,7 @@ def main(net: str, dtype: str, archs: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    if sys.argv[1].isdigit():
+        print(*new_codes(int(sys.argv[1]), int(sys.argv[2])), sep="\n")
+    else:
+        main(sys.argv[1], sys.argv[2], sys.argv[3:])
