@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exactness import Calls, into_of, reader_of
-from inputs import REFUSALS, second_half
+from inputs import OLDER, REFUSALS, second_half
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -783,7 +783,7 @@ def test_empty_batch():
 
 
 @built
-@pytest.mark.parametrize("capability", ["default", "avx2", *["avx512"] * AMX])
+@pytest.mark.parametrize("capability", [*OLDER, *["avx512"] * AMX])
 def test_other_instruction_sets(capability):
     """A few cases by what older machines run; the variable is read once, so in a process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from exactness import assert_same_step, into_of, randomise, reader_of, twins
-from inputs import SHAPES, Inputs, assert_errs_no_more, poisoned, rms
+from inputs import OLDER, SHAPES, Inputs, assert_errs_no_more, poisoned, rms
 
 import memdense
 from memdense import _extension
@@ -106,7 +106,7 @@ def test_repeats_bit_for_bit(count):
 
 
 @built
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", OLDER)
 def test_other_instruction_sets(capability):
     """The same tests with the code for older processors, where this one has newer."""
     wanted = "test_float64_matches_the_reference or test_float32_errs"

@@ -16,6 +16,8 @@ namespace memdense::conv3x3 {
 
 using device::Grid;
 
+inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // of [N, H, W, C], in elements
 struct Strides {
   int64_t n, h, w, c;
@@ -250,6 +252,16 @@ struct Merge {
     return std::array{offsetof(Merge, partials), offsetof(Merge, mean), offsetof(Merge, var)};
   }
 };
+
+// Chan's formula: the values of `b` after those of `a`.
+template <typename T>
+MEMDENSE_DEVICE void merge(T& count, T& mean, T& m2, T b_count, T b_mean, T b_m2) {
+  if (b_count == T(0)) return;
+  const T total = count + b_count, delta = b_mean - mean, share = b_count / total;
+  m2 += b_m2 + delta * delta * count * share;
+  mean += delta * share;
+  count = total;
+}
 
 // Launchers, one translation unit a type of value. `columns` are those of a block: 16, 32 or 64,
 // the latter not for plain float arithmetic.

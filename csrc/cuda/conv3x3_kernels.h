@@ -597,16 +597,6 @@ struct Sums {
   float count;
 };
 
-// Chan's formula: the values of `b` after those of `a`.
-template <typename T>
-MEMDENSE_DEVICE void merge(T& count, T& mean, T& m2, T b_count, T b_mean, T b_m2) {
-  if (b_count == T(0)) return;
-  const T total = count + b_count, delta = b_mean - mean, share = b_count / total;
-  m2 += b_m2 + delta * delta * count * share;
-  mean += delta * share;
-  count = total;
-}
-
 MEMDENSE_DEVICE void add(Sums& a, const Sums& b, bool moments) {
   float count = a.count;
 #pragma unroll

@@ -16,17 +16,12 @@ MEMDENSE_KERNEL(kWarps* kWarp, 1) merge_columns(const Merge a) {
   const float* means = a.partials + static_cast<int64_t>(column) * a.walkers;
   const float *m2s = means + plane, *counts = a.partials + 2 * plane;
   double count = 0, mean = 0, m2 = 0;
-  const auto take = [&](double b_count, double b_mean, double b_m2) {
-    if (b_count == 0) return;
-    const double total = count + b_count, delta = b_mean - mean;
-    m2 += b_m2 + delta * delta * count * b_count / total;
-    mean += delta * b_count / total;
-    count = total;
-  };
-  for (int i = lane; i < a.walkers; i += kWarp) take(counts[i], means[i], m2s[i]);
+  for (int i = lane; i < a.walkers; i += kWarp) {
+    merge<double>(count, mean, m2, counts[i], means[i], m2s[i]);
+  }
   for (int mask = kWarp / 2; mask >= 1; mask /= 2) {
     const double other = exchange(count, mask), other_mean = exchange(mean, mask);
-    take(other, other_mean, exchange(m2, mask));
+    merge(count, mean, m2, other, other_mean, exchange(m2, mask));
   }
   if (lane == 0) {
     a.mean[column] = static_cast<float>(mean);
@@ -69,18 +64,18 @@ MEMDENSE_KERNEL(kWarps* kWarp, 1) reduce(const Reduction a) {
   }
 }
 
-int quotient_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+int blocks_for(int64_t count, int block) { return static_cast<int>(quotient_up(count, block)); }
 
 }  // namespace
 
 void merge_moments(const Merge& a, Stream stream) {
-  device::launch(merge_columns, {quotient_up(a.columns, kWarps), 1, kWarps * kWarp, 0}, stream, a);
+  device::launch(merge_columns, {blocks_for(a.columns, kWarps), 1, kWarps * kWarp, 0}, stream, a);
 }
 
 void reduce_partials(Reduction a, Stream stream) {
   const int64_t values = int64_t{kTaps} * a.columns * a.channels;
-  a.weight_blocks = a.dweight ? quotient_up(values, kWarps * kWarp) : 0;
-  const int sum_blocks = a.sums ? quotient_up(2 * a.channels, kWarps) : 0;
+  a.weight_blocks = a.dweight ? blocks_for(values, kWarps * kWarp) : 0;
+  const int sum_blocks = a.sums ? blocks_for(2 * a.channels, kWarps) : 0;
   device::launch(reduce, {a.weight_blocks + sum_blocks, 1, kWarps * kWarp, 0}, stream, a);
 }
 

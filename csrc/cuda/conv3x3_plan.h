@@ -10,8 +10,6 @@
 
 namespace memdense::conv3x3 {
 
-inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline Axis axis(int64_t out, int64_t in, int64_t stride, int64_t spread, int64_t dilation,
                  int64_t offset) {
   // positions are computed in 32 bits
