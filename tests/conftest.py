@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,15 +53,19 @@ def seed():
     torch.manual_seed(0)
 
 
-def build_emulation(tmp_path_factory, name: str):
+@pytest.fixture(scope="session")
+def common(tmp_path_factory):
+    """A directory of all workers."""
+    directory = tmp_path_factory.getbasetemp()
+    return directory.parent if os.environ.get("PYTEST_XDIST_WORKER") else directory
+
+
+def build_emulation(directory: Path, name: str):
     """Once for all tests."""
     import emulated
 
     if not shutil.which(emulated.COMPILER):
         pytest.skip(f"no C++ compiler: {emulated.COMPILER}")
-    directory = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        directory = directory.parent  # once for all workers
     directory = directory / "emulation"
     directory.mkdir(exist_ok=True)
     with open(directory / f"{name}.lock", "w") as lock:
@@ -70,8 +75,8 @@ def build_emulation(tmp_path_factory, name: str):
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    return build_emulation(tmp_path_factory, "emulated")
+def built(common):
+    return build_emulation(common, "emulated")
 
 
 @pytest.fixture
@@ -82,9 +87,9 @@ def emulation(built):
 
 
 @pytest.fixture(scope="session")
-def raced(tmp_path_factory):
+def raced(common):
     """The emulation that watches for races."""
-    return build_emulation(tmp_path_factory, "raced")
+    return build_emulation(common, "raced")
 
 
 @pytest.fixture
