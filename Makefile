@@ -48,7 +48,7 @@ report: .venv/test
 	$(PY) benchmarks/report.py benchmarks/results/$(RESULTS).json --out docs/$(RESULTS) \
 		--into README.md docs/roofline.md
 
-# On a GPU machine, with the torch of its own python3: no venv, no network. The tests compile some 1000
+# On a GPU machine, with the torch of its own python3: no venv, no network. The tests compile hundreds of
 # kernels, a second each: in as many processes as there may be. Then what matters most, in minutes:
 # without GPU_FLAGS it is all, in an hour.
 GPU_FLAGS ?= --arch densenet121 --seconds 5 -k "test_step or test_primitive or test_dilated"

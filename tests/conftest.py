@@ -149,12 +149,12 @@ def interpreter(monkeypatch):
         self.shape, self.numel, name = block_of(sizes)
         self.name = f"<{name}, {element}>"
 
-    builder = interpreter.interpreter_builder
-    options = replace(builder.options, sanitize_overflow=False)
-    monkeypatch.setattr(builder, "options", options)
     monkeypatch.setattr(interpreter, "_convert_float", convert)
-    monkeypatch.setattr(interpreter, "_get_np_dtype", numpy)
     monkeypatch.setattr(interpreter.ReduceOps, "sum", tree)
+    # from here on for time alone, of which checks for overflow took a quarter
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+    monkeypatch.setattr(interpreter, "_get_np_dtype", numpy)
     monkeypatch.setattr(tl.tensor, "__init__", tensor)
     monkeypatch.setattr(tl.block_type, "__init__", block)
     # to patch triton.language again at every call of a function takes longer than all the rest
