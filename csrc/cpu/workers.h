@@ -8,7 +8,7 @@
 
 namespace memdense {
 
-// At most as many as threads.
+// One for each unit, and at most one a thread.
 inline int64_t worker_count(int64_t units, int64_t threads = torch::stable::get_num_threads()) {
   return std::clamp<int64_t>(units, 1, threads);
 }
