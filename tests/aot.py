@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -219,13 +219,15 @@ def candidates(dtype: torch.dtype) -> None:
 NETS = {"densenet121": densenet121, "bc100_12": bc100_12, "candidates": candidates}
 
 
-def step_launches(net: str, dtype: torch.dtype, arch: int = 90) -> list[Launch]:
+def step_launches(
+    net: Callable[[torch.dtype], None], dtype: torch.dtype, arch: int = 90
+) -> list[Launch]:
     """What a training step launches on an sm_``arch``, each machine code once."""
     conv1x1.hopper = tune.hopper = lambda device: arch >= 90
     # rows as they are on a GPU
     buffers.row_stride = lambda channels, device: cdiv(channels, 16) * 16
     with recorded(dry=True) as launches, torch.no_grad():
-        NETS[net](dtype)
+        net(dtype)
     return list({key(launch): launch for launch in launches}.values())
 
 
@@ -233,8 +235,7 @@ def new_codes(first: int, second: int) -> list[str]:
     """The kernels that a batch of another size compiles again, of DenseNet-121 in bfloat16."""
     codes = []
     for batch in (first, second):
-        NETS["batch"] = partial(densenet121, batch=batch)
-        launches = step_launches("batch", torch.bfloat16)
+        launches = step_launches(partial(densenet121, batch=batch), torch.bfloat16)
         codes.append({key(launch): launch.plan.name for launch in launches})
     return sorted(codes[1][found] for found in codes[1].keys() - codes[0].keys())
 
@@ -244,7 +245,7 @@ def main(net: str, dtype: str, archs: Sequence[str]) -> None:
         torch.backends.cudnn.conv.fp32_precision = dtype
         dtype = "float32"
     for arch in map(int, archs):
-        for launch in step_launches(net, getattr(torch, dtype), arch):
+        for launch in step_launches(NETS[net], getattr(torch, dtype), arch):
             found = compile_launch(launch, arch)
             row = {name: getattr(found, name) for name in ("name", "arch", "registers", "stack")}
             row |= {name: getattr(found, name) for name in ("shared", "tensor_cores", "wide")}
