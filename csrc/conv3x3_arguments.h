@@ -1,23 +1,16 @@
 // What the 3x3 convolution's operations accept, on the CPU and on CUDA, but for the device.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
-#include <optional>
 #include <vector>
 
+#include "arguments.h"
 #include "conv3x3_geometry.h"
 
 namespace memdense {
 namespace conv3x3 {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
-using MaybeTensor = std::optional<Tensor>;
 
 // Sums of products of smaller numbers with sizes fit into 64 bits.
 constexpr int64_t kLimit = int64_t{1} << 31;
@@ -78,9 +71,8 @@ inline Geometry geometry(int64_t n, int64_t h, int64_t w, const Tensor& y, const
   STD_TORCH_CHECK(y.dim() == 2 && out.dim() == 2, "conv3x3: expected matrices, got ", y.dim(),
                   "-D and ", out.dim(), "-D");
   const int64_t rows = y.size(0);
-  STD_TORCH_CHECK(
-      n >= 1 && h >= 1 && w >= 1 && rows % w == 0 && rows / w % h == 0 && rows / w / h == n,
-      "conv3x3: ", n, " images of ", h, " by ", w, " pixels are not ", rows, " rows");
+  STD_TORCH_CHECK(are_images(rows, n, h, w), "conv3x3: ", n, " images of ", h, " by ", w,
+                  " pixels are not ", rows, " rows");
   return geometry(n, h, w, y.size(1), out.size(1), dilation);
 }
 
@@ -94,28 +86,32 @@ inline void expect_weight(const Tensor& weight, const Geometry& g, ScalarType dt
   expect_dtype("weight", weight, dtype);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == g.k && weight.size(1) == g.c &&
                       weight.size(2) == 3 && weight.size(3) == 3,
-                  "conv3x3: expected weight of shape [", g.k, ", ", g.c, ", 3, 3]");
+                  "conv3x3: expected weight of shape (", g.k, ", ", g.c, ", 3, 3), got ",
+                  shape(weight));
   STD_TORCH_CHECK(g.k >= 1 && g.c >= 1, "conv3x3: expected channels");
 }
 
 inline void expect_vector(const char* name, const Tensor& tensor, int64_t size) {
   STD_TORCH_CHECK(
       tensor.dim() == 1 && tensor.size(0) == size && (size == 1 || tensor.stride(0) == 1),
-      "conv3x3: expected ", name, " to be a contiguous vector of ", size);
+      "conv3x3: expected ", name, " to be a contiguous vector of ", size, ", got ",
+      described(tensor));
 }
 
 inline void expect_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns,
-                  "conv3x3: expected ", name, " of shape [", rows, ", ", columns, "]");
+                  "conv3x3: expected ", name, " of shape (", rows, ", ", columns, "), got ",
+                  shape(matrix));
   STD_TORCH_CHECK(columns == 1 || matrix.stride(1) == 1, "conv3x3: expected ", name,
-                  " with unit column stride");
+                  " with unit column stride, got ", described(matrix));
 }
 
 inline void expect_weight_gradient(const Tensor& dweight, const Geometry& g, ScalarType dtype) {
   expect_dtype("dweight", dweight, dtype);
   STD_TORCH_CHECK(dweight.dim() == 4 && dweight.size(0) == g.k && dweight.size(1) == g.c &&
                       dweight.size(2) == 3 && dweight.size(3) == 3 && dweight.is_contiguous(),
-                  "conv3x3: expected dweight to be contiguous, of the weight's shape");
+                  "conv3x3: expected dweight to be contiguous, of the weight's shape, got ",
+                  described(dweight));
 }
 
 }  // namespace conv3x3

@@ -254,9 +254,12 @@ REFUSALS = [
     ({"n": 2}, "2 images of 5 by 4 pixels are not 20 rows"),
     ({"n": 1 + 2**62}, "images of 5 by 4 pixels are not 20 rows"),  # 20 in 64 bits
     ({"mean": torch.zeros(4)}, "expected mean to be a contiguous vector of 5"),
-    ({"weight": torch.zeros(6, 4, 3, 3)}, r"expected weight of shape \[6, 5, 3, 3\]"),
+    (
+        {"weight": torch.zeros(6, 4, 3, 3)},
+        r"expected weight of shape \(6, 5, 3, 3\), got \(6, 4, 3, 3\)",
+    ),
     ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),
     ({"dilation": (1,)}, "expected a dilation of two numbers"),
     ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
-    ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \[2, 6\]"),
+    ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \(2, 6\), got \(6, 2\)"),
 ]

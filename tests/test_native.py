@@ -168,6 +168,26 @@ def test_rows_that_are_no_images_are_refused(size):
 
 
 @built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(6, 0)}, r"at least one row and column, got \(6, 0\)"),
+        ({"x": torch.zeros(6, 3).bfloat16()}, "expected x in Float or Double, got BFloat16"),
+        ({"mean": torch.zeros(4)}, r"expected mean in Double of shape \(3,\) .* got Float \(4\)"),
+        ({"beta": torch.zeros(3)}, r"expected beta in Double .* got Float \(3\)"),
+        ({"x": torch.zeros(3, 6).double().t()}, r"column stride, got Double \(6, 3\) .* \(1, 6\)"),
+        ({"moments": torch.zeros(3, 2)}, r"moments in Double of shape \(2, 4\) .* got Float"),
+    ],
+)
+def test_refuses(change, message):
+    vectors = {"mean": torch.zeros(3), "var": torch.ones(3), "gamma": None, "beta": None}
+    rest = {"eps": 1e-5, "weight": torch.zeros(4, 3), "moments": None}
+    arguments = {"x": torch.zeros(6, 3)} | vectors | rest | change  # in Double: see `double`
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.memdense.bn_relu_conv1x1(*arguments.values())
+
+
+@built
 def test_a_mask_in_columns_takes_the_reference():
     g, x, keep = torch.randn(12, 4), torch.randn(12, 4), ((torch.rand(4, 12) < 0.5).t(), 2.0)
     found, expected = (backend.settle(g, x, None, keep) for backend in (Native(), Reference()))

@@ -194,7 +194,8 @@ Unpool<T> unpool(const Tensor& dout, const Tensor& winner, const Tensor& x, cons
   const int64_t columns = x.size(1), rows = n * window.out_h() * window.out_w();
   STD_TORCH_CHECK(winner.is_contiguous() && winner.scalar_type() == ScalarType::Byte &&
                       winner.numel() == rows * columns,
-                  "memdense: expected winner as bn_relu_maxpool returned it");
+                  "memdense: expected winner as bn_relu_maxpool returned it, got ",
+                  described(winner));
   Unpool<T> work{};
   work.dout = matrix<const T>(dout, rows, columns, "dout"), work.dout_row = dout.stride(0);
   work.winner = static_cast<const uint8_t*>(winner.data_ptr());

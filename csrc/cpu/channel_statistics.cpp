@@ -5,9 +5,6 @@
 // fixed order that does not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -16,15 +13,13 @@
 #include <type_traits>
 #include <vector>
 
+#include "../arguments.h"
 #include "memory.h"
 #include "moments.h"
 #include "vector.h"
 
 namespace memdense {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kMaxChunks = 64;  // units of work: bounds the scratch, whatever M is
@@ -151,7 +146,8 @@ std::tuple<Tensor, Tensor> pack(const Tensor& x, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && out.size(0) == x.size(0) &&
                       out.size(1) == x.size(1) && out.scalar_type() == x.scalar_type() &&
                       (out.size(1) <= 1 || out.stride(1) == 1),
-                  "pack: expected out of x's shape and dtype with unit column stride");
+                  "pack: expected out of x's shape and dtype with unit column stride, got ",
+                  described(out), " for x ", described(x));
   return statistics(x, &out);
 }
 

@@ -76,7 +76,8 @@ Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const M
       STD_TORCH_CHECK(keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == columns &&
                           keep->scalar_type() == ScalarType::Bool &&
                           (columns == 1 || keep->stride(1) == 1),
-                      "memdense: expected keep of x's shape, dtype bool and unit column stride");
+                      "memdense: expected keep in Bool of shape (", rows, ", ", columns,
+                      ") with unit column stride, got ", described(*keep));
     }
     std::vector<T> p, q;
     if (sums) {
@@ -179,7 +180,8 @@ Tensor bn_relu_mean(const Tensor& x, const Tensor& mean, const Tensor& var,
                     const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t images) {
   return with_dtype(x, [&]<typename T>(T) {
     const int64_t rows = x.size(0), columns = x.size(1);
-    STD_TORCH_CHECK(images > 0 && rows % images == 0, "memdense: expected rows of whole images");
+    STD_TORCH_CHECK(images > 0 && rows % images == 0, "memdense: expected the rows of ", images,
+                    " whole images, got ", rows);
     Tensor out = make<T>({images, columns});
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
     const ReadMean<T> work{matrix<const T>(x, rows, columns, "x"),
@@ -295,7 +297,8 @@ std::tuple<Tensor, Tensor> bn_relu_mean_backward(const Tensor& dout, const Tenso
                                                  double eps, const Tensor& g, bool add,
                                                  const MaybeTensor& sums) {
   STD_TORCH_CHECK(dout.dim() == 2 && dout.size(0) > 0 && x.size(0) % dout.size(0) == 0,
-                  "memdense: expected rows of whole images");
+                  "memdense: expected dout (images, C) of x's whole images, got ", shape(dout),
+                  " for x ", shape(x));
   return answers<true>(dout, x.size(0) / dout.size(0), x, mean, var, gamma, beta, eps, g, add,
                        sums);
 }

@@ -539,7 +539,6 @@ struct Walk {
                   weights + tap * channels * blocks.width(block)};
             }
           }
-          if (columns.count == 0) continue;
           run_line(taps, column, count, columns, block, results);
           emit.results(band.n, y, block,
                        Result<T>{results, blocks.width(block), columns.count,

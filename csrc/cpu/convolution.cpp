@@ -6,7 +6,6 @@
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include <array>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -18,14 +17,6 @@ namespace conv3x3 {
 namespace {
 
 using torch::headeronly::MemoryFormat;
-
-std::string shape(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t a = 0; a < t.dim(); ++a) {
-    text += (a ? ", " : "") + std::to_string(t.size(a));
-  }
-  return text + ")";
-}
 
 // Which format images have; where both would do, what PyTorch says.
 MemoryFormat format(const Tensor& images) {

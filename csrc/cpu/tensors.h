@@ -2,25 +2,18 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "../arguments.h"
 #include "answer.h"
 #include "memory.h"
 #include "norm.h"
 
 namespace memdense {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 template <typename T>
 constexpr ScalarType kScalarType =
@@ -34,10 +27,11 @@ Tensor make(const int64_t (&size)[kDims]) {
 // The data of a (rows, columns) matrix with unit column stride and any row stride.
 template <typename T>
 T* matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "memdense: expected ",
-                  name, " of shape [", rows, ", ", columns, "]");
-  STD_TORCH_CHECK(t.scalar_type() == kScalarType<T> && (columns <= 1 || t.stride(1) == 1),
-                  "memdense: expected ", name, " of x's dtype with unit column stride");
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
+                      t.scalar_type() == kScalarType<T> && (columns <= 1 || t.stride(1) == 1),
+                  "memdense: expected ", name, " in ", torch::headeronly::toString(kScalarType<T>),
+                  " of shape (", rows, ", ", columns, ") with unit column stride, got ",
+                  described(t));
   return static_cast<T*>(t.data_ptr());
 }
 
@@ -47,7 +41,8 @@ const T* vector(const MaybeTensor& t, int64_t size, const char* name) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size && (size <= 1 || t->stride(0) == 1) &&
                       t->scalar_type() == kScalarType<T>,
-                  "memdense: expected ", name, " of x's dtype and shape [", size, "]");
+                  "memdense: expected ", name, " in ", torch::headeronly::toString(kScalarType<T>),
+                  " of shape (", size, ",) with unit stride, got ", described(*t));
   return static_cast<const T*>(t->data_ptr());
 }
 
@@ -85,19 +80,19 @@ const T* data_or_null(const std::vector<T>& v) {
 // x's rows are the pixels of n images.
 inline void expect_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
   const int64_t rows = x.dim() == 2 ? x.size(0) : 0;
-  STD_TORCH_CHECK(
-      n > 0 && h > 0 && w > 0 && rows % w == 0 && rows / w % h == 0 && rows / w / h == n,
-      "memdense: expected a matrix x of ", n, " images of ", h, " by ", w, " pixels, got ", rows,
-      " rows");
+  STD_TORCH_CHECK(are_images(rows, n, h, w), "memdense: expected a matrix x of ", n, " images of ",
+                  h, " by ", w, " pixels, got ", rows, " rows");
 }
 
 // Calls f with a float or a double, as x is of.
 template <typename F>
 auto with_dtype(const Tensor& x, const F& f) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0,
-                  "memdense: expected a matrix x with at least one row and column");
+                  "memdense: expected a matrix x with at least one row and column, got ", shape(x));
   if (x.scalar_type() == ScalarType::Double) return f(double{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "memdense: expected float32 or float64");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
+                  "memdense: expected x in Float or Double, got ",
+                  torch::headeronly::toString(x.scalar_type()));
   return f(float{});
 }
 

@@ -90,10 +90,10 @@ class Machine {
   int block() const { return block_x_; }
   int blocks() const { return grid_x_; }
   int block_row() const { return block_y_; }
-  char* shared() { return shared_.data(); }
+  char* shared() { return shared_; }
 
   uint32_t address(const void* pointer, int64_t bytes) {
-    const int64_t offset = static_cast<const char*>(pointer) - shared_.data();
+    const int64_t offset = static_cast<const char*>(pointer) - shared_;
     if (offset < 0 || offset + bytes > shared_bytes_) fail("an address outside shared memory");
     return static_cast<uint32_t>(offset);
   }
@@ -214,7 +214,7 @@ class Machine {
     // aligned as a GPU's
     memory_.assign(shared + kGuard + 128, '\xff');
     char* start = memory_.data();
-    shared_ = {start + (128 - reinterpret_cast<uintptr_t>(start) % 128) % 128};
+    shared_ = start + (128 - reinterpret_cast<uintptr_t>(start) % 128) % 128;
     fibers_.resize(threads_);
     exchanges_.resize(threads_);
     arrived_.assign(threads_ / kLanes, 0);
@@ -231,7 +231,7 @@ class Machine {
       fiber.ready = true;
       fiber.copies.clear();
     }
-    races.begin(shared_.data(), shared, threads_);
+    races.begin(shared_, shared, threads_);
     std::vector<int> warps(threads_ / kLanes), lanes(kLanes);
     std::iota(warps.begin(), warps.end(), 0);
     std::iota(lanes.begin(), lanes.end(), 0);
@@ -249,7 +249,7 @@ class Machine {
     }
     races.end();
     for (int i = 0; i < kGuard; ++i) {
-      if (shared_.data()[shared + i] != '\xff') {
+      if (shared_[shared + i] != '\xff') {
         throw std::runtime_error("emulation: a write outside shared memory");
       }
     }
@@ -293,8 +293,8 @@ class Machine {
         if (address % 16 || address + 16 > static_cast<uint32_t>(shared_bytes_)) {
           fail("an address outside shared memory, or an unaligned one, for ldmatrix");
         }
-        races.read(first + matrix * 8 + row, shared_.data() + address, 16);
-        std::memcpy(rows[row], shared_.data() + address, 16);
+        races.read(first + matrix * 8 + row, shared_ + address, 16);
+        std::memcpy(rows[row], shared_ + address, 16);
         lines[address / 16 % 8].insert(address);
       }
       size_t cycles = 1;
@@ -375,18 +375,13 @@ class Machine {
     }
   }
 
-  struct Shared {
-    char* start = nullptr;
-    char* data() const { return start; }
-  };
-
   const std::function<void()>* kernel_ = nullptr;
   int threads_ = 0, grid_x_ = 0, block_x_ = 0, block_y_ = 0, current_ = 0;
   int finished_ = 0;
   Barrier barriers_[16];
   int64_t shared_bytes_ = 0;
   std::vector<char> memory_;
-  Shared shared_;
+  char* shared_ = nullptr;
   std::vector<Fiber> fibers_;
   std::vector<Exchange> exchanges_;
   std::vector<int> arrived_;

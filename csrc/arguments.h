@@ -1,0 +1,42 @@
+// Of tensors that operations are given, on the CPU and on CUDA.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace memdense {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// "(2, 3)"
+inline std::string shape(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t a = 0; a < t.dim(); ++a) {
+    text += (a ? ", " : "") + std::to_string(t.size(a));
+  }
+  return text + ")";
+}
+
+// "Float (2, 3) with strides (3, 1)"
+inline std::string described(const Tensor& t) {
+  std::string strides;
+  for (int64_t a = 0; a < t.dim(); ++a) {
+    strides += (a ? ", " : "") + std::to_string(t.stride(a));
+  }
+  return torch::headeronly::toString(t.scalar_type()) + (" " + shape(t)) + " with strides (" +
+         strides + ")";
+}
+
+// Whether so many rows are the pixels of n images, whatever their product is in 64 bits.
+inline bool are_images(int64_t rows, int64_t n, int64_t h, int64_t w) {
+  return n > 0 && h > 0 && w > 0 && rows % w == 0 && rows / w % h == 0 && rows / w / h == n;
+}
+
+}  // namespace memdense
