@@ -26,12 +26,12 @@ inline std::string shape(const Tensor& t) {
 
 // "Float (2, 3) with strides (3, 1)"
 inline std::string described(const Tensor& t) {
-  std::string strides;
+  std::string text = torch::headeronly::toString(t.scalar_type());
+  text.append(" ").append(shape(t)).append(" with strides (");
   for (int64_t a = 0; a < t.dim(); ++a) {
-    strides += (a ? ", " : "") + std::to_string(t.stride(a));
+    text.append(a ? ", " : "").append(std::to_string(t.stride(a)));
   }
-  return torch::headeronly::toString(t.scalar_type()) + (" " + shape(t)) + " with strides (" +
-         strides + ")";
+  return text.append(")");
 }
 
 // Whether so many rows are the pixels of n images, whatever their product is in 64 bits.

@@ -15,6 +15,7 @@ from memdense import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "c++")
+PLAIN, FORWARD, GRADIENT = range(3)  # modes of a convolution
 SHARED = 100 * 1024  # bytes a block may have
 FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w"),
@@ -76,8 +77,8 @@ class Emulation:
 
     def planned(self, *arguments: int) -> tuple[int, int, int, int]:
         """Blocks, teams, tiles and bytes of shared memory of a convolution: images, their side,
-        dilation, channels, columns, bytes of a value, whether of the gradient. Without the latter,
-        of the weight's gradient: splits, a block's chunks of channels, tiles and bytes.
+        dilation, channels, columns, bytes of a value, PLAIN, FORWARD or GRADIENT. Without the
+        latter, of the weight's gradient: splits, a block's chunks of channels, tiles and bytes.
         """
         found = (ctypes.c_int64 * 4)()
         plan = self.machine.planned if len(arguments) == 7 else self.machine.planned_weight

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain
-from emulated import SHARED
+from emulated import FORWARD, GRADIENT, PLAIN, SHARED
 from inputs import REFUSALS, second_half
 from test_conv3x3 import CASES
 from torch.library import opcheck
@@ -125,20 +125,24 @@ def test_plans(emulation, multiprocessors, shared):
     """No more shared memory than there is, a tile for each block, and both numbers of teams."""
     emulation.configure(multiprocessors, shared * 1024)
     teams = set()
-    for gradient, size, growth in product((0, 1), (2, 4), (12, 16, 32, 48, 64)):
-        channels, columns = (growth, 4 * growth) if gradient else (4 * growth, growth)
+    for mode, size, growth in product((FORWARD, GRADIENT), (2, 4), (12, 16, 32, 48, 64)):
+        forward = mode == FORWARD
+        channels, columns = (4 * growth, growth) if forward else (growth, 4 * growth)
         for side, dilation, n in product(
             (7, 8, 14, 24, 28, 40, 56), (1, 2, 4), (1, 8, 32, 96, 256)
         ):
-            shape = n, side, dilation, channels, columns, size, gradient
+            shape = n, side, dilation, channels, columns, size, mode
             blocks, found, tiles, used = emulation.planned(*shape)
-            assert 0 < blocks <= tiles and used <= shared * 1024, shape
+            assert 0 < blocks <= tiles and 0 < used <= shared * 1024, shape
             teams.add(found)
-            if not gradient:
+            if forward:
                 splits, found, tiles, used = emulation.planned(*shape[:-1])
-                assert 0 < splits <= tiles and used <= shared * 1024, shape
+                assert 0 < splits <= tiles and 0 < used <= shared * 1024, shape
                 assert found == (2 if channels * size > 64 else 1), shape
     assert teams == {1, 2}
+    # of so many channels the weight's bytes exceed 32 bits
+    *_, used = emulation.planned(1, 8, 1, 7_500_000, 16, 2, PLAIN)
+    assert 0 < used <= shared * 1024
 
 
 def test_without_what_is_optional(emulation):

@@ -8,8 +8,10 @@ import copy
 import ctypes
 import itertools
 import random
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -439,9 +441,36 @@ def test_what_cannot_be_replayed(replays: list[replay.Tape]) -> None:
 
 
 def test_devices(replays: list[replay.Tape]) -> None:
+    """Inputs of several are refused, also where all else is as a tape knows it."""
+    x, w = torch.randn(5, 3), torch.randn(3, 4)
+    for _ in range(3):
+        ask([x], [w])
+    assert len(replays) == 1
     for wanted in (True, False):
         with replay.replaying(wanted), pytest.raises(RuntimeError, match="same device cpu, but"):
-            replay.call(Triton(), product, [torch.empty(5, 3, device="meta")], [torch.randn(3, 4)])
+            replay.call(Triton(), product, [torch.empty_like(x, device="meta")], [w])
+
+
+def test_one_thread_compiles_at_a_time() -> None:
+    inside = 0
+
+    class Kernel:
+        run = function = packed_metadata = None
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return self.launch
+
+        def launch(self, *args: Any, **options: Any) -> Kernel:
+            nonlocal inside
+            inside += 1
+            time.sleep(0.05)
+            assert inside == 1
+            inside -= 1
+            return self
+
+    plan = launch.Plan(Kernel(), (1,), ())
+    with ThreadPoolExecutor(3) as pool:
+        assert len({found.run for found in pool.map(plan.compile_and_launch, [()] * 3)}) == 1
 
 
 def test_as_many_tapes_as_fit(replays: list[replay.Tape]) -> None:

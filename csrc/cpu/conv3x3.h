@@ -276,10 +276,10 @@ struct StageLine {
     const T *scale = read.scale, *shift = read.shift;
     for (int64_t p = 0; p < pixels; ++p, x += step, z += stride) {
       if (scale) {
-#pragma GCC ivdep
+        MEMDENSE_INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) z[c] = relu(load(x[c]) * scale[c] + shift[c]);
       } else {
-#pragma GCC ivdep
+        MEMDENSE_INDEPENDENT
         for (int64_t c = 0; c < channels; ++c) z[c] = load(x[c]);
       }
       for (int64_t c = channels; c < stride; ++c) z[c] = T{0};

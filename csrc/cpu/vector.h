@@ -20,26 +20,37 @@
 // A lambda's attribute stands behind its parameters.
 #define MEMDENSE_INLINE_LAMBDA __attribute__((always_inline))
 
+// Of the loop behind it, that no step reads what another one writes.
+#ifdef __clang__
+#define MEMDENSE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define MEMDENSE_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace memdense {
 
 template <typename T, int kBytes>
 struct Simd {
-  // alignment of a single value: slices of wider buffers begin anywhere
-  typedef T Vec __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+  typedef T Vec __attribute__((vector_size(kBytes)));
   static constexpr int64_t kLanes = kBytes / sizeof(T);
+  using Square = Vec[kLanes];
   // The columns of a panel, in vectors: with 6 rows, 24 of AVX-512's 32 registers or 12 of 16.
   static constexpr int kVectors = kBytes == 64 ? 4 : 2;
   static constexpr int64_t kPanel = kVectors * kLanes;
 };
 
+// A vector in memory, aligned as a single value: slices of wider buffers begin anywhere. Template
+// arguments lose such attributes, so it is made where it is used.
 template <typename Vec, typename T>
 MEMDENSE_INLINE Vec load(const T* p) {
-  return *reinterpret_cast<const Vec*>(p);
+  typedef Vec There __attribute__((aligned(alignof(T)), may_alias));
+  return *reinterpret_cast<const There*>(p);
 }
 
 template <typename Vec, typename T>
 MEMDENSE_INLINE void store(T* p, const Vec& v) {
-  *reinterpret_cast<Vec*>(p) = v;
+  typedef Vec There __attribute__((aligned(alignof(T)), may_alias));
+  *reinterpret_cast<There*>(p) = v;
 }
 
 // f.operator()<Vec, kCount>(column) for all columns: first kCount whole vectors at a time, then
@@ -59,15 +70,16 @@ MEMDENSE_INLINE void for_columns(int64_t column, int64_t last, const F& f) {
 
 // A square of vectors, transposed by interleaving one half with the other, again and again.
 template <typename T, int kBytes>
-MEMDENSE_INLINE void transpose(typename Simd<T, kBytes>::Vec (&rows)[Simd<T, kBytes>::kLanes]) {
-  using Vec = typename Simd<T, kBytes>::Vec;
+MEMDENSE_INLINE void transpose(typename Simd<T, kBytes>::Square& rows) {
   constexpr int kLanes = Simd<T, kBytes>::kLanes;
 #if defined(__clang__)
-  Vec columns[kLanes];
   for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < kLanes; ++j) columns[j][i] = rows[i][j];
+    for (int j = 0; j < i; ++j) {
+      const T value = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = value;
+    }
   }
-  std::copy_n(columns, kLanes, rows);
 #else
   using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   typename Simd<Index, kBytes>::Vec low, high;
@@ -78,7 +90,7 @@ MEMDENSE_INLINE void transpose(typename Simd<T, kBytes>::Vec (&rows)[Simd<T, kBy
   }
 #pragma GCC unroll 4
   for (int stage = 1; stage < kLanes; stage *= 2) {
-    Vec mixed[kLanes];
+    typename Simd<T, kBytes>::Square mixed;
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes / 2; ++i) {
       mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);

@@ -100,6 +100,8 @@ inline Walk choose_tiles(int64_t images, const Axis& y, const Axis& x, int pixel
 constexpr int kHaloFactor = 3;
 // Bytes of shared memory that the system takes of every block.
 constexpr int kReserved = 1024;
+// Of a grid.
+constexpr int kMaxRows = 65535;
 
 // Costs beside `4 * pixels + halo` of a tile, in its unit, some ten cycles: what a team waits for a
 // tile, and what a block needs for each channel of a column to begin.
@@ -107,6 +109,12 @@ constexpr double kWaiting = 800, kSetup = .2;
 
 // Of a pixel of the halo in shared memory.
 constexpr int halo_bytes(int chunks) { return 2 * chunks * kRowBytes + kTables * 8; }
+
+[[noreturn]] inline void refuse_size() {
+  throw std::runtime_error(
+      "conv3x3: so many channels, or lines so far apart, do not fit into the device's grids or "
+      "shared memory");
+}
 
 struct ConvolutionPlan {
   Walk walk;
@@ -125,6 +133,8 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
     for (const int width : {64, 32, 16}) {
       if (wide ? width == 16 : width != (columns > 16 ? 32 : 16)) continue;
       const int across = static_cast<int>(quotient_up(columns, width));
+      const int64_t weight = int64_t{kTaps} * width * channels * value_bytes;
+      if (across > kMaxRows || (resident && weight > device.shared_per_block)) continue;
       const int max_threads = max_convolution_threads(width, tensor_cores);
       ConvolutionPlan best{};
       double least = std::numeric_limits<double>::max();
@@ -165,9 +175,7 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
       if (best.walk.tiles > 0) return best;
     }
   }
-  throw std::runtime_error(
-      "conv3x3: so many channels, or lines so far apart, do not fit into the device's shared "
-      "memory");
+  refuse_size();
 }
 
 // The same for the weight's gradient, beside `2.5 * pixels + halo` of a tile's chunk, some three
@@ -189,8 +197,8 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
   for (const int chunks : {2, 1}) {
     if (chunks > std::max(1, all_chunks)) continue;
     const int together = weight_blocks(width, chunks);
-    const int rows =
-        static_cast<int>(quotient_up(all_chunks, chunks) * quotient_up(columns, width));
+    const int64_t rows = quotient_up(all_chunks, chunks) * quotient_up(columns, width);
+    if (rows > kMaxRows) continue;
     WeightPlan best{};
     double least = std::numeric_limits<double>::max();
     for (const int limit :
@@ -206,23 +214,23 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
         const int bytes = WeightGradientMemory(walk.halo, pixels, width, value_bytes, chunks).bytes;
         const int fitting =
             std::clamp(device.shared_per_multiprocessor / (bytes + kReserved), 1, together);
-        const int most = std::max(1, fitting * device.multiprocessors / rows);
+        const int64_t most = std::max<int64_t>(1, fitting * device.multiprocessors / rows);
         // each split has to write, and somebody to read, a whole dW
         const int64_t rounds = quotient_up(walk.tiles, most);
         const int splits = static_cast<int>(quotient_up(walk.tiles, rounds));
-        const int64_t busiest = quotient_up(int64_t{splits} * rows, device.multiprocessors);
+        const int64_t busiest = quotient_up(splits * rows, device.multiprocessors);
         const double work = chunks * (2.5 * pixels + walk.halo);
         const double waiting = kWeightWaiting + kHaloWaiting * walk.halo;
         const double time = rounds * std::max(waiting + work, busiest * work) +
                             splits * kSplit * channels * columns;
         if (time >= least) continue;
         least = time;
-        best = {walk, width, chunks, {splits, rows, 0, bytes}};
+        best = {walk, width, chunks, {splits, static_cast<int>(rows), 0, bytes}};
       }
     }
     if (best.walk.tiles > 0) return best;
   }
-  throw std::runtime_error("conv3x3: the tiles do not fit into the device's shared memory");
+  refuse_size();
 }
 
 }  // namespace memdense::conv3x3

@@ -15,11 +15,11 @@ __attribute__((visibility("default"))) void configure(int multiprocessors, int s
 // The blocks and teams of a convolution, its tiles and the bytes of shared memory that it asks for.
 __attribute__((visibility("default"))) void planned(int images, int side, int dilation,
                                                     int channels, int columns, int value_bytes,
-                                                    int gradient, int64_t* to) {
+                                                    int mode, int64_t* to) {
   const auto axis = conv3x3::axis(side, side, 1, 1, dilation, -dilation);
-  const auto mode = gradient ? conv3x3::Mode::kGradient : conv3x3::Mode::kForward;
-  const auto plan = conv3x3::plan_convolution(images, axis, axis, channels, columns, value_bytes,
-                                              true, mode, machine().properties);
+  const auto plan =
+      conv3x3::plan_convolution(images, axis, axis, channels, columns, value_bytes, true,
+                                static_cast<conv3x3::Mode>(mode), machine().properties);
   to[0] = plan.grid.x;
   to[1] = plan.teams;
   to[2] = plan.walk.tiles;

@@ -61,6 +61,9 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
+_compiling = (
+    threading.Lock()
+)  # while one thread loads a kernel Triton shows it to others unfinished
 _record: list[Launch] | None = None
 _dry = False
 
@@ -154,7 +157,8 @@ class Plan:
         return found
 
     def compile_and_launch(self, tensors: tuple[Tensor | None, ...]) -> Compiled:
-        compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
+        with _compiling:
+            compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
         return Compiled(compiled.run, compiled.function, compiled.packed_metadata, compiled)
 
 

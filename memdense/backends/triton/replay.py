@@ -557,7 +557,7 @@ def _expect_device(device: torch.device, *tensors: Tensors) -> None:
 
 
 def _signature(t: Tensor | None) -> tuple | None:
-    """What of an input that moves decides which kernels run, and how far these read."""
+    """What of an input that moves decides which kernels run, where, and how far these read."""
     if t is None:
         return None
-    return t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNMENT, room(t)
+    return t.device, t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNMENT, room(t)
