@@ -1026,7 +1026,7 @@ def test_network(bn_size, monkeypatch):
         ({"out": torch.zeros(2, 4, 7, 7)}, "expected 1 outputs, got 2"),
         ({"out": torch.zeros(4, 7, 7)}, "expected 4-D images, got 4-D and 3-D"),
         ({"out": torch.zeros(1, 4, 7, 7).double()}, "expected out in Float, got Double"),
-        ({"weight": torch.zeros(4, 6, 3, 3)}, r"expected weight of shape \[4, 5, 3, 3\]"),
+        ({"weight": torch.zeros(4, 6, 3, 3)}, r"expected weight of shape \(4, 5, 3, 3\)"),
         ({"bias": torch.zeros(5)}, "expected bias to be a contiguous vector of 4"),
         ({"stride": (1,)}, "expected stride, padding and dilation of two numbers"),
         ({"stride": (0, 1)}, "expected stride >= 1, padding >= 0 and dilation >= 1, got 0, 1 and"),
@@ -1070,7 +1070,7 @@ def test_a_layers_kernels_refuse(change, message):
     ("change", "message"),
     [
         ({"dy": torch.zeros(20, 6).double()}, "expected dy in Float, got Double"),
-        ({"dz": torch.zeros(20, 6)}, r"expected dz of shape \[20, 5\]"),
+        ({"dz": torch.zeros(20, 6)}, r"expected dz of shape \(20, 5\)"),
         ({"dz": torch.zeros(5, 20).t()}, "expected dz with unit column stride"),
         ({"dbeta": torch.zeros(4)}, "expected dbeta to be a contiguous vector of 5"),
         ({"dgamma": torch.zeros(5).double()}, "expected dgamma in Float, got Double"),

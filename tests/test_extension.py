@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils import cpp_extension
 
 from memdense import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
 LIBRARY = Path(_extension.__file__).with_name("_C.abi3.so")
 
 built = pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
@@ -150,6 +152,24 @@ def test_opcheck(dtype):
 def test_bad_input(x, message):
     with pytest.raises(RuntimeError, match=message):
         statistics(x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Clang builds it there")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_clang_takes_it(source):
+    """As on a Mac, and warns of nothing: of vectors whose alignment it would assume, for one."""
+    cindex = pytest.importorskip("clang.cindex")
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler, whose headers it takes")
+    directory = subprocess.run(
+        ["c++", "-print-file-name=include"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    headers = [f"-isystem{path}" for path in (directory, *cpp_extension.include_paths())]
+    flags = ["-std=c++20", "-Wall", "-Wno-deprecated-declarations", *headers]
+    flags.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
+    unit = cindex.Index.create().parse(source, flags)
+    found = [d for d in unit.diagnostics if d.severity >= cindex.Diagnostic.Warning]
+    assert [str(d) for d in found] == []
 
 
 @pytest.mark.parametrize("name", [LIBRARY.name, "_CUDA.abi3.so"])
