@@ -8,6 +8,7 @@ with the memory of `Memory-Efficient Implementation of DenseNets
 
 import os
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -238,6 +239,9 @@ CONFIGURATIONS = {
 
 def _densenet(arch: str, weights: Weights | None, progress: bool, **kwargs: Any) -> DenseNet:
     state = None
+    if "pretrained" in kwargs:  # what torchvision called it, and still takes
+        warnings.warn(f"pretrained is deprecated, give {arch} weights=", stacklevel=3)
+        weights = "IMAGENET1K_V1" if kwargs.pop("pretrained") else weights
     if weights is not None:
         state = _state_dict(arch, weights, kwargs.get("num_classes", 1000), progress)
     model = DenseNet(*CONFIGURATIONS[arch], **kwargs)

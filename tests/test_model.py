@@ -115,6 +115,19 @@ def test_weights_by_name_download_what_torchvision_does(
     assert torch.equal(model.classifier.weight, expected["classifier.weight"])
 
 
+def test_pretrained_is_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = []
+    state = memdense.densenet121().state_dict()
+    monkeypatch.setattr(
+        torch.hub, "load_state_dict_from_url", lambda url, **_: urls.append(url) or state
+    )
+    for pretrained in (False, True):
+        with pytest.warns(UserWarning, match="pretrained is deprecated") as seen:
+            memdense.densenet121(pretrained=pretrained)
+        assert seen[0].filename == __file__
+    assert urls == [tv.DenseNet121_Weights.IMAGENET1K_V1.url]
+
+
 @pytest.mark.parametrize("arch", ["densenet121", "densenet161", "densenet169", "densenet201"])
 def test_urls_are_torchvisions(arch: str) -> None:
     enum = getattr(tv, f"{arch.replace('densenet', 'DenseNet')}_Weights")
