@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulated import COMPILER, LANGUAGE
 from torch.library import opcheck
 from torch.utils import cpp_extension
 
@@ -159,14 +160,13 @@ def test_bad_input(x, message):
 def test_clang_takes_it(source):
     """As on a Mac, and warns of nothing: of vectors whose alignment it would assume, for one."""
     cindex = pytest.importorskip("clang.cindex")
-    if not shutil.which("c++"):
+    if not shutil.which(COMPILER):
         pytest.skip("no C++ compiler, whose headers it takes")
     directory = subprocess.run(
-        ["c++", "-print-file-name=include"], capture_output=True, text=True, check=True
+        [COMPILER, "-print-file-name=include"], capture_output=True, text=True, check=True
     ).stdout.strip()
     headers = [f"-isystem{path}" for path in (directory, *cpp_extension.include_paths())]
-    flags = ["-std=c++20", "-Wall", "-Wno-deprecated-declarations", *headers]
-    flags.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
+    flags = [*LANGUAGE, "-Wall", "-Wno-deprecated-declarations", *headers]
     unit = cindex.Index.create().parse(source, flags)
     found = [d for d in unit.diagnostics if d.severity >= cindex.Diagnostic.Warning]
     assert [str(d) for d in found] == []

@@ -133,6 +133,7 @@ inline ConvolutionPlan plan_convolution(int64_t images, const Axis& y, const Axi
     for (const int width : {64, 32, 16}) {
       if (wide ? width == 16 : width != (columns > 16 ? 32 : 16)) continue;
       const int across = static_cast<int>(quotient_up(columns, width));
+      // ConvolutionMemory counts in 32 bits
       const int64_t weight = int64_t{kTaps} * width * channels * value_bytes;
       if (across > kMaxRows || (resident && weight > device.shared_per_block)) continue;
       const int max_threads = max_convolution_threads(width, tensor_cores);

@@ -61,9 +61,8 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
-_compiling = (
-    threading.Lock()
-)  # while one thread loads a kernel Triton shows it to others unfinished
+# while one thread loads a kernel Triton shows it to others unfinished
+_compiling = threading.Lock()
 _record: list[Launch] | None = None
 _dry = False
 
