@@ -68,6 +68,13 @@ def test_other_devices(emulation, kind, multiprocessors, shared):
         layer.check(layer.run(emulation.op, False, torch.contiguous_format), False)
 
 
+def test_long_sums_in_float32(emulation):
+    """25 000 pixels on one multiprocessor round no more than few do."""
+    emulation.configure(1, 227 * 1024)
+    layer = Layer((8, 56, 56, 48, 12, (2, 2)), Kind(torch.float32), "cpu", True)
+    layer.check(layer.run(emulation.op, False, torch.channels_last), False)
+
+
 @pytest.mark.parametrize("kind", KINDS[:2], ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 5])
 def test_two_teams(emulation, kind, multiprocessors):
