@@ -81,6 +81,7 @@ def convert(
             for switch, value in given.items():
                 setattr(stack, switch, value)
             stack.let_blocks_run_alone()  # new ones among them
+            report += _plain_parts(stack)
             done = True
             continue
         pieces = {name: stack}
@@ -103,11 +104,7 @@ def convert(
                 f"{piece}: {converted}"
                 + (f"; {ONE_BY_ONE}" if part is stack and not is_block(model) else "")
             )
-            report += [
-                f"  {' and '.join(p.names)} as plain modules for now: {why}"
-                for p, why in parts(part)
-                if why
-            ]
+            report += _plain_parts(part)
     if verbose:
         lines = "\n".join(f"  {line}" for line in report)
         print(f"{title}:\n{lines}", file=sys.stderr)
@@ -116,6 +113,14 @@ def convert(
             f"memdense converted nothing: {'; '.join(report)}", MemdenseWarning, stacklevel=2
         )
     return model
+
+
+def _plain_parts(features: Features) -> list[str]:
+    return [
+        f"  {' and '.join(part.names)} as plain modules for now: {why}"
+        for part, why in parts(features)
+        if why
+    ]
 
 
 def find_stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -211,9 +211,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Sequence[i
     _shape(x, weight, *geometry)
     with torch._C._DisableAutocast():
         out = F.conv2d(x, weight, bias, *geometry)
-    layout = layout_of(x)
-    as_is = out.is_contiguous(memory_format=layout)
-    return out if as_is else out.contiguous(memory_format=layout)
+    return out.contiguous(memory_format=layout_of(x))
 
 
 def _convolve(

@@ -10,8 +10,9 @@ import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from .features import Features, pools_unseen
 from .modules import DenseBlock, Transition
+from .structure import article
 
 _HUB = "https://download.pytorch.org/models/"
 _URLS = {
@@ -83,6 +85,10 @@ class DenseNet(nn.Module):
         double_backward: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(block_config, Iterable) or not list(block_config):
+            raise ValueError(
+                f"block_config must name at least one dense block, but got {block_config!r}"
+            )
         _check_positive(
             growth_rate=growth_rate,
             num_init_features=num_init_features,
@@ -91,13 +97,11 @@ class DenseNet(nn.Module):
             in_channels=in_channels,
             **{f"block_config[{i}]": layers for i, layers in enumerate(block_config)},
         )
-        if not block_config:
-            raise ValueError("block_config must name at least one dense block, but is empty")
         if not 0 <= drop_rate <= 1:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {drop_rate}")
         if not 0 < compression <= 1:
             raise ValueError(f"compression must be in (0, 1], but got {compression}")
-        if output_stride not in _DILATIONS:
+        if output_stride not in list(_DILATIONS):
             raise ValueError(
                 f"output_stride must be one of {sorted(_DILATIONS)}, but got {output_stride}"
             )
@@ -188,8 +192,8 @@ class DenseNet(nn.Module):
 
 def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size <= 0:
-            raise ValueError(f"{name} must be a positive integer, but got {size}")
+        if not isinstance(size, Integral) or size <= 0:
+            raise ValueError(f"{name} must be a positive integer, but got {size!r}")
 
 
 def _modern_key(key: str) -> str:
@@ -206,7 +210,7 @@ Weights = str | os.PathLike[str] | Mapping[str, Any] | Enum
 def _state_dict(arch: str, weights: Weights, num_classes: int, progress: bool) -> Mapping[str, Any]:
     if isinstance(weights, Mapping):
         return weights
-    name = weights.name if isinstance(weights, Enum) else os.fspath(weights)
+    name = weights.name if isinstance(weights, Enum) else os.fsdecode(weights)
     if isinstance(weights, Enum) and not type(weights).__name__.lower().startswith(arch):
         raise ValueError(f"{arch} takes weights of its own, got {type(weights).__name__}.{name}")
     # torchvision's get_model() also takes the enum's name in front
@@ -220,6 +224,8 @@ def _state_dict(arch: str, weights: Weights, num_classes: int, progress: bool) -
         return torch.hub.load_state_dict_from_url(url, progress=progress, check_hash=True)
     if not isinstance(weights, Enum) and os.path.isfile(name):
         loaded = torch.load(name, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, Mapping):
+            raise ValueError(f"{name} holds {article(type(loaded).__name__)}, not a state dict")
         return loaded.get("state_dict", loaded)
     known = "'IMAGENET1K_V1', 'DEFAULT', " if arch in _URLS else ""
     raise ValueError(

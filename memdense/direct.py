@@ -65,6 +65,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def digits_lost(x: Tensor) -> str:
+    """That a norm would keep digits of x that autocast takes from a convolution; empty if not."""
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype in (dtype, torch.float64):
+        return ""
+    return f"autocast convolves in {dtype}, but what comes in is {x.dtype}"
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """A convolution's tensors as autocast would have it take them."""
     dtype = autocast_dtype(tensors[0].device)

@@ -1,6 +1,6 @@
 """Which path each part of a model takes, and why not the fast one where not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from . import _extension, ops
 from .backends import Reference, triton_reason
 from .convert import ONE_BY_ONE, as_features, find_stacks, own_forward, parts, refusal
-from .direct import foreign
+from .direct import autocast_dtype, foreign
 from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
 from .spec import output_length, per_axis
-from .stage import Step, apart, obstacle_now
+from .stage import Step, apart, averages_widely, obstacle_now
 from .structure import CONVOLUTIONS, NORMS, POOLS, article
 
 
@@ -113,10 +113,10 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
             notes += [f"{name}: {note}" for note in _input_notes(stack, input)]
     instructions = _extension.instructions()
     extension = f"available, {instructions}" if instructions else _extension.reason()
-    triton = _triton(model)
-    return Explanation(
-        tuple(rows), (*notes, f"compiled extension: {extension}", f"Triton: {triton}")
-    )
+    notes += [f"compiled extension: {extension}", f"Triton: {_triton(model)}"]
+    if any(p.is_cuda for p in model.parameters()):
+        notes.append(f"3x3 in CUDA C++: {_extension.cuda_reason() or 'available'}")
+    return Explanation(tuple(rows), tuple(notes))
 
 
 def _rows(name: str, stack: nn.Module) -> Iterator[Row]:
@@ -208,13 +208,32 @@ def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         yield f"under autocast, in {dtype}, by the {_backend(x.device, dtype)} backend"
-    first, found, _ = features.parts(features.steps("norm")[0])[0]
-    if found and (reason := obstacle_now(x, found)):
-        yield f"{first.names[0]} runs as plain modules: {reason}"
+    for names, reason in _obstacles(features, x):
+        verb = "runs" if len(names) == 1 else "run"
+        yield f"{' and '.join(names)} {verb} as plain modules: {reason}"
     for name, size in _block_sizes(features, x):
         norms = (m for m in features._modules[name].modules() if isinstance(m, NORMS))
         if x.shape[0] * prod(size) == 1 and any(norm.training for norm in norms):
             yield f"{name} gets one value per channel, which BatchNorm refuses in training"
+
+
+def _obstacles(features: Features, x: Tensor) -> Iterator[tuple[Sequence[str], str]]:
+    """Parts that run as plain modules for what comes in, and why, as far as that is known."""
+    dtype, came = autocast_dtype(x.device), x.new_empty(0)
+    for step in features.steps("norm"):
+        for part, found, _ in features.parts(step):
+            module, reason = features._modules[part.names[0]], ""
+            if found is not None:
+                if reason := obstacle_now(came, found):
+                    yield part.names, reason
+            elif not isinstance(module, (nn.Identity, *CONVOLUTIONS)):
+                return
+            if dtype is None or x.dtype == torch.float64:
+                continue
+            if reason and part.tail == "transition" and averages_widely(x.device, found):
+                came = came.float()
+            elif not isinstance(module, nn.Identity) and not (reason and part.tail is None):
+                came = came.to(dtype)
 
 
 def _block_sizes(features: Features, x: Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:

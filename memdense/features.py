@@ -227,16 +227,18 @@ class Features(nn.Sequential):
         its weight are.
         """
         outside = (child for child in self._modules.values() if not is_block(child))
-        convolutions = (
-            module
+        # not by their name: a parametrization would compute them once more
+        weights = (
+            module._parameters.get("weight")
             for child in outside
             for module in child.modules()
             if isinstance(module, CONVOLUTIONS) and not isinstance(module, LazyModuleMixin)
         )
-        first = next(convolutions, None)
-        # not by its name: a parametrization would compute it once more
-        weight = None if first is None else first._parameters.get("weight")
-        formats = [layout_of(t) for t in (x, weight) if t is not None]
+        given = [x, next(weights, None)]
+        if given[1] is not None and len(given[1]) == 1:
+            # PyTorch takes its output, of one channel, for contiguous: the next weight decides
+            given = [next(weights, None)]
+        formats = [layout_of(t) for t in given if t is not None]
         last = CHANNELS_LAST[x.dim()]
         return last if last in formats else torch.contiguous_format
 

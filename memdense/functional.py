@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops
 from .convolution import dilated_conv3x3
-from .direct import autocast, transformed, written_down
+from .direct import autocast, digits_lost, transformed, written_down
 from .spec import NormSpec, StageSpec, TailSpec
 from .structure import stands_beside
 
@@ -28,10 +30,13 @@ def bn_relu_conv1x1(
 ) -> Tensor:
     """``F.conv2d(F.relu(F.batch_norm(input, ..., training, momentum, eps)), conv_weight)``, reading
     ``input`` once for its statistics and once for the product; the normalised tensor is never
-    stored. Differentiable, twice too.
+    stored. Differentiable, twice too. An input that is not channels last is copied first, in
+    backward again. Under autocast a float32 input takes PyTorch's operations, whose norm keeps its
+    digits.
 
     Args:
-        input: (N, C, H, W), float32, float16, bfloat16 or float64. It alone is kept for backward.
+        input: (N, C, H, W), float32, float16, bfloat16 or float64. Nothing else of its size is kept
+            for backward.
         running_mean, running_var: (C,), read in evaluation and moved in training; both may be None
             in training.
         weight, bias: the norm's, (C,), or None.
@@ -70,15 +75,17 @@ def norm_relu_conv1x1(
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"bn_relu_conv1x1: expected input as a Tensor, got {type(input).__name__}")
-    input, conv_weight = autocast(input, conv_weight)
+    given, lost = (input, conv_weight), digits_lost(input)
+    input, conv_weight = autocast(*given)
     written = written_down()
     if not written:  # where sizes are numbers
         _check(input, running_mean, running_var, weight, bias, conv_weight, training, eps)
     if training and running_mean is not None and momentum is None and count is None:
         raise ValueError("bn_relu_conv1x1: expected a momentum, got None")
-    if momentum is not None and momentum < 0:
+    if momentum is not None and not momentum >= 0:
         raise ValueError(f"bn_relu_conv1x1: expected a momentum of at least 0, got {momentum}")
-    if written or transformed():
+    if written or lost or transformed():
+        input, conv_weight = given
         if training and count is not None:
             count.add_(1)
             momentum = 1.0 / float(count) if momentum is None else momentum
@@ -162,7 +169,7 @@ def _check(
     expect((running_mean is None) == (running_var is None),
            "both of running_mean and running_var, or neither", "one")  # fmt: skip
     expect(training or running_mean is not None, "running statistics in evaluation", None)
-    expect(eps >= 0, "an eps of at least 0", eps)
+    expect(0 <= eps < math.inf, "a finite eps of at least 0", eps)
     if training and x.numel() == channels:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"

@@ -174,13 +174,14 @@ class Setting(NamedTuple):
         name: as people read it.
         kind: "memdense"; "plain", module by module; or "checkpoint", torchvision's
             ``memory_efficient``.
-        keep_bottlenecks, recompute_stem: see :class:`memdense.DenseNet`.
+        keep_bottlenecks, recompute_stem, double_backward: see :class:`memdense.DenseNet`.
     """
 
     name: str
     kind: str = "memdense"
     keep_bottlenecks: bool = False
     recompute_stem: bool = True
+    double_backward: bool = False
 
 
 class Machine(NamedTuple):
@@ -369,7 +370,11 @@ class Efficient(Walk):
                 ledger.free(y)
         out = self.tail_forward(stage, geometry, last, scratch)
         scratch.close()
-        ledger.free(casts, x)
+        ledger.free(casts)
+        if self.setting.double_backward:
+            kept.append(x)
+        else:
+            ledger.free(x)
         return out
 
     def tail_forward(

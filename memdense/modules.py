@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .backends import warn_plain
 from .convolution import dilated_conv3x3
+from .direct import digits_lost
 from .functional import norm_relu_conv1x1
 from .spec import pair
 from .structure import Unsupported, axes_of, check_global_hooks, read_conv, read_norm
@@ -73,6 +74,11 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.ModuleDict):
     """Layers that each read everything produced before them.
 
+    Args:
+        num_layers: how many.
+        num_input_features: C, channels of what comes in.
+        bn_size, growth_rate, drop_rate, dilation: of each :class:`DenseLayer`.
+
     Shape: ``(N, C, H, W)`` to ``(N, C + num_layers * growth_rate, H, W)``.
     """
 
@@ -132,8 +138,12 @@ class BNReLUConv1x1(nn.Module):
     Args:
         in_channels, out_channels: C and B.
         eps, momentum, affine, track_running_stats: as in ``nn.BatchNorm2d``.
+        device, dtype: of the parameters, as in all modules.
 
     Shape: ``(N, C, H, W)`` to ``(N, B, H, W)``, channels last.
+
+    Raises:
+        TypeError, ValueError: in forward, as :func:`memdense.functional.bn_relu_conv1x1`.
     """
 
     def __init__(
@@ -154,7 +164,7 @@ class BNReLUConv1x1(nn.Module):
         self._warned: set[str] = set()
 
     def forward(self, input: Tensor) -> Tensor:
-        if reason := self._unusual():
+        if reason := self._unusual(input):
             warn_plain("BNReLUConv1x1", reason, self._warned)
             return self.conv(F.relu(self.norm(input)))
         norm = self.norm
@@ -166,7 +176,7 @@ class BNReLUConv1x1(nn.Module):
             norm.training or running[0] is None, norm.momentum, norm.eps,
         )  # fmt: skip
 
-    def _unusual(self) -> str | None:
+    def _unusual(self, input: Tensor) -> str:
         """Why running the children one by one would do anything else."""
         try:
             check_global_hooks()
@@ -177,7 +187,7 @@ class BNReLUConv1x1(nn.Module):
                 return "norm or conv is for volumes"
         except Unsupported as reason:
             return reason.args[0]
-        return None
+        return digits_lost(input) if isinstance(input, Tensor) else ""
 
 
 class DilatedConv2d(nn.Conv2d):
@@ -193,8 +203,9 @@ class DilatedConv2d(nn.Conv2d):
     Shape: ``(N, C, H, W)`` or ``(C, H, W)``, contiguous or channels last, to the same format.
 
     Raises:
-        ValueError: kernels other than 3x3, groups other than 1, a stride or dilation below 1, or a
-            padding_mode other than zeros.
+        ValueError: kernels other than 3x3, groups other than 1, a stride or dilation below 1, a
+            negative padding, other than one or two of them, or a padding_mode other than zeros.
+        RuntimeError, TypeError: in forward, as :func:`memdense.functional.dilated_conv3x3`.
     """
 
     computes_like = nn.Conv2d  # so that dense layers may have it
@@ -219,9 +230,13 @@ class DilatedConv2d(nn.Conv2d):
             raise ValueError(f"DilatedConv2d: expected groups 1, got {groups}")
         if padding_mode != "zeros":
             raise ValueError(f"DilatedConv2d: expected padding_mode 'zeros', got {padding_mode!r}")
-        for name, value in (("stride", stride), ("dilation", dilation)):
-            if min(pair(value)) < 1:
-                raise ValueError(f"DilatedConv2d: expected {name} >= 1, got {value}")
+        for name, value, least in (
+            ("stride", stride, 1),
+            ("padding", 0 if isinstance(padding, str) else padding, 0),
+            ("dilation", dilation, 1),
+        ):
+            if len(pair(value)) != 2 or min(pair(value)) < least:
+                raise ValueError(f"DilatedConv2d: expected {name} >= {least}, got {value}")
         super().__init__(
             in_channels, out_channels, 3, stride, padding, dilation, 1, bias, "zeros", device, dtype
         )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -493,7 +493,7 @@ def plan(
     def largest(setting: Setting) -> int:
         return largest_batch(lambda n: total(setting, n) <= limit - reserved, smallest)
 
-    settings = _settings(network)
+    settings = _settings(network, model.features.double_backward)
     if limit is not None:
         least = min(total(s, smallest) for s in settings)
         if least > limit - reserved:
@@ -554,6 +554,8 @@ def _check_numbers(
     _check_positive(batch=batch, backward_share=backward_share, bucket_cap_mb=bucket_cap_mb)
     if backward_share > 1:
         raise ValueError(f"backward_share must be at most 1, got {backward_share}")
+    if not isinstance(devices, Sequence) or not all(isinstance(n, Integral) for n in devices):
+        raise ValueError(f"devices must be whole numbers, got {devices!r}")
     _check_positive(**{f"devices[{i}]": n for i, n in enumerate(devices)})
     if (images_per_second is None) != (bandwidth is None):
         raise ValueError("images_per_second and bandwidth go together")
@@ -660,12 +662,12 @@ def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+        if not isinstance(value, Real) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
-def _settings(network: Network) -> list[Setting]:
-    """Those that make a difference to this network."""
+def _settings(network: Network, double_backward: bool) -> list[Setting]:
+    """Those that make a difference to this network; ``double_backward`` where it is on."""
     layers = [layer for part in network.parts if part.stage for layer in part.stage.layers]
     bottlenecks = any(layer.norm2 is not None for layer in layers)
     settings = [Setting("memdense")]
@@ -673,6 +675,9 @@ def _settings(network: Network) -> list[Setting]:
         settings.append(Setting("memdense, recompute_stem=False", recompute_stem=False))
     if bottlenecks:
         settings.append(Setting("memdense, keep_bottlenecks=True", keep_bottlenecks=True))
+    if double_backward:
+        settings.append(Setting("memdense, double_backward=True", double_backward=True))
+    if bottlenecks:
         settings.append(Setting("torchvision, memory_efficient=True", "checkpoint"))
     return [*settings, Setting("plain modules, as torchvision's", "plain")]
 

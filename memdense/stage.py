@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import joint, ops
 from .buffers import CHANNELS_LAST, reader_columns
 from .convolution import layout_of
-from .direct import autocast, autocast_dtype, foreign
+from .direct import autocast, autocast_dtype, digits_lost, foreign
 from .spec import Stage, StemSpec, output_length, reads_of
 from .structure import (
     CONVOLUTIONS,
@@ -127,8 +127,9 @@ def read_once(
     snapshot, found = known.get(key, (None, None))
     if snapshot is None or global_hooks() or not snapshot.holds(modules):
         found = read()
-        for other in [other for other, (old, _) in known.items() if not old.current()]:
-            del known[other]  # it would hold what was replaced
+        for other, (old, _) in list(known.items()):  # other threads read, too
+            if not old.current():
+                known.pop(other, None)  # it would hold what was replaced
         if snapshot := Snapshot.of(modules):
             known[key] = snapshot, found
     return found
@@ -144,15 +145,17 @@ def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
             return (
                 f"a parameter is {article(type(t).__name__)}, which carries out operations itself"
             )
-    dtype = None if stem else autocast_dtype(x.device)
-    if dtype is None or x.dtype == torch.float64:
+    if stem or x.dtype == torch.float64 or autocast_dtype(x.device) is None:
         return ""
-    tail = found.stage.tail
-    if found.axes == 3 and x.device.type == "cpu" and tail is not None and tail.spec.pool == 2:
+    if averages_widely(x.device, found):
         return "autocast on a CPU averages volumes in float32"
-    if x.dtype == dtype:
-        return ""
-    return f"autocast convolves in {dtype}, but what comes in is {x.dtype}"
+    return digits_lost(x)
+
+
+def averages_widely(device: torch.device, found: StageModules) -> bool:
+    """Whether autocast would have the stage's pool average in float32."""
+    tail = found.stage.tail
+    return found.axes == 3 and device.type == "cpu" and tail is not None and tail.spec.pool == 2
 
 
 def fits(x: Tensor, found: StageModules) -> bool:

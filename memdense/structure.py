@@ -5,6 +5,7 @@ Hooks, modes and modules change between calls: what was read counts only while a
 holds.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
@@ -172,6 +173,7 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
     check(module, name, (type(module),) if fused else NORMS, "a BatchNorm2d or BatchNorm3d")
     if fused:
         check(module.act, f"{name}.act", (nn.ReLU,), "a ReLU")
+        check(module.drop, f"{name}.drop", (nn.Identity,), "an Identity")
     # a module's own attribute access takes longer than all else here; DataParallel's replicas have
     # plain attributes
     found, buffers = module._parameters or module.__dict__, module._buffers
@@ -186,12 +188,12 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
         running = Running(mean, var, buffers["num_batches_tracked"], module.momentum)
         if running.count is None:
             raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
-        if module.momentum is not None and module.momentum < 0:
-            raise Unsupported(f"{name} has a momentum below 0, {module.momentum}")
+        if module.momentum is not None and not module.momentum >= 0:
+            raise Unsupported(f"{name} has a momentum that is not 0 or more, {module.momentum}")
     if (weight is None) != (bias is None):
         raise Unsupported(f"{name} has only one of weight and bias")
-    if module.eps <= 0:
-        raise Unsupported(f"{name} has an eps that is not positive, {module.eps}")
+    if not 0 < module.eps < math.inf:
+        raise Unsupported(f"{name} has an eps that is not positive and finite, {module.eps}")
     spec = NormSpec(float(module.eps), batch, weight is not None)
     norm = Norm(spec, weight, bias, None if batch else mean, None if batch else var)
     return NormModule(module, norm, running, _group(module, name) if training else "")
@@ -220,18 +222,17 @@ def moving(norms: Sequence[NormModule]) -> Moving:
         [r.mean for _, r in found],
         [r.var for _, r in found],
         [r.count for _, r in found],
-        [-1.0 if r.momentum is None else r.momentum for _, r in found],
+        [-1.0 if r.momentum is None else float(r.momentum) for _, r in found],
         [i for i, _ in found],
     )
 
 
 def read_relu(parent: nn.Module, relu: str, norm: nn.Module, name: str) -> None:
     module = parent._modules.get(relu)
-    if module is None and has_fused_relu(norm):
-        return
-    if module is None or has_fused_relu(norm):
+    if (module is None) != has_fused_relu(norm):
         raise Unsupported(f"{name} has {'no' if module is None else 'one more'} ReLU behind a norm")
-    check(module, f"{name}.{relu}", (nn.ReLU,), "a ReLU")
+    if module is not None:
+        check(module, f"{name}.{relu}", (nn.ReLU,), "a ReLU")
 
 
 def read_conv(module: nn.Module, name: str, size: int) -> nn.Conv2d | nn.Conv3d:
@@ -609,8 +610,7 @@ def misfit(x: Tensor, found: StageModules) -> bool:
         if conv is not None and (conv.shape[1] != channels or conv.device != x.device):
             return True
     tail = stage.tail
-    pools = tail is not None and tail.spec.kind == "transition" and tail.spec.pool == 2
-    if pools and min(x.shape[2:]) < 2:
+    if tail is not None and tail.spec.pool == 2 and min(x.shape[2:]) < 2:
         return True
     if x.numel() > x.shape[1] or stage.group:
         return False

@@ -834,6 +834,8 @@ def test_module_is_conv2d(arguments):
         ({"dilation": 0}, "expected dilation >= 1, got 0"),
         ({"dilation": (1, 0)}, r"expected dilation >= 1, got \(1, 0\)"),
         ({"stride": 0}, "expected stride >= 1, got 0"),
+        ({"stride": (1, 2, 3)}, r"expected stride >= 1, got \(1, 2, 3\)"),
+        ({"padding": -1}, "expected padding >= 0, got -1"),
         ({"padding_mode": "reflect"}, "expected padding_mode 'zeros', got 'reflect'"),
         ({"padding": "same", "stride": 2}, "padding='same' is not supported for strided"),
     ],

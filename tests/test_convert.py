@@ -227,7 +227,20 @@ def test_conversion_tells_of_blocks_that_it_cannot_run(capsys):
     memdense.convert(model)
     report = capsys.readouterr().err
     assert "features: converted" in report
-    assert "denseblock1 as plain modules for now: denseblock1.denselayer1 carries a" in report
+    why = "denseblock1 as plain modules for now: denseblock1.denselayer1 carries a"
+    assert why in report
+    memdense.convert(model)
+    assert why in capsys.readouterr().err
+
+
+def test_a_hook_inside_timms_norms_runs():
+    model, calls = peers.timm(), []
+    memdense.convert(model, verbose=False)
+    norm = model.features.denseblock1.denselayer1.norm1
+    norm.drop.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(MemdenseWarning, match=r"norm1\.drop carries a forward hook"):
+        model(torch.randn(2, 3, 32, 32))
+    assert len(calls) == 1
 
 
 # ---- the check leaves no trace

@@ -1,6 +1,7 @@
 """explain against what really runs."""
 
 import copy
+import math
 import warnings
 from collections import OrderedDict
 from unittest import mock
@@ -106,7 +107,7 @@ def test_reason_is_the_warnings(spoil):
 def test_an_eps_that_is_not_positive_is_left_to_the_modules(eps):
     model = converted()
     model.features.denseblock1.denselayer1.norm1.eps = eps
-    why = f"denseblock1.denselayer1.norm1 has an eps that is not positive, {eps}"
+    why = f"denseblock1.denselayer1.norm1 has an eps that is not positive and finite, {eps}"
     assert parts(model)["denseblock1"].why == why
     with (
         pytest.warns(MemdenseWarning, match=why),
@@ -115,10 +116,21 @@ def test_an_eps_that_is_not_positive_is_left_to_the_modules(eps):
         model(torch.randn(2, 3, 32, 32))
 
 
-def test_a_momentum_below_0_is_left_to_the_modules():
+@pytest.mark.parametrize("eps", [math.inf, math.nan])
+def test_an_eps_that_is_not_finite_is_left_to_the_modules(eps):
+    model, x = converted().eval(), torch.randn(2, 3, 32, 32)
+    model.features.denseblock1.denselayer1.norm1.eps = eps
+    with pytest.warns(MemdenseWarning, match=f"an eps that is not positive and finite, {eps}"):
+        found = model(x)
+    model.features.efficient = False
+    torch.testing.assert_close(found, model(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("momentum", [-0.5, math.nan])
+def test_a_momentum_below_0_is_left_to_the_modules(momentum):
     model = converted()
-    model.features.denseblock1.denselayer1.norm1.momentum = -0.5
-    why = "denseblock1.denselayer1.norm1 has a momentum below 0, -0.5"
+    model.features.denseblock1.denselayer1.norm1.momentum = momentum
+    why = f"denseblock1.denselayer1.norm1 has a momentum that is not 0 or more, {momentum}"
     assert parts(model)["denseblock1"].why == why
     assert not parts(model.eval())["denseblock1"].why
 
@@ -219,7 +231,9 @@ def test_notes_on_an_input():
         (note,) = notes(torch.randn(2, 3, 32, 32))
         assert note == "features: under autocast, in torch.bfloat16, by the reference backend"
         tail = memdense.explain(model.features[4:], torch.randn(2, 6, 8, 8))
-        assert any("denseblock1 runs as plain modules: autocast" in note for note in tail.notes)
+        why = "denseblock1 and transition1 run as plain modules: autocast convolves"
+        assert any(why in note for note in tail.notes)
+        assert not any("denseblock2" in note for note in tail.notes)
     small = torch.randn(1, 3, 9, 12)
     assert notes(small) == [
         "features: denseblock2 gets one value per channel, which BatchNorm refuses in training"
@@ -229,6 +243,25 @@ def test_notes_on_an_input():
     model.eval()
     assert notes(small) == []
     model(small)
+
+
+@pytest.mark.parametrize("name", ["volumes", "Identity", "convolution"])
+def test_what_autocast_has_run_as_modules(name):
+    """All that the run warns of, and nothing else, as far as it is known what comes in."""
+    block, x = memdense.DenseBlock(2, 6, 2, 4), torch.randn(2, 6, 8, 8)
+    if name == "volumes":
+        model = memdense.convert(peers.monai(3), verbose=False)
+        x = torch.randn(2, 3, 32, 32, 32)
+    elif name == "Identity":
+        model = memdense.Features(nn.Identity(), block, memdense.Transition(14, 6))
+    else:
+        model = memdense.Features(nn.Conv2d(6, 6, 1), block, memdense.Transition(14, 6))
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(record=True) as caught:
+        notes = memdense.explain(model, x).notes
+        model(x)
+    said = {str(w.message).rpartition(": ")[2] for w in caught}
+    assert {n.rpartition(": ")[2] for n in notes if "as plain modules: " in n} == said
+    assert bool(said) == (name != "convolution")
 
 
 def test_a_transform_is_named_and_warned_of_later():

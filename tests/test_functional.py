@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from unittest import mock
 
@@ -143,6 +144,18 @@ def test_autocast() -> None:
     assert error < 5e-3
 
 
+def test_autocast_leaves_a_norm_its_float32_input() -> None:
+    """All digits of what is far from 0, and a warning by the module."""
+    module = memdense.BNReLUConv1x1(8, 16)
+    x = 10 + 1e-3 * torch.randn(2, 8, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.conv2d(F.relu(F.batch_norm(x, None, None, training=True)), module.conv.weight)
+        found = bn_relu_conv1x1(x, None, None, None, None, module.conv.weight, True)
+        assert torch.equal(found, expected)
+        with pytest.warns(memdense.MemdenseWarning, match="what comes in is torch.float32"):
+            assert torch.equal(module(x), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -155,7 +168,8 @@ def test_autocast() -> None:
         ({"bias": torch.zeros(3)}, r"bias of shape \(4,\), got \(3,\)"),
         ({"running_var": None}, "both of running_mean and running_var, or neither"),
         ({"running_mean": None, "running_var": None}, "running statistics in evaluation"),
-        ({"eps": -1.0}, "an eps of at least 0, got -1.0"),
+        ({"eps": -1.0}, "a finite eps of at least 0, got -1.0"),
+        ({"eps": math.inf}, "a finite eps of at least 0, got inf"),
         (
             {"input": torch.zeros(1, 4, 1, 1), "training": True},
             "Expected more than 1 value per channel when training, got input size",

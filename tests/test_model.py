@@ -149,6 +149,13 @@ def test_unknown_weights_are_named(arch: str, weights) -> None:
         getattr(memdense, arch)(weights=weights)
 
 
+def test_a_file_of_something_else_is_no_state_dict(tmp_path: os.PathLike) -> None:
+    torch.save([1, 2], tmp_path / "list.pth")
+    for path in (tmp_path / "list.pth", os.fsencode(tmp_path / "list.pth")):
+        with pytest.raises(ValueError, match=r"list\.pth holds a list, not a state dict"):
+            memdense.densenet121(weights=path)
+
+
 def test_weights_for_other_classes_are_refused_before_the_download() -> None:
     with pytest.raises(ValueError, match=r"num_classes.*1000.*10"):
         memdense.densenet121(weights="DEFAULT", num_classes=10)
@@ -320,7 +327,10 @@ def test_mixed_devices() -> None:
         (dict(growth_rate=0), "growth_rate must be a positive integer, but got 0"),
         (dict(num_init_features=-3), "num_init_features must be a positive integer, but got -3"),
         (dict(block_config=(2, 0)), r"block_config\[1\] must be a positive integer, but got 0"),
+        (dict(growth_rate=2.5), "growth_rate must be a positive integer, but got 2.5"),
+        (dict(growth_rate="4"), "growth_rate must be a positive integer, but got '4'"),
         (dict(block_config=()), "block_config must name at least one dense block"),
+        (dict(block_config=6), "block_config must name at least one dense block, but got 6"),
         (dict(bn_size=0), "bn_size must be a positive integer, but got 0"),
         (dict(in_channels=0), "in_channels must be a positive integer, but got 0"),
         (dict(num_classes=-1), "num_classes must be a positive integer, but got -1"),
@@ -328,6 +338,7 @@ def test_mixed_devices() -> None:
         (dict(compression=0.0), r"compression must be in \(0, 1\], but got 0.0"),
         (dict(compression=0.01), "compression=0.01 leaves none"),
         (dict(output_stride=4), r"output_stride must be one of \[8, 16, 32\], but got 4"),
+        (dict(output_stride=[32]), r"output_stride must be one of \[8, 16, 32\], but got \[32\]"),
         (dict(output_stride=16), "output_stride=16 needs four blocks"),
     ],
     ids=str,
@@ -376,14 +387,15 @@ def layouts() -> dict[str, tuple]:
     }
 
 
+@pytest.mark.parametrize("first", [1, 6])
 @pytest.mark.parametrize("rate", [0.3, 1.0])
 @pytest.mark.parametrize("name", layouts())
-def test_dropout_and_format_are_torchvisions(name: str, rate: float) -> None:
+def test_dropout_and_format_are_torchvisions(name: str, rate: float, first: int) -> None:
     torch.manual_seed(0)
     memory_format, x = layouts()[name]
     x = x.double()
-    theirs = tv.DenseNet(**NET, drop_rate=rate).double()
-    theirs.features.conv0 = nn.Conv2d(x.shape[1], 6, 7, 2, 3, bias=False).double()
+    theirs = tv.DenseNet(**NET | {"num_init_features": first}, drop_rate=rate).double()
+    theirs.features.conv0 = nn.Conv2d(x.shape[1], first, 7, 2, 3, bias=False).double()
     if memory_format is not None:
         theirs.to(memory_format=memory_format)
     ours = memdense.convert(copy.deepcopy(theirs))

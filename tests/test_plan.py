@@ -31,6 +31,7 @@ MEMDENSE = [
     Setting("default"),
     Setting("keep", keep_bottlenecks=True),
     Setting("stem", recompute_stem=False),
+    Setting("twice", double_backward=True),
 ]
 OTHERS = [Setting("plain", kind="plain"), Setting("checkpoint", kind="checkpoint")]
 
@@ -113,6 +114,7 @@ def model_for(network: dict, setting: Setting) -> nn.Module:
         efficient=setting.kind == "memdense",
         keep_bottlenecks=setting.keep_bottlenecks,
         recompute_stem=setting.recompute_stem,
+        double_backward=setting.double_backward,
     )
 
 
@@ -129,7 +131,7 @@ def measured(
 def runs(name: str, dtype: torch.dtype) -> list[tuple[Setting, str]]:
     """Settings and the backends to measure them on: the default on all that differ."""
     network = network_of(name)
-    default, keep, stem = MEMDENSE
+    default, keep, stem, twice = MEMDENSE
     plain, checkpoint = OTHERS
     if dtype != torch.float32:
         # in 16 bits every backend of the CPU runs the reference's operations
@@ -138,6 +140,7 @@ def runs(name: str, dtype: torch.dtype) -> list[tuple[Setting, str]]:
         found = [(default, on) for on in BACKENDS]
         if not network.get("small_inputs"):
             found.append((stem, BACKENDS[-1]))
+        found.append((twice, BACKENDS[-1]))
     if network.get("bn_size", 4) is not None:
         found.append((keep, BACKENDS[0]))
     found.append((plain, "reference"))
@@ -423,6 +426,12 @@ def test_bandwidths() -> None:
             "images_per_second must be positive and finite, got nan",
         ),
         (dict(model="densenet121", batch=2.5), "batch must be a whole number, got 2.5"),
+        (dict(model="densenet121", devices=4), "devices must be whole numbers, got 4"),
+        (dict(model="densenet121", devices=[2.5]), r"devices must be whole numbers, got \[2.5\]"),
+        (
+            dict(model="densenet121", bucket_cap_mb="25"),
+            "bucket_cap_mb must be positive and finite",
+        ),
         (dict(model="densenet121", image="224"), r"a side or \(height, width\), got '224'"),
         (dict(model="densenet121", image=(3, 224, 224)), r"a side or \(height, width\), got"),
         (dict(model="densenet121", backward_share=1.5), "backward_share must be at most 1"),

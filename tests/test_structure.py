@@ -8,12 +8,15 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import memdense
+from memdense.stage import read_once
 
 
 def network_of_two() -> nn.Module:
@@ -98,6 +101,7 @@ CHANGES = {
     "eps": set_to(LAYER + "norm2.eps", 0.5),
     "momentum": set_to(LAYER + "norm2.momentum", 0.7),
     "no momentum": set_to("norm0.momentum", None),
+    "a tensor for a momentum": set_to(LAYER + "norm2.momentum", torch.tensor(0.7)),
     "tracking": set_to("transition1.norm.track_running_stats", False),
     "norm's weight": set_to(LAYER + "norm2.weight", nn.Parameter(VECTOR)),
     "swapped parameters": swap_norms,
@@ -153,6 +157,35 @@ def test_what_could_change_unseen_is_read_at_every_call() -> None:
         del layer.drop_rate
     with mock.patch.object(memdense.modules.DenseLayer, "drop_rate", 0.2, create=True):
         check(model, lambda _: setattr(memdense.modules.DenseLayer, "drop_rate", 0.7))
+
+
+@pytest.mark.parametrize("momentum", [np.float32(0.1), torch.tensor(0.1), 1, True], ids=repr)
+def test_momenta_of_several_types_move_once(momentum: Any) -> None:
+    """Those that equal the others', too."""
+    model = network_of_two().double()
+    model.features.norm5.momentum = model.features.denseblock1.denselayer2.norm2.momentum = momentum
+    plain = copy.deepcopy(model)
+    plain.features.efficient = False
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for each in (model, plain):
+        torch.manual_seed(1)
+        each(x)
+    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_several_threads_forget_what_was_replaced() -> None:
+    """Another one forgets while this one looks."""
+    module, readings = nn.ReLU(), WeakKeyDictionary()
+
+    class Gone:
+        def current(self) -> bool:
+            readings[module].clear()
+            return False
+
+    readings[module] = {("first",): (Gone(), 1), ("second",): (Gone(), 2)}
+    assert read_once(readings, module, ("third",), [module], lambda: 3) == 3
+    assert list(readings[module]) == [("third",)]
 
 
 def test_names_and_missing_attributes() -> None:

@@ -100,7 +100,7 @@ class Plan:
         warps, stages, registers: Triton's ``num_warps``, ``num_stages`` and ``maxnreg``.
     """
 
-    __slots__ = ("arguments", "compiled", "constants", "grid", "kernel", "options", "sizes")
+    __slots__ = ("arguments", "compiled", "constants", "grid", "kernel", "options")
 
     def __init__(
         self,
@@ -114,7 +114,6 @@ class Plan:
     ) -> None:
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
-        self.sizes = sizes
         self.constants = constants
         self.arguments = (*sizes, *constants)
         self.options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}

@@ -60,7 +60,9 @@ def bucket(kernel: str, dtype: torch.dtype, *sizes: int) -> str:
 
 @lru_cache(maxsize=1)
 def winners() -> dict[str, list[int]]:
-    """This device's entries of the file; none where there is no readable file."""
+    """The entries of the file for the device that is current at the first call; none where there is
+    no readable file.
+    """
     try:
         found = json.loads(path().read_text()).get(device_name(), {})
         return {entry: list(map(int, config)) for entry, config in found.items()}
