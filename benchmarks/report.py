@@ -60,6 +60,7 @@ def parse(data: dict[str, Any]) -> Results:
         {
             "group": b["group"],
             "seconds": statistics.median(b["stats"]["data"]),
+            "rounds": len(b["stats"]["data"]),
             **b["extra_info"],
         }
         for b in data["benchmarks"]
@@ -137,7 +138,8 @@ def steps(results: Results, kind: str) -> list[Table]:
         head = ["", "time", "a step", "images/s", "peak / image", "kept / image", "memory"]
         if kind != "training":
             head = [*head[:2], "a batch", *head[3:5], head[6]]
-        tables.append(Table(group, head, rows, note))
+        title = f"{group}, {min(r['rounds'] for r in records)} rounds"
+        tables.append(Table(title, head, rows, note))
     return tables
 
 
@@ -168,11 +170,17 @@ def summary(results: Results) -> list[Table]:
             rows.append([
                 group, f"{last['ratio']:.2f}×" if last else "", f"**{ours['ratio']:.2f}×**",
                 megabytes(base["peak bytes"] / base["batch"]),
-                f"**{megabytes(ours['peak bytes'] / ours['batch'])}**",
+                f"**{megabytes(ours['peak bytes'] / ours['batch'])}**", str(ours["rounds"]),
             ])  # fmt: skip
     head = ["time against torchvision's", "channels last", "memdense", "torchvision's peak / image",
-            "memdense's"]  # fmt: skip
+            "memdense's", "rounds"]  # fmt: skip
     return [Table("", head, rows, results.place)] if rows else []
+
+
+PROFILE_NOTE = (
+    "A pass of its own, in which each primitive is timed: its step may take longer than an untimed "
+    "one."
+)
 
 
 def profile(results: Results) -> list[Table]:
@@ -202,7 +210,8 @@ def profile(results: Results) -> list[Table]:
             total, floor = bold([seconds(whole["seconds"]), seconds(whole["floor"])])
             rows.append(["**step**", "", total, "", "", "", floor, f"**{near:.0%}**"])
         head = ["primitive", "calls", "time", "of the step", "GFLOP", "GB", "floor", "floor / time"]
-        tables.append(Table(group, head, rows, ceiling_note(results)))
+        note = f"{PROFILE_NOTE} {ceiling_note(results)}".strip()
+        tables.append(Table(group, head, rows, note))
     return tables
 
 

@@ -356,8 +356,11 @@ def test_tables_say_what_the_results_hold() -> None:
     (training, _) = report.steps(results, "training")
     ours = row_of([training], "memdense")
     assert ours == ["memdense", "0.50×", "1.00 s", "4.0", "10.0 MB", "5.0 MB", "1/10.0"]
+    assert training.title.endswith("batch 4, 3 rounds")
     assert "torch.compile not measured: slow" in training.note
-    assert row_of(report.summary(results), "densenet169")[2:] == ["0.50×", "150.0 MB", "15.0 MB"]
+    assert row_of(report.summary(results), "densenet169")[2:] == [
+        "0.50×", "150.0 MB", "15.0 MB", "3",
+    ]  # fmt: skip
     kernel = row_of(report.kernels(results), "settle")
     assert kernel[1:] == ["4.00 ms", "3.00 ms", "6.00 ms", "2.00 ms", "1.50×", "1.00 ms", "50%",
                           "33%"]  # fmt: skip
