@@ -34,6 +34,14 @@ inline std::string described(const Tensor& t) {
   return text.append(")");
 }
 
+// That no two values of a tensor that is written share their memory.
+inline void expect_apart(const char* name, const Tensor& t) {
+  for (int64_t a = 0; a < t.dim(); ++a) {
+    STD_TORCH_CHECK(t.size(a) <= 1 || t.stride(a) != 0, "memdense: expected ", name,
+                    " not to be expanded, got ", described(t));
+  }
+}
+
 // Whether so many rows are the pixels of n images, whatever their product is in 64 bits.
 inline bool are_images(int64_t rows, int64_t n, int64_t h, int64_t w) {
   return n > 0 && h > 0 && w > 0 && rows % w == 0 && rows / w % h == 0 && rows / w / h == n;

@@ -15,6 +15,14 @@ using Ints = std::vector<int64_t>;
 // Sums of products of smaller numbers with sizes fit into 64 bits.
 constexpr int64_t kLimit = int64_t{1} << 31;
 
+// CUDA counts the bytes of so many channels in 32 bits.
+constexpr int64_t kMaxChannels = int64_t{1} << 27;
+
+inline void expect_channels(int64_t c, int64_t k) {
+  STD_TORCH_CHECK(std::max(c, k) <= kMaxChannels, "conv3x3: expected at most ", kMaxChannels,
+                  " channels, got ", c, " and ", k);
+}
+
 inline void expect_pairs(const Ints& stride, const Ints& padding, const Ints& dilation) {
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "conv3x3: expected stride, padding and dilation of two numbers");
@@ -36,6 +44,7 @@ inline Geometry geometry(const Tensor& images, const Tensor& outputs, const Ints
   Geometry g{images.size(0), images.size(1), outputs.size(1), {}, {}, {}, {}, {}};
   STD_TORCH_CHECK(outputs.size(0) == g.n, "conv3x3: expected ", g.n, " outputs, got ",
                   outputs.size(0));
+  expect_channels(g.c, g.k);
   for (int a = 0; a < 2; ++a) {
     g.in[a] = images.size(2 + a);
     g.out[a] = outputs.size(2 + a);
@@ -61,6 +70,7 @@ inline Geometry geometry(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
                   dilation[0], " and ", dilation[1]);
   STD_TORCH_CHECK(std::max(dilation[0], dilation[1]) < kLimit,
                   "conv3x3: expected dilation below 2^31, got ", dilation[0], " and ", dilation[1]);
+  expect_channels(c, k);
   const int64_t d[2] = {dilation[0], dilation[1]};
   return {n, c, k, {h, w}, {h, w}, {1, 1}, {d[0], d[1]}, {d[0], d[1]}};
 }

@@ -262,4 +262,10 @@ REFUSALS = [
     ({"dilation": (1,)}, "expected a dilation of two numbers"),
     ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
     ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \(2, 6\), got \(6, 2\)"),
+    ({"moments": torch.zeros(1, 6).expand(2, 6)}, "expected moments not to be expanded, got Float"),
+    ({"out": torch.zeros(1, 6).expand(20, 6)}, r"not to be expanded, got Float \(20, 6\)"),
+    (
+        {"y": torch.zeros(20, 1).expand(20, 2**32 + 8)},
+        "expected at most 134217728 channels, got 4294967304 and 6",
+    ),
 ]

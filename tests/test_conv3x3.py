@@ -546,6 +546,17 @@ def test_what_stands_behind_pytorchs_name(channels, kernel, transposed, groups, 
         torch.ops.aten.convolution_backward_overrideable(x, x, weight, *steps, (True, True, False))
 
 
+@built
+@pytest.mark.parametrize("shape", [(1, 5, 9, 9), (4, 9, 9)], ids=str)
+def test_gradients_have_the_weights_channels(shape):
+    x, weight = torch.randn(1, 3, 9, 9), torch.randn(4, 3, 3, 3)
+    steps = (1, 1), (1, 1), (1, 1), False, (0, 0), 1
+    backward = torch.ops.aten.convolution_backward_overrideable
+    for need in ((True, True, True), (False, True, False), (False, False, True)):
+        with pytest.raises(RuntimeError, match="expected gradients with 4 channels, got"):
+            backward(torch.randn(shape), x, weight, *steps, need)
+
+
 def test_geometry_as_one_number():
     x, weight = torch.randn(1, 8, 9, 7), torch.randn(8, 8, 3, 3)
     expected = dilated_conv3x3(x, weight, None, (2, 2), (1, 1), (1, 1))
@@ -1034,6 +1045,11 @@ def test_network(bn_size, monkeypatch):
         ({"stride": (0, 1)}, "expected stride >= 1, padding >= 0 and dilation >= 1, got 0, 1 and"),
         ({"padding": (0, 0), "dilation": (4, 4)}, "is smaller than the kernel with dilation 4"),
         ({"x": torch.zeros(1, 5, 7, 7).half()}, "expected weight in Half, got Float"),
+        ({"out": torch.zeros(1, 4, 7, 1).expand(1, 4, 7, 7)}, "expected out not to be expanded"),
+        (
+            {"x": torch.zeros(0, 5, 7, 7), "out": torch.zeros(0, 4, 7, 7), "bias": torch.zeros(9)},
+            "expected bias to be a contiguous vector of 4",
+        ),
     ],
 )
 def test_kernels_refuse(change, message):

@@ -255,6 +255,13 @@ def test_refuses(emulation, change, message):
         emulation.op.bn_relu_conv3x3(*(forward | change).values())
 
 
+def test_refuses_a_line_whose_positions_are_not_counted_in_32_bits(emulation):
+    x, out = torch.ones(1).expand(1, 1, 3, 1 << 34), torch.zeros(1, 1, 3, 9)
+    geometry = (1, (1 << 31) - 1), (1, 1), (1, 1)
+    with pytest.raises(RuntimeError, match="its padding or its dilation is too large"):
+        emulation.op.conv3x3(x, torch.ones(1, 1, 3, 3), None, *geometry, out)
+
+
 # ---- the compiled code
 
 

@@ -167,10 +167,88 @@ def test_rows_that_are_no_images_are_refused(size):
         torch.ops.memdense.bn_relu_pool_conv1x1(x, *vectors, weight, *size)
 
 
+REFUSED = {
+    "sums in float32": "expected sums in Double .* got Float",
+    "expanded sums": "expected sums not to be expanded",
+    "expanded g": r"expected g not to be expanded, got .* \(0, 1\)",
+    "g of three axes": r"expected g in Double of shape \(15, 3\)",
+}
+
+
+def norm_of_ones() -> tuple:
+    return *(torch.ones(3) for _ in range(4)), 1e-5
+
+
+@built
+@pytest.mark.parametrize("wrong", REFUSED)
+@pytest.mark.parametrize("name", ["conv1x1", "pool_conv1x1", "relu", "mean"])
+def test_a_backward_that_refuses_writes_nothing(name, wrong):
+    op, norm, x = torch.ops.memdense, norm_of_ones(), torch.ones(15, 3)
+    weight, g, sums = torch.ones(5, 3), torch.ones(15, 3), torch.ones(2, 3)
+    if wrong == "sums in float32":
+        sums = sums.float()
+    elif wrong == "expanded sums":
+        sums = torch.ones(1, 3).expand(2, 3)
+    elif wrong == "expanded g":
+        g = torch.ones(1, 3).expand(15, 3)
+    else:
+        g = torch.ones(3, 5, 3)
+    written = g, False, sums
+    with pytest.raises(RuntimeError, match=REFUSED[wrong]):
+        if name == "conv1x1":
+            behind = *[None] * 4, 0, None, None
+            op.bn_relu_conv1x1_backward(
+                torch.ones(15, 5), *behind, weight, x, *norm, *written, True
+            )
+        elif name == "pool_conv1x1":
+            images = 1, 5, 3
+            dout = torch.ones(2, 5)
+            op.bn_relu_pool_conv1x1_backward(dout, weight, x, *norm, *written, *images, True)
+        elif name == "relu":
+            op.bn_relu_backward(torch.ones(15, 3), x, *norm, True, *written)
+        else:
+            op.bn_relu_mean_backward(torch.ones(1, 3), x, *norm, *written)
+    assert (g == 1).all() and (sums == 1).all()
+
+
+@built
+def test_without_an_output_all_is_looked_at():
+    """An image of one line has no windows of two."""
+    op, x = torch.ops.memdense, torch.ones(4, 3)
+    norm = norm_of_ones()
+    forward = (x, *norm, torch.ones(5, 3), 1, 1, 4)
+    assert op.bn_relu_pool_conv1x1(*forward).shape == (0, 5)
+    with pytest.raises(RuntimeError, match="expected mean in Double"):
+        op.bn_relu_pool_conv1x1(x, torch.ones(1), *forward[2:])
+    with pytest.raises(RuntimeError, match="expected weight in Double"):
+        op.bn_relu_pool_conv1x1(*forward[:6], torch.ones(5, 4), 1, 1, 4)
+    g = torch.full((4, 3), torch.nan)
+    backward = op.bn_relu_pool_conv1x1_backward
+    dbeta, dgamma, dweight = backward(
+        torch.ones(0, 5), torch.ones(5, 3), x, *norm, g, False, None, 1, 1, 4, True
+    )
+    for found in (g, dbeta, dgamma, dweight):
+        assert torch.equal(found, torch.zeros_like(found))
+
+
+@built
+def test_half_a_norm_behind_is_refused():
+    ones = torch.ones(5)
+    for behind in ((torch.ones(16, 5), None, ones, None), (None, None, None, ones)):
+        y, mean, var, dbeta = behind
+        with pytest.raises(RuntimeError, match="all of the norm behind, or none"):
+            torch.ops.memdense.bn_relu_conv1x1_backward(
+                torch.ones(16, 5), y, mean, var, None, 0, dbeta, dbeta, torch.ones(5, 3),
+                torch.ones(16, 3), *norm_of_ones(), torch.ones(16, 3), False, None, True,
+            )  # fmt: skip
+
+
 @built
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"x": torch.zeros(())}, r"expected a matrix x with at least one row .* got \(\)"),
+        ({"weight": torch.zeros(())}, "expected weight in Double"),
         ({"x": torch.zeros(6, 0)}, r"at least one row and column, got \(6, 0\)"),
         ({"x": torch.zeros(6, 3).bfloat16()}, "expected x in Float or Double, got BFloat16"),
         ({"mean": torch.zeros(4)}, r"expected mean in Double of shape \(3,\) .* got Float \(4\)"),
@@ -355,6 +433,7 @@ def test_scratch_of_what_is_no_layer():
         (0, 1, 1, 1, 1, (1, 1), 1),
         (1, 1, 1, 1, 1, (1, 0), 1),
         (1, 1, 1, 1, 1, (1, 1), 0),
+        (2**40, 2**30, 8, 8, 8, (1, 1), 1),
     ):
-        with pytest.raises(RuntimeError, match=r"expected .* 1"):
+        with pytest.raises(RuntimeError, match=r"expected .* (1|below 2\^31)"):
             torch.ops.memdense.conv3x3_scratch(*wrong, False)

@@ -107,9 +107,8 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& var, const May
                const MaybeTensor& beta, double eps, const Tensor& weight, int64_t rows,
                Pixels<kTaps> pixels, const MaybeTensor& moments) {
   return with_dtype(x, [&]<typename T>(T) {
-    const int64_t channels = x.size(1), outputs = weight.size(0);
+    const int64_t channels = x.size(1), outputs = rows_of(weight);
     Tensor y = make<T>({rows, outputs}), packed;
-    if (rows == 0) return y;
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, channels);
     const T* w = matrix<const T>(weight, outputs, channels, "weight");
     const Forward<T, kTaps> work{matrix<const T>(x, x.size(0), channels, "x"),
@@ -121,10 +120,10 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& var, const May
                                  pack(w, 1, weight.stride(0), channels, outputs, packed),
                                  static_cast<T*>(y.data_ptr())};
 
+    if (rows == 0) return y;
     const Workers workers((rows + kMicroRows - 1) / kMicroRows);
     Tensor scratch = make<T>({workers.count * work.scratch});
-    T* y_mean = moments ? matrix<T>(*moments, 2, outputs, "moments") : nullptr;
-    T* y_var = moments ? y_mean + moments->stride(0) : nullptr;
+    const TwoRows<T> statistics(moments, outputs, "moments");
     std::vector<double> parts(moments ? 2 * workers.count * outputs : 0);
     workers.run([&](int64_t w, int64_t first, int64_t last) {
       double* worker_mean = moments ? &parts[2 * w * outputs] : nullptr;
@@ -142,8 +141,8 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& var, const May
         const double* part = &parts[2 * w * outputs + c];
         merge(before, total_mean, total_m2, end - before, part[0], part[outputs]);
       }
-      y_mean[c] = static_cast<T>(total_mean);
-      y_var[c] = static_cast<T>(total_m2 / static_cast<double>(rows));
+      statistics.first[c] = static_cast<T>(total_mean);
+      statistics.second[c] = static_cast<T>(total_m2 / static_cast<double>(rows));
     }
     return y;
   });
@@ -169,8 +168,9 @@ struct Behind {
 
   template <typename T>
   NormGradient<T> gradient(int64_t outputs, int64_t rows) const {
+    STD_TORCH_CHECK(mean ? var && dbeta && dgamma : !(y || var || gamma || dbeta || dgamma),
+                    "memdense: expected all of the norm behind, or none");
     if (!mean) return {};
-    STD_TORCH_CHECK(var && dbeta && dgamma, "memdense: expected all of the norm behind, or none");
     return norm_gradient<T>(*mean, *var, gamma, eps, *dbeta, *dgamma, outputs, rows, y.has_value());
   }
 };
@@ -262,18 +262,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
                                             const Tensor& weight, const Tensor& x,
                                             const Tensor& mean, const Tensor& var,
                                             const MaybeTensor& gamma, const MaybeTensor& beta,
-                                            double eps, const Tensor& g, bool add,
-                                            const MaybeTensor& sums, Pixels<kTaps> pixels,
-                                            int64_t rows, bool need_weight) {
+                                            double eps, Tensor g, bool add, const MaybeTensor& sums,
+                                            Pixels<kTaps> pixels, int64_t rows, bool need_weight) {
   return with_dtype(x, [&]<typename T>(T) {
-    const int64_t channels = x.size(1), outputs = weight.size(0);
+    const int64_t channels = x.size(1), outputs = rows_of(weight);
     Tensor dbeta = make<T>({channels}), dgamma = make<T>({channels}), packed;
     Tensor dweight = make<T>({need_weight ? outputs : 0, channels});
     T* total = need_weight ? static_cast<T*>(dweight.data_ptr()) : nullptr;
-    if (rows == 0) {
-      for (Tensor* t : {&dbeta, &dgamma, &dweight}) torch::stable::zero_(*t);
-      return std::make_tuple(dbeta, dgamma, dweight);
-    }
     const T* w = matrix<const T>(weight, outputs, channels, "weight");
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, channels);
     const NormGradient<T> gradient = behind.gradient<T>(outputs, rows);
@@ -285,19 +280,28 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
                                data_or_null(gradient.a),
                                data_or_null(gradient.b),
                                data_or_null(gradient.c)};
-    const Backward<T, kTaps> work{
-        .incoming = incoming,
-        .x = matrix<const T>(x, x.size(0), channels, "x"),
-        .x_row = x.stride(0),
-        .g = matrix<T>(g, x.size(0), channels, "g"),
-        .g_row = g.stride(0),
-        .add = add,
-        .pixels = pixels,
-        .read = vectors.reader(),
-        .channels = channels,
-        .outputs = outputs,
-        .weight = pack(w, weight.stride(0), 1, outputs, channels, packed)};
+    Backward<T, kTaps> work{.incoming = incoming,
+                            .x = matrix<const T>(x, x.size(0), channels, "x"),
+                            .x_row = x.stride(0),
+                            .g = matrix<T>(g, x.size(0), channels, "g"),
+                            .g_row = g.stride(0),
+                            .add = add,
+                            .pixels = pixels,
+                            .read = vectors.reader(),
+                            .channels = channels,
+                            .outputs = outputs,
+                            .weight = pack(w, weight.stride(0), 1, outputs, channels, packed)};
 
+    const TwoRows<T> credited(sums, channels, "sums");
+    if (kTaps > 1 && !add && (pixels.h % 2 || pixels.w % 2)) {
+      // there are pixels that no window reads
+      torch::stable::zero_(g);
+      work.add = true;
+    }
+    if (rows == 0) {
+      for (Tensor* t : {&dbeta, &dgamma, &dweight}) torch::stable::zero_(*t);
+      return std::make_tuple(dbeta, dgamma, dweight);
+    }
     const Workers workers((rows + kMicroRows - 1) / kMicroRows);
     Tensor scratch = make<T>({workers.count * work.scratch()});
     Tensor partial = make<T>({need_weight ? (workers.count - 1) * outputs * channels : 0});
@@ -309,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
                                    static_cast<T*>(scratch.data_ptr()) + w * work.scratch(),
                                    &totals[2 * w * channels], part);
     });
-    total_sums(totals.data(), workers.count, channels, work.read, sums,
+    total_sums(totals.data(), workers.count, channels, work.read, credited,
                static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
     for (int64_t w = 1; need_weight && w < workers.count; ++w) {
       const T* part = parts + (w - 1) * outputs * channels;
@@ -324,7 +328,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
 Tensor bn_relu_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
                        const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                        const Tensor& weight, const MaybeTensor& moments) {
-  return forward(x, mean, var, gamma, beta, eps, weight, x.size(0), Pixels<1>{}, moments);
+  return forward(x, mean, var, gamma, beta, eps, weight, rows_of(x), Pixels<1>{}, moments);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1_backward(
@@ -334,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1_backward(
     const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
     const Tensor& g, bool add, const MaybeTensor& sums, bool need_weight) {
   return backward(dz, {y, y_mean, y_var, y_gamma, y_eps, y_dbeta, y_dgamma}, weight, x, mean, var,
-                  gamma, beta, eps, g, add, sums, Pixels<1>{}, x.size(0), need_weight);
+                  gamma, beta, eps, g, add, sums, Pixels<1>{}, rows_of(x), need_weight);
 }
 
 Tensor bn_relu_pool_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& var,
@@ -347,14 +351,10 @@ Tensor bn_relu_pool_conv1x1(const Tensor& x, const Tensor& mean, const Tensor& v
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(
     const Tensor& dout, const Tensor& weight, const Tensor& x, const Tensor& mean,
-    const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps, Tensor g,
-    bool add, const MaybeTensor& sums, int64_t n, int64_t h, int64_t w, bool need_weight) {
+    const Tensor& var, const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+    const Tensor& g, bool add, const MaybeTensor& sums, int64_t n, int64_t h, int64_t w,
+    bool need_weight) {
   expect_images(x, n, h, w);
-  if (!add && (h % 2 || w % 2)) {
-    // there are pixels that no window reads
-    torch::stable::zero_(g);
-    add = true;
-  }
   const MaybeTensor none;
   return backward(dout, {none, none, none, none, 0, none, none}, weight, x, mean, var, gamma, beta,
                   eps, g, add, sums, Pixels<4>{h, w}, n * (h / 2) * (w / 2), need_weight);

@@ -148,6 +148,7 @@ std::tuple<Tensor, Tensor> pack(const Tensor& x, Tensor out) {
                       (out.size(1) <= 1 || out.stride(1) == 1),
                   "pack: expected out of x's shape and dtype with unit column stride, got ",
                   described(out), " for x ", described(x));
+  expect_apart("out", out);
   return statistics(x, &out);
 }
 

@@ -1,4 +1,4 @@
-// What reads and writes each value once: out = u + b * x + c, BatchNorm and ReLU on their own,
+// What reads and writes each value once: dy = g + p * x + q, BatchNorm and ReLU on their own,
 // and their mean over images; with their backwards into G.
 #include <torch/csrc/stable/library.h>
 
@@ -22,49 +22,42 @@ Workers row_workers(int64_t rows, int64_t columns) {
   return Workers(rows, worker_count(std::min(rows, rows * columns / kGrain)));
 }
 
-// ---- out = (u + b * x + c) * keep * factor; null vectors: b = c = 0
+// ---- dy = g + p * x + q, times factor or 0 where there is a mask; null vectors: p = q = 0
 
 template <typename T>
-struct Combine {
-  const T* u;
-  int64_t u_row;
+struct Settle {
+  const T* g;
+  int64_t g_row;
   const T* x;
   int64_t x_row;
-  const T *b, *c;
+  const T *p, *q;
   const bool* keep;
   int64_t keep_row;
   T factor;
-  T* out;
-  int64_t out_row, columns;
+  T* dy;
+  int64_t columns;
 
   template <int kBytes>
-  static MEMDENSE_INLINE void run(const Combine& k, int64_t first, int64_t last) {
+  static MEMDENSE_INLINE void run(const Settle& k, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-      const T *u = k.u + r * k.u_row, *x = k.x + r * k.x_row;
-      T* out = k.out + r * k.out_row;
+      const T *g = k.g + r * k.g_row, *x = k.x + r * k.x_row;
+      T* dy = k.dy + r * k.columns;
       for_columns<T, kBytes, 1>(0, k.columns,
                                 [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
-                                  Vec v = load<Vec>(u + j);
-                                  if (k.b) {
-                                    v += load<Vec>(x + j) * load<Vec>(k.b + j);
-                                    v += load<Vec>(k.c + j);
+                                  Vec v = load<Vec>(g + j);
+                                  if (k.p) {
+                                    v += load<Vec>(x + j) * load<Vec>(k.p + j);
+                                    v += load<Vec>(k.q + j);
                                   }
-                                  store(out + j, v);
+                                  store(dy + j, v);
                                 });
       if (!k.keep) continue;
       // a product, not a choice: what was infinite or NaN stays so, as with PyTorch's dropout
       const bool* keep = k.keep + r * k.keep_row;
-      for (int64_t j = 0; j < k.columns; ++j) out[j] *= keep[j] ? k.factor : T{0};
+      for (int64_t j = 0; j < k.columns; ++j) dy[j] *= keep[j] ? k.factor : T{0};
     }
   }
 };
-
-template <typename T>
-void combine(const Combine<T>& work, int64_t rows) {
-  row_workers(rows, work.columns).run([&](int64_t, int64_t first, int64_t last) {
-    dispatch<Combine<T>>(work, first, last);
-  });
-}
 
 // dy = g + p * x + q with p = -S2 / M and q = -S1 / M - p * mean, for the M rows of x
 Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const MaybeTensor& mean,
@@ -90,12 +83,20 @@ Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const M
       }
     }
     Tensor dy = make<T>({rows, columns});
-    combine<T>(
-        {matrix<const T>(g, rows, columns, "g"), g.stride(0),
-         matrix<const T>(x, rows, columns, "x"), x.stride(0), data_or_null(p), data_or_null(q),
-         keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr, keep ? keep->stride(0) : 0,
-         static_cast<T>(factor), static_cast<T*>(dy.data_ptr()), columns, columns},
-        rows);
+    const Settle<T> work{matrix<const T>(g, rows, columns, "g"),
+                         g.stride(0),
+                         matrix<const T>(x, rows, columns, "x"),
+                         x.stride(0),
+                         data_or_null(p),
+                         data_or_null(q),
+                         keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr,
+                         keep ? keep->stride(0) : 0,
+                         static_cast<T>(factor),
+                         static_cast<T*>(dy.data_ptr()),
+                         columns};
+    row_workers(rows, columns).run([&](int64_t, int64_t first, int64_t last) {
+      dispatch<Settle<T>>(work, first, last);
+    });
     return dy;
   });
 }
@@ -272,12 +273,13 @@ std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Ten
                                  add,
                                  vectors.reader(),
                                  columns};
+    const TwoRows<T> credited(sums, columns, "sums");
     const Workers workers = row_workers(rows, columns);
     std::vector<double> totals(2 * workers.count * columns);
     workers.run([&](int64_t w, int64_t first, int64_t last) {
       dispatch<Answers<T, kRelu>>(work, first, last, &totals[2 * w * columns]);
     });
-    total_sums(totals.data(), workers.count, columns, work.read, sums,
+    total_sums(totals.data(), workers.count, columns, work.read, credited,
                static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
     return std::make_tuple(dbeta, dgamma);
   });
@@ -296,9 +298,10 @@ std::tuple<Tensor, Tensor> bn_relu_mean_backward(const Tensor& dout, const Tenso
                                                  const MaybeTensor& gamma, const MaybeTensor& beta,
                                                  double eps, const Tensor& g, bool add,
                                                  const MaybeTensor& sums) {
-  STD_TORCH_CHECK(dout.dim() == 2 && dout.size(0) > 0 && x.size(0) % dout.size(0) == 0,
-                  "memdense: expected dout (images, C) of x's whole images, got ", shape(dout),
-                  " for x ", shape(x));
+  STD_TORCH_CHECK(
+      dout.dim() == 2 && dout.size(0) > 0 && x.dim() == 2 && x.size(0) % dout.size(0) == 0,
+      "memdense: expected dout (images, C) of x's whole images, got ", shape(dout), " for x ",
+      shape(x));
   return answers<true>(dout, x.size(0) / dout.size(0), x, mean, var, gamma, beta, eps, g, add,
                        sums);
 }

@@ -63,6 +63,7 @@ Images<S> rows(const char* name, const Tensor& matrix, const Geometry& g, int64_
   using Value = std::remove_const_t<S>;
   expect_dtype(name, matrix, std::is_same_v<Value, uint8_t> ? ScalarType::Bool : dtype_of<Value>);
   expect_matrix(name, matrix, g.n * g.in[0] * g.in[1], columns);
+  if constexpr (!std::is_const_v<S>) expect_apart(name, matrix);
   return images<S>(matrix, g);
 }
 
@@ -241,12 +242,13 @@ void conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, con
   const Geometry g = geometry(x, out, stride, padding, dilation);
   expect_weight(weight, g, x.scalar_type());
   expect_dtype("out", out, x.scalar_type());
-  if (g.n == 0) return;
+  expect_apart("out", out);
   dispatch(x.scalar_type(), [&](auto value) {
     using S = decltype(value);
-    forward<S>(g, images<const S>(x, g), {}, weight,
-               bias ? vector<const S>("bias", *bias, g.k) : nullptr, {}, 1, images<S>(out, g),
-               nullptr, nullptr);
+    const S* added = bias ? vector<const S>("bias", *bias, g.k) : nullptr;
+    if (g.n == 0) return;
+    forward<S>(g, images<const S>(x, g), {}, weight, added, {}, 1, images<S>(out, g), nullptr,
+               nullptr);
   });
 }
 
@@ -266,6 +268,7 @@ void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
     if (moments) {
       expect_dtype("moments", *moments, dtype_of<T>);
       expect_matrix("moments", *moments, 2, g.k);
+      expect_apart("moments", *moments);
       results = static_cast<T*>(moments->mutable_data_ptr());
     }
     const Norm<T> vectors = norm<S>(mean, var, gamma, beta, eps, g.c);
@@ -336,9 +339,10 @@ void conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& 
   const Geometry g = geometry(dx, dy, stride, padding, dilation);
   expect_weight(weight, g, dy.scalar_type());
   expect_dtype("dx", dx, dy.scalar_type());
-  if (g.n == 0) return;
+  expect_apart("dx", dx);
   dispatch(dy.scalar_type(), [&](auto value) {
     using S = decltype(value);
+    if (g.n == 0) return;
     input_gradient<S>(g, images<const S>(dy, g), weight, {}, {}, images<S>(dx, g), false, nullptr,
                       nullptr);
   });
@@ -518,6 +522,8 @@ int64_t conv3x3_scratch(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, c
                         int64_t threads, bool backward) {
   STD_TORCH_CHECK(std::min({n, h, w, c, k, threads}) >= 1,
                   "conv3x3_scratch: expected sizes and threads of at least 1");
+  STD_TORCH_CHECK(std::max({n, h, w, threads}) < kLimit,
+                  "conv3x3_scratch: expected sizes and threads below 2^31");
   const Geometry g = geometry(n, h, w, c, k, dilation);
   const int64_t tasks = worker_count(n * h, threads);
   const int64_t walk = with_walk<float>(

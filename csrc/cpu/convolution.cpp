@@ -77,6 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& dy, const 
                                                         int64_t groups,
                                                         const std::vector<bool>& need) {
   expect_plain(x, weight, stride, padding, dilation, transposed, groups);
+  STD_TORCH_CHECK(dy.dim() == 4 && dy.size(1) == weight.size(0),
+                  "dilated_conv3x3: expected gradients with ", weight.size(0), " channels, got ",
+                  shape(dy));
   Tensor dx, dweight, dbias;
   if (need[0]) {
     dx = empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x, format(x));

@@ -32,6 +32,7 @@ T* matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
                   "memdense: expected ", name, " in ", torch::headeronly::toString(kScalarType<T>),
                   " of shape (", rows, ", ", columns, ") with unit column stride, got ",
                   described(t));
+  if constexpr (!std::is_const_v<T>) expect_apart(name, t);
   return static_cast<T*>(t.data_ptr());
 }
 
@@ -77,6 +78,9 @@ const T* data_or_null(const std::vector<T>& v) {
   return v.empty() ? nullptr : v.data();
 }
 
+// How many, before anybody has seen that it is a matrix.
+inline int64_t rows_of(const Tensor& t) { return t.dim() > 0 ? t.size(0) : 0; }
+
 // x's rows are the pixels of n images.
 inline void expect_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
   const int64_t rows = x.dim() == 2 ? x.size(0) : 0;
@@ -96,13 +100,24 @@ auto with_dtype(const Tensor& x, const F& f) {
   return f(float{});
 }
 
+// The rows of a (2, channels) matrix; null where there is none.
+template <typename T>
+struct TwoRows {
+  T *first = nullptr, *second = nullptr;
+
+  TwoRows() = default;
+  TwoRows(const MaybeTensor& t, int64_t channels, const char* name) {
+    if (!t) return;
+    first = matrix<T>(*t, 2, channels, name);
+    second = first + t->stride(0);
+  }
+};
+
 // dbeta and dgamma from what `count` workers summed, in their order: sums [worker][2][channels].
-// The reader's share of them, s * dbeta and s * r * dgamma, is added to `credited` (2, channels).
+// The reader's share of them, s * dbeta and s * r * dgamma, is added to `credited`.
 template <typename T>
 void total_sums(const double* sums, int64_t count, int64_t channels, const Reader<T>& read,
-                const MaybeTensor& credited, T* dbeta, T* dgamma) {
-  T* s1 = credited ? matrix<T>(*credited, 2, channels, "sums") : nullptr;
-  T* s2 = credited ? s1 + credited->stride(0) : nullptr;
+                const TwoRows<T>& credited, T* dbeta, T* dgamma) {
   for (int64_t c = 0; c < channels; ++c) {
     double total[2] = {0, 0};
     for (int64_t w = 0; w < count; ++w) {
@@ -111,9 +126,9 @@ void total_sums(const double* sums, int64_t count, int64_t channels, const Reade
     }
     dbeta[c] = static_cast<T>(total[0]);
     dgamma[c] = static_cast<T>(total[1] * read.rstd[c]);
-    if (!credited) continue;
-    s1[c] += read.scale[c] * dbeta[c];
-    s2[c] += read.scale[c] * read.rstd[c] * dgamma[c];
+    if (!credited.first) continue;
+    credited.first[c] += read.scale[c] * dbeta[c];
+    credited.second[c] += read.scale[c] * read.rstd[c] * dgamma[c];
   }
 }
 

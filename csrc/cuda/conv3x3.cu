@@ -69,7 +69,9 @@ Kind kind_of(const Tensor& tensor, bool tf32) {
     case ScalarType::BFloat16:
       return Kind::kBFloat16;
     default:
-      expect_dtype("float16, bfloat16 or float32 images, here", tensor, ScalarType::Float);
+      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float,
+                      "conv3x3: expected float16, bfloat16 or float32 images, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
       return tf32 ? Kind::kTf32 : Kind::kFloat;
   }
 }
@@ -130,6 +132,7 @@ void set_source(Convolution& a, const Images& images, int64_t channels) {
 
 void set_target(Convolution& a, const Tensor& matrix, const Geometry& p, const int64_t (&size)[2],
                 int bytes) {
+  expect_apart("what is written", matrix);
   a.target = matrix.mutable_data_ptr();
   a.target_row = matrix.stride(0);
   a.target_column = 1;
@@ -138,6 +141,7 @@ void set_target(Convolution& a, const Tensor& matrix, const Geometry& p, const i
 }
 
 void set_target_images(Convolution& a, const Tensor& images, int bytes) {
+  expect_apart("what is written", images);
   const Images target = of_images(images, bytes);
   a.target = images.mutable_data_ptr();
   a.place = target.strides;
@@ -219,10 +223,10 @@ int convolve(Kind kind, Mode mode, Convolution& a, const Geometry& p, bool backw
   a.teams = plan.teams;
   const int walkers = plan.teams * plan.grid.x;
   a.partials = partials(walkers);
-  const auto launcher = kind == Kind::kHalf       ? convolve_half
-                        : kind == Kind::kBFloat16 ? convolve_bfloat16
-                        : kind == Kind::kTf32     ? convolve_tf32
-                                                  : convolve_float;
+  const auto launcher = kind == Kind::kHalf       ? launch_convolution<HalfKind>
+                        : kind == Kind::kBFloat16 ? launch_convolution<BFloat16Kind>
+                        : kind == Kind::kTf32     ? launch_convolution<Tf32Kind>
+                                                  : launch_convolution<FloatKind>;
   launcher(a, mode, plan.columns, plan.grid, place.stream());
   return walkers;
 }
@@ -240,10 +244,10 @@ Tensor weight_partials(Kind kind, const Geometry& p, const Images& x, const Imag
   const WeightGradient a{plan.walk,  x.data,      x.strides,  static_cast<int>(p.c),
                          x.vectors,  dy.data,     dy.strides, static_cast<int>(p.k),
                          dy.vectors, plan.chunks, norm,       floats(partials)};
-  const auto launcher = kind == Kind::kHalf       ? weight_gradient_half
-                        : kind == Kind::kBFloat16 ? weight_gradient_bfloat16
-                        : kind == Kind::kTf32     ? weight_gradient_tf32
-                                                  : weight_gradient_float;
+  const auto launcher = kind == Kind::kHalf       ? launch_weight_gradient<HalfKind>
+                        : kind == Kind::kBFloat16 ? launch_weight_gradient<BFloat16Kind>
+                        : kind == Kind::kTf32     ? launch_weight_gradient<Tf32Kind>
+                                                  : launch_weight_gradient<FloatKind>;
   launcher(a, plan.columns, plan.grid, place.stream());
   return partials;
 }
@@ -341,6 +345,7 @@ void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
     expect_dtype("moments", *moments, ScalarType::Float);
     expect_device("moments", *moments, y);
     expect_matrix("moments", *moments, 2, p.k);
+    expect_apart("moments", *moments);
   }
   const Place place(y);
   set_source(a, of_matrix(y, p, p.in, bytes), p.c);

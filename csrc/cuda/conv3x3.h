@@ -263,16 +263,18 @@ MEMDENSE_DEVICE void merge(T& count, T& mean, T& m2, T b_count, T b_mean, T b_m2
   count = total;
 }
 
-// Launchers, one translation unit a type of value. `columns` are those of a block: 16, 32 or 64,
-// the latter not for plain float arithmetic.
-void convolve_half(const Convolution&, Mode, int columns, Grid, device::Stream);
-void convolve_bfloat16(const Convolution&, Mode, int columns, Grid, device::Stream);
-void convolve_tf32(const Convolution&, Mode, int columns, Grid, device::Stream);
-void convolve_float(const Convolution&, Mode, int columns, Grid, device::Stream);
-void weight_gradient_half(const WeightGradient&, int columns, Grid, device::Stream);
-void weight_gradient_bfloat16(const WeightGradient&, int columns, Grid, device::Stream);
-void weight_gradient_tf32(const WeightGradient&, int columns, Grid, device::Stream);
-void weight_gradient_float(const WeightGradient&, int columns, Grid, device::Stream);
+// Types of values, with a translation unit each (float has two).
+struct HalfKind;
+struct BFloat16Kind;
+struct Tf32Kind;
+struct FloatKind;
+
+// Launchers. `columns` are those of a block: 16, 32 or 64, the latter not for plain float
+// arithmetic.
+template <typename K>
+void launch_convolution(const Convolution&, Mode, int columns, Grid, device::Stream);
+template <typename K>
+void launch_weight_gradient(const WeightGradient&, int columns, Grid, device::Stream);
 void merge_moments(const Merge&, device::Stream);
 void reduce_partials(Reduction, device::Stream);
 

@@ -2,12 +2,7 @@
 
 namespace memdense::conv3x3 {
 
-void convolve_bfloat16(const Convolution& a, Mode mode, int columns, Grid grid, Stream stream) {
-  launch_convolution<BFloat16Kind>(a, mode, columns, grid, stream);
-}
-
-void weight_gradient_bfloat16(const WeightGradient& a, int columns, Grid grid, Stream stream) {
-  launch_weight_gradient<BFloat16Kind>(a, columns, grid, stream);
-}
+template void launch_convolution<BFloat16Kind>(const Convolution&, Mode, int, Grid, Stream);
+template void launch_weight_gradient<BFloat16Kind>(const WeightGradient&, int, Grid, Stream);
 
 }  // namespace memdense::conv3x3

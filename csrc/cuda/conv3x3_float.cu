@@ -2,20 +2,9 @@
 
 namespace memdense::conv3x3 {
 
-void convolve_tf32(const Convolution& a, Mode mode, int columns, Grid grid, Stream stream) {
-  launch_convolution<Tf32Kind>(a, mode, columns, grid, stream);
-}
-
-void convolve_float(const Convolution& a, Mode mode, int columns, Grid grid, Stream stream) {
-  launch_convolution<FloatKind>(a, mode, columns, grid, stream);
-}
-
-void weight_gradient_tf32(const WeightGradient& a, int columns, Grid grid, Stream stream) {
-  launch_weight_gradient<Tf32Kind>(a, columns, grid, stream);
-}
-
-void weight_gradient_float(const WeightGradient& a, int columns, Grid grid, Stream stream) {
-  launch_weight_gradient<FloatKind>(a, columns, grid, stream);
-}
+template void launch_convolution<Tf32Kind>(const Convolution&, Mode, int, Grid, Stream);
+template void launch_weight_gradient<Tf32Kind>(const WeightGradient&, int, Grid, Stream);
+template void launch_convolution<FloatKind>(const Convolution&, Mode, int, Grid, Stream);
+template void launch_weight_gradient<FloatKind>(const WeightGradient&, int, Grid, Stream);
 
 }  // namespace memdense::conv3x3

@@ -2,12 +2,7 @@
 
 namespace memdense::conv3x3 {
 
-void convolve_half(const Convolution& a, Mode mode, int columns, Grid grid, Stream stream) {
-  launch_convolution<HalfKind>(a, mode, columns, grid, stream);
-}
-
-void weight_gradient_half(const WeightGradient& a, int columns, Grid grid, Stream stream) {
-  launch_weight_gradient<HalfKind>(a, columns, grid, stream);
-}
+template void launch_convolution<HalfKind>(const Convolution&, Mode, int, Grid, Stream);
+template void launch_weight_gradient<HalfKind>(const WeightGradient&, int, Grid, Stream);
 
 }  // namespace memdense::conv3x3

@@ -14,7 +14,7 @@ inline Axis axis(int64_t out, int64_t in, int64_t stride, int64_t spread, int64_
                  int64_t offset) {
   // positions are computed in 32 bits
   constexpr int64_t kLimit = int64_t{1} << 29;
-  if (std::max({out, in}) * std::max(stride, spread) > kLimit || dilation > kLimit / 4 ||
+  if (std::max(out, in) > kLimit / std::max(stride, spread) || dilation > kLimit / 4 ||
       std::abs(offset) > kLimit) {
     throw std::runtime_error("conv3x3: the image, its padding or its dilation is too large");
   }
