@@ -65,7 +65,7 @@ def _run_tune(args: dict[str, Any]) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     network = parser.add_argument_group("network (options replace what --arch says)")
-    network.add_argument("--arch", help="densenet121, 161, 169, 201, 264, bc100-12, l40-12 …")
+    network.add_argument("--arch", help="densenet121 to densenet264, bc100-12, l40-12 …")
     network.add_argument("--growth-rate", type=int)
     network.add_argument("--block-config", type=_numbers, help="layers of each block: 6,12,24,16")
     network.add_argument("--num-init-features", type=int)

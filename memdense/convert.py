@@ -19,7 +19,7 @@ from .structure import CONVOLUTIONS, HOOKS, article, axes_of, class_of
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-9
-ONE_BY_ONE = "where a forward calls its children one by one, only dense blocks are efficient"
+ONE_BY_ONE = "code that calls its children one by one gets efficient dense blocks only"
 
 
 def convert(

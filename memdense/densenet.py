@@ -55,7 +55,7 @@ class DenseNet(nn.Module):
         output_stride: 32, 16 or 8: the last transitions keep the resolution and the blocks behind
             them dilate instead, for segmentation. Needs four blocks.
         keep_bottlenecks: keep the bottlenecks for backward instead of recomputing them: a little
-            faster, two to three times the memory.
+            faster, one and a half to three times the memory.
         recompute_stem: recompute the first convolution in backward; ``False`` keeps its output.
         double_backward: keep each stage's input too, so that gradients can be differentiated again.
 
