@@ -205,8 +205,7 @@ def _input_notes(features: Features, x: Tensor) -> Iterator[str]:
     if reason := features._switches.obstacle(x):
         yield f"with this input all run as plain modules: {reason}"
         return
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x.device):
         yield f"under autocast, in {dtype}, by the {_backend(x.device, dtype)} backend"
     for names, reason in _obstacles(features, x):
         verb = "runs" if len(names) == 1 else "run"
@@ -230,9 +229,11 @@ def _obstacles(features: Features, x: Tensor) -> Iterator[tuple[Sequence[str], s
                 return
             if dtype is None or x.dtype == torch.float64:
                 continue
+            # as a block of plain modules hands on what came in, among its features
+            keeps = isinstance(module, nn.Identity) or (reason and part.tail is None)
             if reason and part.tail == "transition" and averages_widely(x.device, found):
                 came = came.float()
-            elif not isinstance(module, nn.Identity) and not (reason and part.tail is None):
+            elif not keeps:
                 came = came.to(dtype)
 
 

@@ -673,11 +673,10 @@ def _settings(network: Network, double_backward: bool) -> list[Setting]:
     settings = [Setting("memdense")]
     if network.parts[0].kind == "stem":
         settings.append(Setting("memdense, recompute_stem=False", recompute_stem=False))
-    if bottlenecks:
-        settings.append(Setting("memdense, keep_bottlenecks=True", keep_bottlenecks=True))
     if double_backward:
         settings.append(Setting("memdense, double_backward=True", double_backward=True))
     if bottlenecks:
+        settings.append(Setting("memdense, keep_bottlenecks=True", keep_bottlenecks=True))
         settings.append(Setting("torchvision, memory_efficient=True", "checkpoint"))
     return [*settings, Setting("plain modules, as torchvision's", "plain")]
 
