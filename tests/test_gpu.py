@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import DenseNet as Torchvision
 
 import memdense
-from memdense import memory
+from memdense import _extension, memory
 from memdense.backends import backend_for
 from memdense.backends.triton import cuda, replay
 
@@ -87,8 +87,10 @@ def test_a_side_stream_is_respected() -> None:
 def test_triton_runs_by_default() -> None:
     assert backend_for(torch.device("cuda")).name.startswith("triton")
     model = memdense.DenseNet(*ARGS).cuda()
-    parts = [row for row in memdense.explain(model).rows if row.efficient]
+    found = memdense.explain(model)
+    parts = [row for row in found.rows if row.efficient]
     assert parts and all(row.backend.startswith("triton") for row in parts)
+    assert f"3x3 in CUDA C++: {_extension.cuda_reason() or 'available'}" in found.notes
 
 
 @pytest.mark.parametrize("args", [ARGS, (12, (3, 3), 24, 4, 0.2, 5), (7, (2, 2), 10, None, 0, 3)])
