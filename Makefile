@@ -28,6 +28,7 @@ demo: .venv/demo .venv/extension
 lint: .venv/test
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(PY) -c 'import vermin; vermin.main()' -q -t=3.10- --violations memdense tests benchmarks examples
 	$(CLANG_FORMAT) --dry-run -Werror
 
 format: .venv/test

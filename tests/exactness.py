@@ -2,8 +2,10 @@
 
 import copy
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,14 @@ from memdense.buffers import Into, Reader
 BACKENDS = ["reference", "native"] if _extension.available() else ["reference"]
 BOUND = 1e-10
 FLOOR = 1e-3
+
+
+@contextmanager
+def no_warnings(category: type[Warning] = Warning) -> Iterator[None]:
+    """Any warning of the category is an error inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category)
+        yield
 
 
 def reader_of(scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Reader:

@@ -7,7 +7,6 @@ import gc
 import inspect
 import io
 import pickle
-import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from unittest import mock
 import peers
 import pytest
 import torch
-from exactness import answered, assert_same_step, randomise
+from exactness import answered, assert_same_step, no_warnings, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,7 +68,7 @@ def one_by_one(model: nn.Module, x: Tensor) -> Tensor:
 def stages_run(model: nn.Module, x: Tensor) -> int:
     """How many operations a forward takes; a warning is an error."""
     with (
-        warnings.catch_warnings(action="error", category=MemdenseWarning),
+        no_warnings(MemdenseWarning),
         mock.patch.object(ops, "run_stage", side_effect=ops.run_stage) as stages,
         torch.no_grad(),
     ):
@@ -90,7 +89,7 @@ def test_children_called_one_by_one(name: str, mode: str) -> None:
             block = stack_of(model).get_submodule(names_of(model)["block1"])
             block.eval().requires_grad_(False)
             next(block.parameters()).requires_grad_()
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         assert_same_step(found, plain, images(), one_by_one)
     block = stack_of(found).get_submodule(names_of(found)["block1"])
     assert stages_run(block, images(3, 8, 7, 9)) == 1
@@ -149,7 +148,7 @@ def test_hooks_on_a_block(name: str, which: str) -> None:
 
         for register in HOOKS:
             register(stack_of(model).get_submodule(names_of(model)[which]), look)
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         assert_same_step(*models, images())
     assert len(seen[0]) == len(seen[1]) >= 6
     for found, expected in zip(*seen, strict=True):
@@ -206,7 +205,7 @@ def test_a_final_norm_alone(kind: str, double: bool) -> None:
             return out
         return answered(lambda _: out, x)
 
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         assert_same_step(found, plain, images(), step)
 
 
@@ -371,7 +370,7 @@ def test_dilated_convolutions_in_layers() -> None:
         kind = memdense.DilatedConv2d if model is found else nn.Conv2d
         layer.conv2 = kind(*weight.shape[1::-1], 3, padding=2, dilation=2, bias=False)
         layer.conv2.weight = nn.Parameter(weight.detach().clone())
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         assert_same_step(found, plain, images())
 
 
@@ -445,7 +444,7 @@ def test_blocks_sharded_by_fsdp2(tmp_path: Path) -> None:
 def test_compiled_alone() -> None:
     found, plain = pair("torchvision")
     compiled = torch.compile(found.features.denseblock1, backend="aot_eager", fullgraph=True)
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         for height in (6, 7):
             x = images(2, 8, height, 6)
             assert_same_step(

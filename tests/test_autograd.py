@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactness import assert_same_step, assert_same_tensors, randomise, run, twins
+from exactness import assert_same_step, assert_same_tensors, no_warnings, randomise, run, twins
 from torch import Tensor, nn
 from torch.nn.utils import prune as prune_module
 from torch.utils.checkpoint import checkpoint
@@ -619,7 +619,7 @@ def test_what_warns_compiles_once() -> None:
 def test_norms_that_would_synchronise() -> None:
     """With no other process there they are as others."""
     found, plain = map(nn.SyncBatchNorm.convert_sync_batchnorm, pair())
-    with warnings.catch_warnings(action="error", category=memdense.MemdenseWarning):
+    with no_warnings(memdense.MemdenseWarning):
         assert_same_step(found, plain, images())
         assert_same_step(found.eval(), plain.eval(), images())
     assert [row.modules[0] for row in memdense.explain(found).rows if row.efficient] == [

@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 import random
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ import peers
 import pytest
 import torch
 import torchvision
-from exactness import answered, assert_close, assert_same_step, randomise
+from exactness import answered, assert_close, assert_same_step, no_warnings, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -87,7 +86,7 @@ def test_same_numbers(build, mode):
         model.train(mode != "eval")
         if mode == "frozen":
             freeze_some(model)
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         assert_same_step(converted, plain, images(), twice if mode == "twice" else answered)
     assert runs_efficiently(converted)
 
@@ -202,7 +201,7 @@ def test_hook_inside_runs_that_block_as_modules_with_one_warning():
     said = str(caught[0].message)
     assert "denseblock2.denselayer2.norm2 carries a forward hook" in said
     assert len(seen) == 2
-    with warnings.catch_warnings(action="error"):
+    with no_warnings():
         converted(images())
     reasons = [row.why for row in memdense.explain(converted).rows if row.why]
     assert len(reasons) == 1 and reasons[0] in said

@@ -9,6 +9,7 @@ from unittest import mock
 import peers
 import pytest
 import torch
+from exactness import no_warnings
 from torch import nn
 
 import memdense
@@ -267,7 +268,7 @@ def test_what_autocast_has_run_as_modules(name):
 def test_a_transform_is_named_and_warned_of_later():
     model, x = converted().eval(), torch.randn(2, 3, 32, 32)
     with torch.autograd.forward_ad.dual_level():
-        with warnings.catch_warnings(action="error"):
+        with no_warnings():
             notes = memdense.explain(model, x).notes
         assert any("torch.func's transforms and forward-mode AD" in note for note in notes)
         with pytest.warns(MemdenseWarning, match="forward-mode AD"):
@@ -288,7 +289,7 @@ def test_changes_and_runs_nothing(build):
     state, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
     model.features.denseblock1.register_forward_hook(lambda *_: pytest.fail("it ran"))
-    with warnings.catch_warnings(action="error"):
+    with no_warnings():
         memdense.explain(model, torch.zeros(1, 3, 32, 32))
     assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())

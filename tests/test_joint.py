@@ -1,6 +1,5 @@
 """Batches that two processes hold together, against one process with the whole of them."""
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from exactness import assert_same_tensors, randomise
+from exactness import assert_same_tensors, no_warnings, randomise
 from torch import Tensor, distributed, nn
 
 import memdense
@@ -84,7 +83,7 @@ def work(rank: int, folder: str) -> None:
         part = slice(0, first) if rank == 0 else slice(first, None)
         x, weights = (t[part] for t in data(name))
         with (
-            warnings.catch_warnings(action="error", category=memdense.MemdenseWarning),
+            no_warnings(memdense.MemdenseWarning),
             mock.patch.object(joint, "gather", side_effect=joint.gather) as gathered,
             mock.patch.object(joint, "add_up", side_effect=joint.add_up) as added,
         ):

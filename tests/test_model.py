@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torchvision.models as tv
-from exactness import assert_same_step, randomise
+from exactness import assert_same_step, no_warnings, randomise
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -604,7 +604,7 @@ def test_norms_kept_frozen_by_their_train_method() -> None:
             norm.eval()
             norm.train = lambda mode: None
         m.train()
-    with warnings.catch_warnings(action="error"):
+    with no_warnings():
         assert_same_step(model, plain, torch.randn(2, 3, 40, 40).double())
     assert all(row.efficient for row in memdense.explain(model).rows)
 
@@ -621,7 +621,7 @@ def test_methods_replaced_in_pytorchs_classes(monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(memdense.MemdenseWarning, match="ReLU.forward was replaced"):
         assert_same_step(model, plain, x)
     monkeypatch.undo()
-    with warnings.catch_warnings(action="error"):
+    with no_warnings():
         assert_same_step(model, plain, x)
 
 
@@ -784,7 +784,7 @@ def test_geometry_as_numbers() -> None:
         layer.conv1.stride, layer.conv1.dilation, layer.conv1.padding = 1, [1, 1], [0, 0]
         model.features.denseblock1.denselayer2.conv1.padding = "valid"
         model.features.denseblock1.denselayer2.conv2.padding = "same"
-    with warnings.catch_warnings(action="error"):
+    with no_warnings():
         assert_same_step(ours, theirs, torch.randn(2, 3, 40, 40).double())
 
 
@@ -820,7 +820,8 @@ def test_a_first_convolution_may_be_lazy() -> None:
     for model in (theirs, ours):
         conv = nn.LazyConv2d(6, 7, 2, 3, bias=False, dtype=torch.float64)
         model.features.conv0 = conv
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model(x)
     ours.load_state_dict(theirs.state_dict())
     assert_same_step(ours, theirs, x)
@@ -857,7 +858,7 @@ def test_autocast_leaves_a_block_its_float32_input() -> None:
             found = model.features[4:5](x)
         expected = plain.features[4:5](x)
         assert torch.equal(found, expected) and found.dtype == torch.float32
-        with warnings.catch_warnings(action="error"):
+        with no_warnings():
             assert model.features[4:5](x.bfloat16()).dtype == torch.bfloat16
 
 

@@ -4,14 +4,13 @@ that are made of planes against the reference's.
 
 import copy
 import pickle
-import warnings
 from importlib.util import find_spec
 from typing import Any
 
 import peers
 import pytest
 import torch
-from exactness import BACKENDS, assert_same_step, into_of, randomise, reader_of
+from exactness import BACKENDS, assert_same_step, into_of, no_warnings, randomise, reader_of
 from inputs import assert_errs_no_more, poisoned
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -57,7 +56,7 @@ def test_same_numbers(mode: str, size: tuple[int, ...], backend: str) -> None:
                 module.eval()
             for parameter in list(net.parameters())[::4]:
                 parameter.requires_grad_(False)
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         assert_same_step(*nets, volumes(*size))
     assert all(row.efficient for row in memdense.explain(nets[0]).rows)
 
@@ -83,7 +82,7 @@ def test_other_convolutions(last_axes: bool, backend: str) -> None:
             layer.layers.conv2.dilation = layer.layers.conv2.padding = dilation
         net.features.transition1.pool = nn.Identity()
     x = volumes()
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         assert_same_step(*nets, x.contiguous(memory_format=last) if last_axes else x)
 
 
@@ -94,7 +93,7 @@ def test_dropout(channels: bool) -> None:
         for module in net.modules():
             if not channels and isinstance(module, nn.Dropout3d):
                 module.__class__ = nn.Dropout
-    with warnings.catch_warnings(action="error", category=MemdenseWarning):
+    with no_warnings(MemdenseWarning):
         assert_same_step(*nets, volumes())
 
 
