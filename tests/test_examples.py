@@ -14,6 +14,9 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+for extra in ("matplotlib", "rich", "sklearn", "torchvision", "tqdm"):  # or train.py exits
+    pytest.importorskip(extra)
+
 import comparison  # noqa: E402
 import train  # noqa: E402
 
