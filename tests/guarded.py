@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memdense
 from memdense import buffers
-from memdense.backends.triton import Triton, replay
+from memdense.backends.triton import Triton, conv1x1, conv3x3, replay
 from memdense.backends.triton.tiles import extent
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 PAGE = mmap.PAGESIZE
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 WIDE = 48
 mprotect = ctypes.CDLL(None).mprotect
 mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -52,13 +53,37 @@ def ending(values: Tensor) -> Tensor:
     return guarded(values.shape, (WIDE, 1), values.dtype).copy_(values)
 
 
+def far(values: Tensor) -> Tensor:
+    """A matrix whose later rows no 32 bits reach, in memory of which few pages are touched."""
+    m, c = values.shape
+    stride = 1 << 23
+    size = ((m - 1) * stride + c) * values.element_size()
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    memory = torch.frombuffer(pages, dtype=values.dtype).untyped_storage()
+    # no view of a whole that a test might look at
+    return values.new_empty(0).set_(memory, 0, (m, c), (stride, 1)).copy_(values)
+
+
 @pytest.mark.parametrize(
-    ("channels", "wrap", "dtype"),
-    [(8, inside, torch.float16), (40, inside, torch.float32), (47, ending, torch.float16)],
+    ("size", "channels", "wrap", "dtype"),
+    [
+        ((1, 3, 4), 8, inside, torch.float16),
+        ((1, 3, 4), 40, inside, torch.float32),
+        ((1, 3, 4), 47, ending, torch.float16),
+        ((1, 20, 20), 16, far, torch.float16),
+    ],
 )
-def test_primitives(channels: int, wrap: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+def test_primitives(
+    size: tuple[int, ...],
+    channels: int,
+    wrap: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The same bits as elsewhere."""
-    inputs = Inputs((1, 3, 4), channels, 12)
+    for module in (conv1x1, conv3x3):  # several splits of what rows there are
+        monkeypatch.setattr(module, "SPLIT_ROWS", 32)
+    inputs = Inputs(size, channels, 12)
     expected = inputs.run(Triton(), dtype)
     for name, value in inputs.run(Triton(), dtype, wrap).items():
         assert torch.equal(value, expected[name]), name

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import random
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from torch.nn.utils import prune
 
 import memdense
 from memdense import Features, MemdenseWarning
+from memdense.features import RunsAlone
 from memdense.memory import saved_bytes
 
 
@@ -235,11 +237,12 @@ def test_conversion_tells_of_blocks_that_it_cannot_run(capsys):
 def test_a_hook_inside_timms_norms_runs():
     model, calls = peers.timm(), []
     memdense.convert(model, verbose=False)
-    norm = model.features.denseblock1.denselayer1.norm1
-    norm.drop.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.warns(MemdenseWarning, match=r"norm1\.drop carries a forward hook"):
+    for name, block in (("drop", 1), ("act", 2)):
+        norm = model.features.get_submodule(f"denseblock{block}.denselayer1.norm1")
+        getattr(norm, name).register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(MemdenseWarning, match=r"norm1\.(drop|act) carries a forward hook"):
         model(torch.randn(2, 3, 32, 32))
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 # ---- the check leaves no trace
@@ -322,6 +325,11 @@ class NoDropout(peers.PrevLayer):
         return new
 
 
+class NaN(peers.PrevLayer):
+    def forward(self, *features: Tensor) -> Tensor:
+        return math.nan * super().forward(*features)
+
+
 class Reversed(peers.PrevBlock):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).flip(1)
@@ -359,6 +367,7 @@ def alike(part: type[nn.Module]) -> nn.Module:
         (OnlyInTraining, "the output in training mode differs by"),
         (OtherDropout, "the output in training mode differs by"),
         (NoDropout, "the output in training mode differs by"),
+        (NaN, "the output in evaluation mode differs by nan"),
         (Reversed, "the output in evaluation mode differs by"),
         (ConvolvesFirst, "the output in evaluation mode differs by"),
         (Failing, "checking it raised RuntimeError: no doubles here"),
@@ -579,6 +588,13 @@ def test_twice_is_once(capsys):
     memdense.convert(model, double_backward=True)
     assert "runs on memdense already, double_backward=True" in capsys.readouterr().err
     assert features.keep_bottlenecks and features.double_backward and features.recompute_stem
+
+
+def test_new_blocks_run_alone_too():
+    model = memdense.convert(peers.torchvision(), verbose=False)
+    model.features.denseblock1 = peers.torchvision().features.denseblock1
+    memdense.convert(model, verbose=False)
+    assert isinstance(model.features.denseblock1, RunsAlone)
 
 
 def test_blocks_keep_their_switches():

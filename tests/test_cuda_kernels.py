@@ -262,6 +262,16 @@ def test_refuses_a_line_whose_positions_are_not_counted_in_32_bits(emulation):
         emulation.op.conv3x3(x, torch.ones(1, 1, 3, 3), None, *geometry, out)
 
 
+def test_refuses_more_columns_than_a_grid_has_rows(emulation):
+    columns = 64 * 65536
+    weight, out = torch.ones(1).expand(columns, 1, 3, 3), torch.zeros(1, columns, 1, 1)
+    geometry = (1, 1), (1, 1), (1, 1)
+    with pytest.raises(RuntimeError, match="do not fit into the device's grids"):
+        emulation.op.conv3x3(
+            torch.ones(1, 1, 1, 1).half(), weight.half(), None, *geometry, out.half()
+        )
+
+
 # ---- the compiled code
 
 

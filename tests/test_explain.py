@@ -15,6 +15,7 @@ from torch import nn
 import memdense
 from memdense import MemdenseWarning, _extension, ops
 from memdense.convert import ONE_BY_ONE
+from memdense.explain import size_after
 
 
 def converted() -> nn.Module:
@@ -246,7 +247,7 @@ def test_notes_on_an_input():
     model(small)
 
 
-@pytest.mark.parametrize("name", ["volumes", "Identity", "convolution"])
+@pytest.mark.parametrize("name", ["volumes", "Identity", "convolution", "blocks"])
 def test_what_autocast_has_run_as_modules(name):
     """All that the run warns of, and nothing else, as far as it is known what comes in."""
     block, x = memdense.DenseBlock(2, 6, 2, 4), torch.randn(2, 6, 8, 8)
@@ -255,6 +256,8 @@ def test_what_autocast_has_run_as_modules(name):
         x = torch.randn(2, 3, 32, 32, 32)
     elif name == "Identity":
         model = memdense.Features(nn.Identity(), block, memdense.Transition(14, 6))
+    elif name == "blocks":
+        model = memdense.Features(block, memdense.DenseBlock(2, 14, 2, 4))
     else:
         model = memdense.Features(nn.Conv2d(6, 6, 1), block, memdense.Transition(14, 6))
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(record=True) as caught:
@@ -263,6 +266,42 @@ def test_what_autocast_has_run_as_modules(name):
     said = {str(w.message).rpartition(": ")[2] for w in caught}
     assert {n.rpartition(": ")[2] for n in notes if "as plain modules: " in n} == said
     assert bool(said) == (name != "convolution")
+    if name == "blocks":
+        assert sum("as plain modules: " in n for n in notes) == 2
+
+
+def test_blocks_that_run_alone_are_parts_of_their_own():
+    class Own(nn.Sequential):
+        def forward(self, x):
+            for child in self:
+                x = child(x)
+            return x
+
+    model = memdense.convert(Own(*peers.torchvision().features), verbose=False)
+    rows = [row for row in memdense.explain(model).rows if row.layers]
+    assert rows and all(row.efficient and len(row.modules) == 1 for row in rows)
+    block = next(child for child in model if hasattr(child, "_switches"))
+    layer = next(block.children())
+    layer.__class__ = type("Mine", (type(layer),), {})
+    why = [row.why for row in memdense.explain(model).rows if row.layers]
+    assert "Mine" in why[0] and not any(why[1:])
+
+
+def test_notes_end_where_sizes_are_not_known():
+    blocks = memdense.DenseBlock(2, 6, 2, 4), memdense.DenseBlock(2, 14, 2, 4)
+    model = memdense.Features(blocks[0], nn.Upsample(scale_factor=2), blocks[1])
+    notes = memdense.explain(model, torch.randn(1, 6, 1, 1)).notes
+    assert sum("one value per channel" in n for n in notes) == 1
+    model.efficient = False
+    notes = memdense.explain(model, torch.randn(1, 6, 1, 1)).notes
+    assert not any("one value" in n or "with this input" in n for n in notes)
+
+
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"padding": 2, "stride": (1, 3)}], ids=str)
+def test_sizes_behind_a_convolution(options):
+    conv = nn.Conv2d(3, 4, 3, **options)
+    assert size_after(conv, (16, 15)) == conv(torch.randn(1, 3, 16, 15)).shape[2:]
+    assert size_after(nn.Conv2d(3, 4, 3, padding="same"), (16, 15)) is None
 
 
 def test_a_transform_is_named_and_warned_of_later():

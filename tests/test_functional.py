@@ -255,6 +255,7 @@ def test_what_is_refused() -> None:
         ((None, None, None, None, conv.to("meta"), True), "conv_weight on cpu, got meta"),
         ((*running, None, None, conv, True, None), "expected a momentum, got None"),
         ((*running, None, None, conv, True, -0.1), "expected a momentum of at least 0, got -0.1"),
+        ((*running, None, None, conv, True, math.nan), "a momentum of at least 0, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             bn_relu_conv1x1(x, *arguments)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torchvision.models as tv
-from exactness import assert_same_step, no_warnings, randomise
+from exactness import BACKENDS, assert_same_step, no_warnings, randomise
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -593,6 +593,24 @@ def test_methods_replaced_on_an_instance(where: str) -> None:
         conv._conv_forward = periodic.__get__(conv)
     with pytest.warns(memdense.MemdenseWarning, match=f"the _conv_forward of {where} was replaced"):
         assert_same_step(model, plain, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", ["stem", "stack"])
+def test_gradients_that_come_in_are_left_as_they_are(part: str, backend: str) -> None:
+    """And running statistics move unheard of by autograd, as F.batch_norm moves them."""
+    features = memdense.DenseNet(**NET).features
+    net = features[:4] if part == "stem" else features
+    nn.init.constant_(features.norm0.bias, -1.0)  # so that some of it would become 0
+    x = torch.randn(2, 3, 40, 40).contiguous(memory_format=torch.channels_last)
+    version = features.norm0.running_mean._version
+    with memdense.use_backend(backend):
+        out = net(x)
+        gradient = torch.randn_like(out)
+        before = gradient.clone()
+        out.backward(gradient)
+    assert torch.equal(gradient, before)
+    assert features.norm0.running_mean._version == version
 
 
 def test_norms_kept_frozen_by_their_train_method() -> None:

@@ -17,7 +17,9 @@ from exactness import no_warnings
 from torch import Tensor, nn
 
 import memdense
+from memdense.modules import OWN_TYPES
 from memdense.stage import read_once
+from memdense.structure import Unsupported, read_stage
 
 
 def network_of_two() -> nn.Module:
@@ -158,6 +160,89 @@ def test_what_could_change_unseen_is_read_at_every_call() -> None:
         del layer.drop_rate
     with mock.patch.object(memdense.modules.DenseLayer, "drop_rate", 0.2, create=True):
         check(model, lambda _: setattr(memdense.modules.DenseLayer, "drop_rate", 0.7))
+
+
+def exchange_statistics(features: nn.Module) -> None:
+    """A frozen norm reads the variance that another one moves."""
+    moves, reads = (features.denseblock1[f"denselayer{i}"].norm2 for i in (1, 2))
+    reads.running_var = moves.running_var
+    reads.eval()
+
+
+def biased(features: nn.Module) -> None:
+    features.conv0.bias = nn.Parameter(torch.ones(8))
+    features.eval()
+
+
+def reflecting(features: nn.Module) -> None:
+    conv = nn.Conv2d(3, 8, 7, 2, 3, bias=False, padding_mode="reflect")
+    conv.weight = features.conv0.weight
+    features.conv0 = conv
+
+
+UNUSUAL = {
+    "a stride": set_to(LAYER + "conv2.stride", (2, 2)),
+    "groups": set_to("transition1.conv.groups", 2),
+    "a pool that rounds up": set_to("transition1.pool.ceil_mode", True),
+    "a pool with a divisor": set_to("transition1.pool.divisor_override", 3),
+    "a pool with padding": set_to("transition1.pool.padding", 1),
+    "groups in front": set_to("conv0.groups", 3),
+    "a bias in front": biased,
+    "reflection": reflecting,
+    "a dilated pool": set_to("pool0.dilation", 2),
+    "a first pool that rounds up": set_to("pool0.ceil_mode", True),
+    "indices": set_to("pool0.return_indices", True),
+    "a norm for volumes": set_to("norm0", nn.BatchNorm3d(8)),
+    "shared variances": exchange_statistics,
+    "no count": set_to("norm0.num_batches_tracked", None),
+    "no bias": set_to(LAYER + "norm2.bias", None),
+}
+
+
+@pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
+@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL)
+def test_what_is_unusual_runs_as_its_modules_do(change: Callable[[nn.Module], Any]) -> None:
+    """With their numbers or their errors, up to the transition and through all."""
+    outcomes = []
+    for efficient in (True, False):
+        features = network_of_two().double().features
+        change(features)
+        for norm in features.modules():
+            if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
+                norm.running_var.fill_(2.0)
+        features.efficient = efficient
+        x = torch.randn(2, 3, 36, 36, generator=torch.Generator().manual_seed(2)).double()
+        outcomes.append([])
+        for net in (features[:6], features):
+            torch.manual_seed(1)
+            try:
+                outcomes[-1].append(net(x).detach())
+            except Exception as error:
+                outcomes[-1].append((type(error), str(error)))
+    for found, expected in zip(*outcomes, strict=True):
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        else:
+            assert found == expected
+
+
+@pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
+def test_hooks_inside_are_called() -> None:
+    """One that runs in backward, and one on what does nothing."""
+    model, calls = network_of_two(), []
+    model.features.transition1.pool = nn.Identity()
+    for module in (model.features.transition1.pool, model.features.conv0):
+        module.register_full_backward_pre_hook(lambda *_: calls.append(1))
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(calls) == 2
+
+
+def test_dropout_twice_is_left_to_the_modules() -> None:
+    block = memdense.DenseBlock(2, 6, 2, 4, drop_rate=0.3)
+    for layer in block.values():
+        layer.add_module("dropout", nn.Dropout(0.5))
+    with pytest.raises(Unsupported, match="dropout twice"):
+        read_stage(block, "block", None, "", "", OWN_TYPES, False)
 
 
 @pytest.mark.parametrize("momentum", [np.float32(0.1), torch.tensor(0.1), 1, True], ids=repr)

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from memdense.backends import Reference
-from memdense.backends.triton import Triton, launch, pools, running
+from memdense.backends.triton import Triton, launch, pools, reduce, running, statistics, tiles
 from memdense.backends.triton.cast import _table, cast
 from memdense.backends.triton.launch import INTERPRETED, recorded
 from memdense.buffers import Geometry, NormGradient, Reader, Share, Sums
@@ -100,6 +100,21 @@ def test_repeats_bit_for_bit():
         assert torch.equal(second[name], value), name
 
 
+def test_what_stands_beside_a_gradient_stays():
+    """G's padding, whatever those of x and of the gradient that comes in hold; a weight's is 0."""
+    c, read, t = 12, vectors(12), Triton()
+    x, d, dz = (padded(torch.randn(64, n).half()) for n in (c, c, 16))
+    (weight,) = cast([torch.randn(16, c).float()], torch.float16)
+    for run in (
+        lambda into: t.bn_relu_backward(d, x, read, True, into),
+        lambda into: t.bn_relu_conv1x1_backward(dz, None, None, weight, x, read, into, True),
+    ):
+        g = padded(torch.randn(64, c).half())
+        g._base[:, c:] = 5
+        run(into_of(g))
+        assert (g._base[:, c:] == 5).all()
+
+
 def test_nan_goes_where_the_reference_sends_it():
     inputs = Inputs((2, 6, 7), 20, 17, torch.float32)
     inputs.x[5, 3] = inputs.x[40, 19] = torch.nan
@@ -121,9 +136,9 @@ def test_first_maximum_and_last_nan_win_the_maxpool():
     assert torch.equal(found[0].nan_to_num(-1), expected[0].nan_to_num(-1))
 
 
-@pytest.mark.parametrize("size", [(2, 21, 10), (1, 6, 5), (1, 18, 1)], ids=str)
+@pytest.mark.parametrize("size", [(2, 21, 10), (1, 6, 5), (1, 18, 1), (1, 3, 140)], ids=str)
 def test_maxpool_walks_down_several_lines(size, monkeypatch):
-    """As a program does where there are many."""
+    """As a program does where there are many; also where a line has more windows than it takes."""
     monkeypatch.setattr(pools, "BUSY", 0)
     for plans in (pools._strips, pools._maxpool_plan, pools._maxpool_gradient_plan):
         monkeypatch.setattr(pools, plans.__name__, plans.__wrapped__)
@@ -178,8 +193,40 @@ def test_packs_images_of_any_strides(dtype):
         torch.testing.assert_close(moments, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_statistics_far_from_zero():
-    """mean/std of 1e3: E[x^2] - E[x]^2 would keep no digit."""
+def test_mean_of_many_channels():
+    """More than a program has."""
+    x, read, geometry = torch.randn(6, 150).float(), vectors(150), Geometry(2, 1, 3)
+    found, expected = (b.bn_relu_mean(x, read, geometry) for b in (Triton(), Reference()))
+    torch.testing.assert_close(found, expected)
+
+
+def test_merges_more_tiles_than_are_read_at_once():
+    n, read = 1100, vectors(2)
+    partial = torch.rand(2, 2, n).float()
+    moments = torch.empty(2, 2, dtype=torch.float32)
+    reduce.merge(partial, moments, 4 * n - 1, 4)
+    count = torch.full((n,), 4.0)
+    count[-1] = 3
+    mean, m2 = partial.double()
+    total = (mean * count).sum(1) / count.sum()
+    var = (m2.sum(1) + (count * (mean - total[:, None]) ** 2).sum(1)) / count.sum()
+    torch.testing.assert_close(moments, torch.stack((total, var)).float())
+    sums, _ = reduce.merge_sums(partial, read, None)
+    torch.testing.assert_close(torch.stack(tuple(sums)), partial.double().sum(-1).float())
+
+
+@pytest.mark.parametrize("rows", [1, 17000, 40000, 10**6])
+def test_every_walker_has_rows(rows):
+    walk = tiles.walk(rows, 64)
+    assert (walk.walkers - 1) * walk.share < rows <= walk.walkers * walk.share
+
+
+@pytest.mark.parametrize("walkers", [None, 1])
+def test_statistics_far_from_zero(walkers, monkeypatch):
+    """mean/std of 1e3: E[x^2] - E[x]^2 would keep no digit. By one program for all rows, too."""
+    if walkers:
+        monkeypatch.setattr(tiles, "WALKERS", walkers)
+        monkeypatch.setattr(statistics, "_plan", statistics._plan.__wrapped__)
     x = (1000 + torch.randn(700, 3)).float()
     moments = torch.empty(2, 3, dtype=torch.float32)
     Triton().statistics(x, moments)
@@ -266,10 +313,12 @@ def test_running_statistics_elsewhere():
         "32-bit counts": (False, [*a], [*b], [counts[0], counts[1].int()]),
         "two dtypes": (False, [*a], [b[0], b[1].half()], counts),
         "every other value": (False, [*a], [b[0], torch.ones(6).float()[::2]], counts),
+        "float64": (False, [*a.double()], [*b.double()], counts),
     }
     for name, (taken, *buffers) in cases.items():
         assert running.update(*buffers, table, [0, 3], [0.1, 0.1], 5) == taken, name
-    assert not running.update([*a], [*b], counts, table.double(), [0, 3], [0.1, 0.1], 5)
+    for other in (table.double(), table.t().contiguous().t()):
+        assert not running.update([*a], [*b], counts, other, [0, 3], [0.1, 0.1], 5)
     # in the memory of the first ones, which were taken
     again = [a[0], a[1].as_strided((3,), (0,))]
     assert not running.update(again, [*b], counts, table, [0, 3], [0.1, 0.1], 5)
@@ -364,6 +413,20 @@ def test_tables_outlive_what_reads_them(monkeypatch):
         launch.keep_while_read(table)
         table.record_stream.assert_called_once_with("stream of cuda:1")
         assert list(launch._captured.values()) == kept
+
+
+def test_tables_are_kept_by_who_reads_them(monkeypatch):
+    """New ones, and those that a cache had."""
+    kept, weights = [], weights_of_a_stage()
+    for module in (launch, running):
+        monkeypatch.setattr(module, "keep_while_read", kept.append)
+    buffers = [torch.rand(3).float()], [torch.rand(3).float()], [torch.tensor(0)]
+    for count in (1, 2):
+        cast(weights, torch.float16)
+        assert len(kept) == 2 * count - 1
+        assert running.update(*buffers, torch.rand(2, 3).float(), [0], [0.1], 5)
+        assert len(kept) == 2 * count
+    assert kept[0] is kept[2] and kept[1] is kept[3]
 
 
 def test_tables_are_made_apart(monkeypatch):

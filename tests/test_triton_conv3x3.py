@@ -214,3 +214,6 @@ def test_what_no_kernel_takes_goes_to_the_reference():
         assert not launches
         for name, expected in run(Reference(), other, dilation).items():
             assert torch.equal(found[name], expected), name
+    # rows that lie far apart
+    assert conv3x3.reachable(Geometry(1, 3, 4), (1, 1), 2**27)
+    assert not conv3x3.reachable(Geometry(1, 3, 4), (1, 1), 2**28)

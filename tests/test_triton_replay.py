@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memdense
 from memdense import ops
 from memdense.backends import triton
-from memdense.backends.triton import Triton, cuda, launch, replay
+from memdense.backends.triton import Triton, cuda, launch, replay, tuning
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),
@@ -473,7 +473,98 @@ def test_one_thread_compiles_at_a_time() -> None:
         assert len({found.run for found in pool.map(plan.compile_and_launch, [()] * 3)}) == 1
 
 
+def test_compiled_kernels_are_for_what_they_were_compiled_for() -> None:
+    """Alignment, dtypes and devices."""
+    made = []
+
+    class Kernel:
+        function = packed_metadata = None
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return self.launch
+
+        def launch(self, *args: Any, **options: Any) -> Kernel:
+            made.append(args)
+            return self
+
+        def run(self, *args: Any) -> None:
+            pass
+
+    plan = launch.Plan(Kernel(), (1,), ())
+    base = torch.zeros(64)
+    base = base[-base.data_ptr() % 16 // 4 :]
+    other = mock.Mock(wraps=base, dtype=base.dtype)
+    other.get_device.return_value = 1
+    with (
+        mock.patch.object(launch, "INTERPRETED", False),
+        mock.patch.object(launch, "current_stream", lambda device: 0),
+    ):
+        for t, count in (
+            (base, 1), (base[4:], 1), (base[1:], 2), (base.view(torch.int32), 3), (other, 4),
+            (base[2:], 4),
+        ):  # fmt: skip
+            plan(t)
+            assert len(made) == count
+
+
+def test_when_it_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while another configuration is tried, or a stage is recorded."""
+    with replay.replaying(True):
+        assert replay.enabled()
+        with tuning.forced("kernel", tuning.Config(1, 1, 1, 1, 1)):
+            assert not replay.enabled()
+        with mock.patch.object(launch.thread, "recorder", object()):
+            assert not replay.enabled()
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert replay.enabled()
+    monkeypatch.setenv("MEMDENSE_REPLAY", "0")
+    assert not replay.enabled()
+
+
+def test_precision_is_another_tape(replays: list[replay.Tape]) -> None:
+    x, w = torch.randn(5, 3), torch.randn(3, 4)
+    for count, precise in enumerate((True, False), 1):
+        with mock.patch.object(replay._extension, "tf32", lambda p=precise: p):
+            for _ in range(2):
+                ask([x], [w])
+        assert len(tapes()) == count and not replays
+
+
+def seen_otherwise(backend: Triton, moving: list[Tensor], fixed: list[Tensor]) -> list[Tensor]:
+    return [moving[0].view(torch.int32).add(1)]
+
+
+def elsewhere(backend: Triton, moving: list[Tensor], fixed: list[Tensor]) -> list[Tensor]:
+    return [torch.empty(3, device="meta")]
+
+
+@pytest.mark.parametrize("function", [seen_otherwise, elsewhere])
+def test_memory_that_a_tape_does_not_follow(function: Any, replays: list[replay.Tape]) -> None:
+    """Of another dtype than it was made for, of another device."""
+    for seed in range(3):
+        x = images(seed)
+        with replay.replaying(True):
+            (found,) = replay.call(Triton(), function, [x], [torch.ones(2)])
+        assert found.is_meta or torch.equal(found, x.view(torch.int32) + 1)
+    assert not replays and not tapes()
+
+
+def test_tapes_keep_their_tables(replays: list[replay.Tape]) -> None:
+    """While they are replayed, too."""
+    model, kept = network(), []
+    with (
+        replay.replaying(True),
+        mock.patch.object(replay, "keep_while_read", kept.append),
+        torch.no_grad(),
+    ):
+        for seed in range(3):
+            assert not kept and not replays
+            model(images(seed))
+    assert kept and replays
+
+
 def test_as_many_tapes_as_fit(replays: list[replay.Tape]) -> None:
+    """Those that were asked for last."""
     w = torch.randn(3, 4)
     with mock.patch.object(replay, "TAPES", 2):
         for rows in (5, 6, 7):
@@ -482,7 +573,18 @@ def test_as_many_tapes_as_fit(replays: list[replay.Tape]) -> None:
         assert len(tapes()) == 2 and not replays
         ask([torch.randn(7, 3)], [w])
         ask([torch.randn(5, 3)], [w])
-    assert len(replays) == 1
+        assert len(replays) == 1
+        ask([torch.randn(5, 3)], [w])  # once more, so that it is recorded
+        ask([torch.randn(7, 3)], [w])
+        for _ in range(2):
+            ask([torch.randn(8, 3)], [w])
+        before = len(replays)
+        ask([torch.randn(7, 3)], [w])
+        assert len(replays) == before + 1
+    with mock.patch.object(replay, "TAPES", 1):
+        for rows in range(20):
+            ask([torch.randn(9 + rows, 3)], [w])
+        assert len(replay._seen) <= 17
 
 
 def test_packing() -> None:
