@@ -253,6 +253,8 @@ class Features(nn.Sequential):
                 if part.kind == "module":
                     x = modules[0](_laid(x, layout))
                     continue
+                if not isinstance(x, Tensor):
+                    found = None  # as a pool's indices beside its output: modules say what is wrong
                 if found is not None:
                     reason = obstacle_now(x, found)
                 if reason:

@@ -145,9 +145,7 @@ def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
             return (
                 f"a parameter is {article(type(t).__name__)}, which carries out operations itself"
             )
-    if stem or not isinstance(x, Tensor) or autocast_dtype(x.device) is None:
-        return ""
-    if x.dtype == torch.float64:
+    if stem or x.dtype == torch.float64 or autocast_dtype(x.device) is None:
         return ""
     if averages_widely(x.device, found):
         return "autocast on a CPU averages volumes in float32"
@@ -162,8 +160,6 @@ def averages_widely(device: torch.device, found: StageModules) -> bool:
 
 def fits(x: Tensor, found: StageModules) -> bool:
     """Whether the stage can take x; where it cannot, the modules say why."""
-    if not isinstance(x, Tensor):
-        return False
     stage = found.stage
     if not stage.layers and stage.tail.conv is None:
         # a final norm alone: no convolution was there to compare it with
