@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,43 +94,18 @@ def raced(common):
 
 
 @pytest.fixture
-def interpreter(monkeypatch):
-    """Triton's interpreter, quicker, and rounding as a GPU does: float32 to the nearest bfloat16,
-    where it truncates, and sums as a tree, where it adds one after another. On a GPU, nothing.
-    """
+def quick_interpreter(monkeypatch):
+    """Triton's interpreter with the same bits, several times faster. On a GPU, nothing."""
     if torch.cuda.is_available():
+        yield None
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     tl = interpreter.tl
-    original = interpreter._convert_float
-
-    def convert(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return original(values, source, target, mode)
-        wide = torch.from_numpy(values.reshape(-1).view("float32").copy())
-        return wide.bfloat16().view(torch.uint16).numpy().reshape(values.shape)
-
-    def tree(operation, x):
-        axis, values = operation.axis, x.handle.data
-        values = values.reshape(-1) if axis is None else values.swapaxes(0, axis)
-        while len(values) > 1:
-            values = values[: len(values) // 2] + values[len(values) // 2 :]
-        values = values[0] if axis is None else values.swapaxes(0, axis).squeeze(axis)
-        return operation.to_tensor(values, x.dtype)
-
     known = cache(interpreter._get_np_dtype)
 
     def numpy(dtype):
         scalar = dtype.scalar
         return known(tl.uint64 if scalar.is_ptr() else scalar)
-
-    patched = set()
-
-    def call(function, *args, **kwargs):
-        if function.fn.__module__ not in patched:
-            patched.add(function.fn.__module__)
-            interpreter._patch_lang(function.fn)
-        return function.rewrite()(*args, **kwargs)
 
     @cache
     def shape_of(shape):
@@ -149,13 +125,49 @@ def interpreter(monkeypatch):
         self.shape, self.numel, name = block_of(sizes)
         self.name = f"<{name}, {element}>"
 
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-    monkeypatch.setattr(interpreter.ReduceOps, "sum", tree)
-    # from here on for time alone, of which checks for overflow took a quarter
+    # checks for overflow took a quarter of the time
     builder = interpreter.interpreter_builder
     monkeypatch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
     monkeypatch.setattr(interpreter, "_get_np_dtype", numpy)
     monkeypatch.setattr(tl.tensor, "__init__", tensor)
     monkeypatch.setattr(tl.block_type, "__init__", block)
-    # to patch triton.language again at every call of a function takes longer than all the rest
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    # to patch triton.language anew at every call of a function takes longer than all the rest
+    patch, patched, kept = interpreter._patch_lang, {}, SimpleNamespace(restore=lambda: None)
+
+    def patch_once(function):
+        if function.__module__ not in patched:
+            patched[function.__module__] = patch(function)
+        return kept
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    yield interpreter
+    for scope in reversed(patched.values()):
+        scope.restore()
+
+
+@pytest.fixture
+def interpreter(quick_interpreter, monkeypatch):
+    """The same, rounding as a GPU does: float32 to the nearest bfloat16, where it truncates, and
+    sums as a tree, where it adds one after another.
+    """
+    if quick_interpreter is None:
+        return
+    tl = quick_interpreter.tl
+    original = quick_interpreter._convert_float
+
+    def convert(values, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return original(values, source, target, mode)
+        wide = torch.from_numpy(values.reshape(-1).view("float32").copy())
+        return wide.bfloat16().view(torch.uint16).numpy().reshape(values.shape)
+
+    def tree(operation, x):
+        axis, values = operation.axis, x.handle.data
+        values = values.reshape(-1) if axis is None else values.swapaxes(0, axis)
+        while len(values) > 1:
+            values = values[: len(values) // 2] + values[len(values) // 2 :]
+        values = values[0] if axis is None else values.swapaxes(0, axis).squeeze(axis)
+        return operation.to_tensor(values, x.dtype)
+
+    monkeypatch.setattr(quick_interpreter, "_convert_float", convert)
+    monkeypatch.setattr(quick_interpreter.ReduceOps, "sum", tree)

@@ -18,11 +18,12 @@ from memdense.backends import Reference
 from memdense.backends.triton import Triton, conv1x1, launch, tiles, tuning
 from memdense.buffers import Into, NormGradient, Reader, Sums
 
-pytestmark = (
+pytestmark = [
+    pytest.mark.usefixtures("quick_interpreter"),
     pytest.mark.gpu
     if torch.cuda.is_available()
-    else pytest.mark.skipif(not launch.INTERPRETED, reason="neither a GPU nor the interpreter")
-)
+    else pytest.mark.skipif(not launch.INTERPRETED, reason="neither a GPU nor the interpreter"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's tl.dot is wrong in bfloat16
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()

@@ -15,7 +15,10 @@ from memdense.backends.triton import Triton, conv3x3
 from memdense.backends.triton.launch import INTERPRETED, recorded
 from memdense.buffers import Geometry, Into, Reader
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("quick_interpreter"),
+    pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter"),
+]
 
 # images, lines, columns, channels, outputs, dilation
 SHAPES = [

@@ -18,7 +18,10 @@ from memdense.backends.triton import Triton, conv1x1, launch, pools, tiles, tuni
 from memdense.backends.triton import statistics as packing
 from memdense.buffers import Geometry, Into, NormGradient, Reader, Share, Sums
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in Triton's interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("quick_interpreter"),
+    pytest.mark.skipif(not launch.INTERPRETED, reason="counts in Triton's interpreter"),
+]
 HALF = torch.float16
 LARGE = 1 << 20  # rows of a network on a GPU, by which configurations are chosen
 ROWS = (256, 768)

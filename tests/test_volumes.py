@@ -240,6 +240,7 @@ def test_convolution_of_planes(size: tuple[int, ...], dilation: tuple[int, ...],
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="there is no Triton")
+@pytest.mark.usefixtures("quick_interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_convolution_of_planes_in_triton(dtype: torch.dtype) -> None:
     from memdense.backends.triton import Triton, launch
