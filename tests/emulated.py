@@ -19,7 +19,7 @@ PLAIN, FORWARD, GRADIENT = range(3)  # modes of a convolution
 SHARED = 100 * 1024  # bytes a block may have
 LANGUAGE = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # setup.py's
 FLAGS = [
-    *(*LANGUAGE, "-O2", "-fPIC", "-fvisibility=hidden", "-w"),
+    *(*LANGUAGE, "-O1", "-fPIC", "-fvisibility=hidden", "-w"),
     *("-I", str(ROOT / "tests" / "emulation"), "-I", str(ROOT / "csrc" / "cuda")),
 ]
 # what the kernels in each library are compiled with: "raced" is told of their accesses
