@@ -68,11 +68,20 @@ def test_other_devices(emulation, kind, multiprocessors, shared):
         layer.check(layer.run(emulation.op, False, torch.contiguous_format), False)
 
 
-def test_long_sums_in_float32(emulation):
+@pytest.mark.parametrize("kind", [Kind(torch.float32), Kind(torch.float32, True)], ids=str)
+def test_long_sums_in_float32(emulation, kind):
     """25 000 pixels on one multiprocessor round no more than few do."""
-    emulation.configure(1, 227 * 1024)
-    layer = Layer((8, 56, 56, 48, 12, (2, 2)), Kind(torch.float32), "cpu", True)
+    emulation.configure(1)
+    layer = Layer((8, 56, 56, 48, 12, (2, 2)), kind, "cpu", True)
     layer.check(layer.run(emulation.op, False, torch.channels_last), False)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_long_sums_take_no_more_scratch(emulation, size):
+    """Each split of them is a whole dW, of 9 MB here."""
+    emulation.configure(132, 227 * 1024)
+    splits, *_ = emulation.planned(256, 28, 1, 512, 512, size)
+    assert splits <= 4
 
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids=str)

@@ -236,9 +236,9 @@ float* no_partials(int) { return nullptr; }
 // dW's partials of x, through a BatchNorm where the norm has a mean; sets how many there are.
 Tensor weight_partials(Kind kind, const Geometry& p, const Images& x, const Images& dy,
                        const Norm& norm, const Tensor& like, const Place& place, int& splits) {
-  const WeightPlan plan = plan_weight_gradient(
-      p.n, forward_axis(p, 0), forward_axis(p, 1), static_cast<int>(p.c), static_cast<int>(p.k),
-      value_bytes(kind), kind != Kind::kFloat, place.properties());
+  const WeightPlan plan =
+      plan_weight_gradient(p.n, forward_axis(p, 0), forward_axis(p, 1), static_cast<int>(p.c),
+                           static_cast<int>(p.k), value_bytes(kind), place.properties());
   splits = plan.grid.x;
   const Tensor partials = scratch(splits * kTaps * p.k * p.c, like);
   const WeightGradient a{plan.walk,  x.data,      x.strides,  static_cast<int>(p.c),

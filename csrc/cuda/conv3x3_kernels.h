@@ -1094,6 +1094,14 @@ MEMDENSE_DEVICE void multiply_tile(const TileOperands& from, int used,
   }
 }
 
+// Tiles that a block sums up in registers before it adds them to what it leaves: a longer sum in
+// float32 rounds more than PyTorch's, and tensor cores round each towards zero. 0 for all of them:
+// operands of 16 bits round more than any of these sums.
+template <typename K>
+constexpr int kTogether = sizeof(Value<K>) == 2 ? 0
+                          : K::kTensorCores     ? 64
+                                                : 16;
+
 // Block (split, channels and columns): its tiles' share of 16 to 64 rows of dW, by one or two
 // chunks of channels.
 template <typename K, int kColumns>
@@ -1149,7 +1157,37 @@ weight_gradient(const WeightGradient a) {
   stage(slot, buffer);
 
   WeightSums<K, kColumns> sum = {};
-  for (int tile = block(); tile < a.walk.tiles; tile += blocks()) {
+  const auto leave = [&](bool first) {
+    const int lane = opaque(thread()) % kWarp;
+    const int64_t plane = static_cast<int64_t>(a.columns) * a.channels;
+    float* const to = a.partials + block() * kTaps * plane;
+#pragma unroll
+    for (int tap = 0; tap < 3; ++tap) {
+#pragma unroll
+      for (int m = 0; m < kWarpColumns<kColumns> / 16; ++m) {
+#pragma unroll
+        for (int f = 0; f < kChunk<K> / 8; ++f) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int j = first_column + our_column + m * 16 + lane / 4 + i / 2 * 8;
+            const int c = (first_chunk + chunk) * kChunk<K> + f * 8 + lane % 4 * 2 + i % 2;
+            if (chunk < chunks && j < a.columns && c < a.channels) {
+              float& value =
+                  to[(tap_y * 3 + tap) * plane + static_cast<int64_t>(j) * a.channels + c];
+              value = first ? sum[tap][m][f][i] : value + sum[tap][m][f][i];
+            }
+            sum[tap][m][f][i] = 0;
+          }
+        }
+      }
+    }
+  };
+
+  int tiles = 0;
+  for (int tile = block(); tile < a.walk.tiles; tile += blocks(), ++tiles) {
+    if constexpr (kTogether<K> > 0) {
+      if (tiles > 0 && tiles % kTogether<K> == 0) leave(tiles == kTogether<K>);
+    }
     wait_async();
     for (int i = 0; i < chunks && a.norm.mean; ++i) {
       normalise_halo<K>(team, scale + i * kChunk<K>, shift + i * kChunk<K>, sources + slot * halo,
@@ -1166,28 +1204,7 @@ weight_gradient(const WeightGradient a) {
     slot = after(slot);
     buffer ^= 1;
   }
-
-  const int lane = thread() % kWarp;
-  const int64_t plane = static_cast<int64_t>(a.columns) * a.channels;
-  float* const to = a.partials + block() * kTaps * plane;
-#pragma unroll
-  for (int tap = 0; tap < 3; ++tap) {
-#pragma unroll
-    for (int m = 0; m < kWarpColumns<kColumns> / 16; ++m) {
-#pragma unroll
-      for (int f = 0; f < kChunk<K> / 8; ++f) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = first_column + our_column + m * 16 + lane / 4 + i / 2 * 8;
-          const int c = (first_chunk + chunk) * kChunk<K> + f * 8 + lane % 4 * 2 + i % 2;
-          if (chunk < chunks && j < a.columns && c < a.channels) {
-            to[(tap_y * 3 + tap) * plane + static_cast<int64_t>(j) * a.channels + c] =
-                sum[tap][m][f][i];
-          }
-        }
-      }
-    }
-  }
+  leave(kTogether<K> == 0 || tiles <= kTogether<K>);
 }
 
 // ---- launchers

@@ -116,8 +116,8 @@ constexpr int halo_bytes(int chunks) { return 2 * chunks * kRowBytes + kTables *
       "shared memory");
 }
 
-// Tiles that a team or a split sums up one after another, at most: where only summation rounds, a
-// longer sum would round more than PyTorch's.
+// Tiles whose statistics or sums a team takes one after another, at most: where only summation
+// rounds, a longer sum would round more than PyTorch's.
 constexpr int64_t most_rounds(bool only_sums_round) {
   return only_sums_round ? 16 : std::numeric_limits<int>::max();
 }
@@ -199,7 +199,7 @@ struct WeightPlan {
 };
 
 inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis& x, int channels,
-                                       int columns, int value_bytes, bool tensor_cores,
+                                       int columns, int value_bytes,
                                        const device::Properties& device) {
   const int width = columns > 32 ? 64 : columns > 16 ? 32 : 16;
   const int all_chunks = static_cast<int>(quotient_up(channels * value_bytes, kRowBytes));
@@ -225,7 +225,7 @@ inline WeightPlan plan_weight_gradient(int64_t images, const Axis& y, const Axis
             std::clamp(device.shared_per_multiprocessor / (bytes + kReserved), 1, together);
         const int64_t most = std::max<int64_t>(1, fitting * device.multiprocessors / rows);
         // each split has to write, and somebody to read, a whole dW
-        const int64_t rounds = std::min(quotient_up(walk.tiles, most), most_rounds(!tensor_cores));
+        const int64_t rounds = quotient_up(walk.tiles, most);
         const int splits = static_cast<int>(quotient_up(walk.tiles, rounds));
         const int64_t busiest = quotient_up(splits * rows, device.multiprocessors);
         const double work = chunks * (2.5 * pixels + walk.halo);

@@ -32,7 +32,7 @@ __attribute__((visibility("default"))) void planned_weight(int images, int side,
                                                            int value_bytes, int64_t* to) {
   const auto axis = conv3x3::axis(side, side, 1, 1, dilation, -dilation);
   const auto plan = conv3x3::plan_weight_gradient(images, axis, axis, channels, columns,
-                                                  value_bytes, true, machine().properties);
+                                                  value_bytes, machine().properties);
   to[0] = plan.grid.x;
   to[1] = plan.chunks;
   to[2] = plan.walk.tiles;

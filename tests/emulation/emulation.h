@@ -369,7 +369,16 @@ class Machine {
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         float sum = lanes[lane].c[i];
-        for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[column][k];
+        // as measured on tensor cores: products are exact, and half of them are added at a time,
+        // towards zero (Fasi, Higham, Mikaitis and Pranesh, 2021)
+        for (int first = 0; first < kDepth; first += kDepth / 2) {
+          double exact = sum;
+          for (int k = first; k < first + kDepth / 2; ++k) {
+            exact += static_cast<double>(a[row][k]) * b[column][k];
+          }
+          sum = static_cast<float>(exact);
+          if (std::isfinite(sum) && std::abs(sum) > std::abs(exact)) sum = std::nextafter(sum, 0.f);
+        }
         lanes[lane].c[i] = sum;
       }
     }
