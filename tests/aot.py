@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memdense import buffers, engine, spec
-from memdense.backends.triton import Triton, conv1x1, conv3x3, running, tune, tuning
+from memdense.backends.triton import Triton, conv1x1, conv3x3, running, statistics, tune, tuning
 from memdense.backends.triton.launch import ALIGNMENT, Launch, recorded
 from memdense.backends.triton.tiles import cdiv
 
@@ -180,6 +180,10 @@ def densenet121(dtype: torch.dtype, batch: int = 256) -> None:
     for side, channels, layers in ((56, 64, 6), (28, 128, 12), (14, 256, 24)):
         stage_step(batch, side, channels, layers, 32, "transition", dtype)
     stage_step(batch, 7, 512, 16, 32, "pool", dtype)
+    # a block alone takes contiguous images too
+    geometry = buffers.Geometry(batch, 56, 56)
+    out = empty(geometry.rows, 64, dtype=dtype)
+    statistics.pack(empty(batch, 64, 56, 56, dtype=dtype), out, geometry, empty(2, 64))
 
 
 def bc100_12(dtype: torch.dtype) -> None:
@@ -223,7 +227,7 @@ def step_launches(
     net: Callable[[torch.dtype], None], dtype: torch.dtype, arch: int = 90
 ) -> list[Launch]:
     """What a training step launches on an sm_``arch``, each machine code once."""
-    conv1x1.hopper = tune.hopper = lambda device: arch >= 90
+    conv1x1.hopper = tune.hopper = lambda device: 90 <= arch < 120
     # rows as they are on a GPU
     buffers.row_stride = lambda channels, device: cdiv(channels, 16) * 16
     with recorded(dry=True) as launches, torch.no_grad():

@@ -163,9 +163,10 @@ def test_maxpool_walks_down_several_lines(size, monkeypatch):
     torch.testing.assert_close(dx, expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7), (3, 5, 4, 4)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packs_images_of_any_strides(dtype):
-    n, c, h, w = 2, 5, 6, 7
+def test_packs_images_of_any_strides(dtype, shape):
+    n, c, h, w = shape
     wide = torch.randn(n + 1, c + 2, 2 * h, w + 3).to(dtype)
     sources = {
         "contiguous": wide[:n, :c, :h, :w].contiguous(),

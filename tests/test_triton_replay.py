@@ -521,6 +521,16 @@ def test_when_it_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not replay.enabled()
 
 
+def test_other_convolutions_are_other_tapes(replays: list[replay.Tape]) -> None:
+    """PyTorch's without cuDNN may give other strides."""
+    x, w = torch.randn(5, 3), torch.randn(3, 4)
+    for count, enabled in enumerate((True, False), 1):
+        with torch.backends.cudnn.flags(enabled=enabled):
+            for _ in range(2):
+                ask([x], [w])
+        assert len(tapes()) == count and not replays
+
+
 def test_precision_is_another_tape(replays: list[replay.Tape]) -> None:
     x, w = torch.randn(5, 3), torch.randn(3, 4)
     for count, precise in enumerate((True, False), 1):

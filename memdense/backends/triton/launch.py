@@ -23,8 +23,8 @@ ALIGNMENT = 16  # bytes that Triton's widest loads want
 INTERPRETED = triton.knobs.runtime.interpret
 
 # How many rows, lines, tiles and programs there are. That such a number is 1 or a multiple of 16
-# makes no code better: not to be told leaves less to compile, for the last batch of an epoch above
-# all.
+# makes no code better (pack_rows has its own way to know): not to be told leaves less to compile,
+# for the last batch of an epoch above all.
 COUNTS = (
     "M", "P", "H", "W", "H2", "W2", "n1", "n2", "rows", "lines", "columns", "channels", "count",
     "tiles", "plane", "across", "share", "walkers", "segments", "splits", "stride",

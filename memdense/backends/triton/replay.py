@@ -514,10 +514,11 @@ def call(
     if not enabled():
         _expect_device(device, moving, fixed)
         return function(backend, moving, fixed, *rest)
+    # without cuDNN convolutions of volumes give other strides
     key = (
-        function, device, _extension.tf32(), rest, tuple(map(_signature, moving)),
-        *map(Tensor.data_ptr, fixed), *[t.dtype for t in fixed], *[t.shape for t in fixed],
-        *map(Tensor.stride, fixed),
+        function, device, _extension.tf32(), torch.backends.cudnn.enabled, rest,
+        tuple(map(_signature, moving)), *map(Tensor.data_ptr, fixed), *[t.dtype for t in fixed],
+        *[t.shape for t in fixed], *map(Tensor.stride, fixed),
     )  # fmt: skip
     with _lock:
         tape = _tapes.get(key)

@@ -34,14 +34,17 @@ def _rows_at(pixel, n1, n2, s0, s1, s2, AXES: tl.constexpr):
 def pack_rows(
     x, out, partial,
     M, C, CX, n1, n2, s0, s1, s2, sc, ldo, share, walkers, plane,
-    BM: tl.constexpr, BC: tl.constexpr, AXES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, AXES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out [M, C] = x, each walk's statistics at partial [2, C, walkers]; either may be missing.
 
     Row (i0*n1 + i1)*n2 + i2 of x lies at i0*s0 + i1*s1 + i2*s2, of which AXES are there; channels
-    lie sc apart. CX columns of x may be read. With d = x - shift, where shift is the mean of the
-    first rows, mean = shift + sum(d)/n and M2 = sum(d^2) - sum(d)^2/n.
+    lie sc apart. CX columns of x may be read. WHOLE: s2 is 1, and n2 a multiple of 16. With
+    d = x - shift, where shift is the mean of the first rows, mean = shift + sum(d)/n and
+    M2 = sum(d^2) - sum(d)^2/n.
     """
+    if WHOLE:  # wide loads want to know it of each
+        M, n2, share = M // 16 * 16, n2 // 16 * 16, share // 16 * 16
     walker, first, last, c = walk_of(C, M, share, BC)
     row = tl.arange(0, BM)
     x += c.to(tl.int64)[None, :] * sc
@@ -82,7 +85,8 @@ def _plan(axes: Axes, m: int, c: int, touched: int, channel_stride: int, ldo: in
     rows, columns, across, walkers, share = walk(m, c)
     (_, s0), (n1, s1), (n2, s2) = ((1, 0),) * (3 - len(axes)) + axes
     sizes = (m, c, touched, n1, n2, s0, s1, s2, channel_stride, ldo, share, walkers, c * walkers)
-    return Plan(pack_rows, (across * walkers,), sizes, (rows, columns, len(axes)), warps=8)
+    constants = rows, columns, len(axes), s2 == 1 and n2 % 16 == 0
+    return Plan(pack_rows, (across * walkers,), sizes, constants, warps=8)
 
 
 def _axes(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Axes:
