@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -510,6 +511,34 @@ def test_a_blocks_signature_stays() -> None:
     given = {"init_features": images(2, 8, 6, 6)}
     program = torch.export.export(found.features.denseblock1, (), given)
     assert "memdense" not in program.graph_module.code
+
+
+class Joining(peers.PrevBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.children():
+            features.append(layer(*features))
+        return self.join(features)
+
+    def join(self, features: list[Tensor]) -> Tensor:
+        return torch.cat(features, 1)
+
+
+def test_changes_to_a_block_that_ran() -> None:
+    """A switch, a layer less, a method of its own."""
+    model = nn.Sequential(OrderedDict(block=Joining(3, 8, 4), norm=nn.BatchNorm2d(20))).double()
+    block, x = memdense.convert(model, verbose=False).block, images(2, 8, 6, 6)
+    kept = []
+    for model.keep_bottlenecks in (False, True):
+        kept.append(saved_bytes(block, x, exclude=(block, x)))
+    assert kept[1] - kept[0] == 3 * 16 * 2 * 6 * 6 * 8
+    whole = block(x)
+    del block.denselayer3
+    torch.testing.assert_close(block(x), whole[:, :16], rtol=1e-12, atol=1e-12)
+    block.join = lambda features: torch.cat(features[::-1], 1)
+    with pytest.warns(MemdenseWarning, match="the join of block was replaced on the instance"):
+        out = block(x)
+    torch.testing.assert_close(out[:, 8:], whole[:, :8], rtol=1e-12, atol=1e-12)
 
 
 class Liar(peers.PrevLayer):

@@ -278,6 +278,12 @@ def test_check_looks_at_code_and_not_at_weights(change):
     assert type(memdense.convert(model, verbose=False).features) is Features
 
 
+def test_check_of_volumes_that_synchronise():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(peers.monai(3))
+    assert type(memdense.convert(model, verbose=False).features) is Features
+    assert type(model.features.norm0) is nn.SyncBatchNorm
+
+
 def test_check_needs_no_size_that_fits_the_head():
     model = nn.Sequential(*peers.torchvision().features, nn.Flatten(), nn.Linear(20 * 7 * 7, 2))
     memdense.convert(model, verbose=False)
@@ -325,6 +331,15 @@ class NoDropout(peers.PrevLayer):
         return new
 
 
+class OtherStatistics(peers.PrevLayer):
+    def forward(self, *features: Tensor) -> Tensor:
+        before = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        new = super().forward(*features)
+        for buffer, value in before:
+            buffer.data.copy_(value)
+        return new
+
+
 class NaN(peers.PrevLayer):
     def forward(self, *features: Tensor) -> Tensor:
         return math.nan * super().forward(*features)
@@ -367,6 +382,7 @@ def alike(part: type[nn.Module]) -> nn.Module:
         (OnlyInTraining, "the output in training mode differs by"),
         (OtherDropout, "the output in training mode differs by"),
         (NoDropout, "the output in training mode differs by"),
+        (OtherStatistics, "the buffer denseblock1.denselayer1.norm1.running_mean differs by"),
         (NaN, "the output in evaluation mode differs by nan"),
         (Reversed, "the output in evaluation mode differs by"),
         (ConvolvesFirst, "the output in evaluation mode differs by"),

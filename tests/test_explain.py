@@ -157,9 +157,9 @@ def test_unconverted_models():
 
 
 def test_container_of_another_kind():
-    model = memdense.explain(
-        nn.ModuleDict(OrderedDict(peers.GpleissStyle().features.named_children()))
-    )
+    stack = nn.ModuleDict(OrderedDict(peers.GpleissStyle().features.named_children()))
+    stack.register_module("nothing", None)
+    model = memdense.explain(stack)
     assert all(not row.efficient for row in model.rows)
     assert any("it is a ModuleDict, not an nn.Sequential" in note for note in model.notes)
 
@@ -218,6 +218,17 @@ def test_notes_on_the_machine(monkeypatch):
     assert "compiled extension: not built: no compiler" in memdense.explain(model).notes
 
 
+def test_notes_on_a_stack():
+    """Its mode and its parameters, and what is the matter with volumes."""
+    model = converted().eval()
+    model.features.norm0.double()
+    note = "features: evaluation mode, cpu float32 and cpu float64"
+    assert note in memdense.explain(model).notes
+    found = memdense.explain(memdense.convert(peers.monai(3), verbose=False))
+    by_planes = any("of volumes: kernels take their planes" in note for note in found.notes)
+    assert by_planes == (found.rows[0].backend != "reference")
+
+
 def test_notes_on_an_input():
     model = converted()
 
@@ -270,6 +281,22 @@ def test_what_autocast_has_run_as_modules(name):
         assert sum("as plain modules: " in n for n in notes) == 2
 
 
+def test_modules_between_parts_are_one_row():
+    block = memdense.DenseBlock(2, 6, 2, 4)
+    found = memdense.explain(memdense.Features(nn.Conv2d(3, 6, 1), nn.ReLU(), block))
+    between, efficient = found.rows
+    assert between.modules == ("0", "1") and efficient.modules == ("2",)
+    assert not between.efficient and efficient.efficient
+    assert between.why == "neither a dense block nor a stem of one convolution"
+
+
+def test_a_block_and_nothing_else_is_converted(capsys):
+    found = memdense.explain(memdense.convert(peers.PrevBlock(2, 8, 4)))
+    assert ONE_BY_ONE not in capsys.readouterr().err
+    assert found.rows[0].efficient
+    assert not any("memdense.convert" in note for note in found.notes)
+
+
 def test_blocks_that_run_alone_are_parts_of_their_own():
     class Own(nn.Sequential):
         def forward(self, x):
@@ -302,6 +329,7 @@ def test_sizes_behind_a_convolution(options):
     conv = nn.Conv2d(3, 4, 3, **options)
     assert size_after(conv, (16, 15)) == conv(torch.randn(1, 3, 16, 15)).shape[2:]
     assert size_after(nn.Conv2d(3, 4, 3, padding="same"), (16, 15)) is None
+    assert size_after(nn.MaxPool2d(3, 2, 1, ceil_mode=True), (16, 15)) is None
 
 
 def test_a_transform_is_named_and_warned_of_later():

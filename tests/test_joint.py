@@ -94,6 +94,7 @@ def work(rank: int, folder: str) -> None:
             apart = nn.SyncBatchNorm.convert_sync_batchnorm(build(name), one)
             results["apart"] = step(apart, x, weights), step(build(name), x, weights)
     results["refusals"] = refusals()
+    results["merged"] = merged(rank)
     torch.save(results, f"{folder}/{rank}")
     distributed.destroy_process_group()
 
@@ -121,6 +122,19 @@ def refusals() -> list[str]:
     except RuntimeError as error:
         said.append(str(error))
     return said
+
+
+def merged(rank: int) -> tuple[list[float], ...]:
+    """What becomes of one row's mean, variance and sum: of both processes, and in a group alone."""
+    both = joint.name_of(None)
+    alone = [distributed.new_group([i]) for i in range(2)][rank]
+    found = []
+    for group in (both, alone.group_name):
+        moments = torch.tensor([[2.0**14 + rank * 2.0**-9], [0.0]])
+        share = joint.gather(moments, 1, group)
+        sums = joint.add_up(torch.tensor([[1.0], [2.0 + rank]]), share[0], group)
+        found += [moments.flatten().tolist(), share.tolist(), sums.flatten().tolist()]
+    return tuple(found)
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +192,12 @@ def test_refusals(results: list[dict]) -> None:
         mixed, twice = result["refusals"]
         assert mixed == "its norms do not all synchronise with the same processes"
         assert "cannot be differentiated" in twice
+
+
+def test_merged_in_their_group_and_in_float64(results: list[dict]) -> None:
+    """Of means that are neighbours in float32; groups of one stay out of each other's way."""
+    for rank, result in enumerate(results):
+        (mean, variance), share, sums, *alone = result["merged"]
+        assert mean - 2**14 in (0, 2**-9) and variance == 2**-20
+        assert share == [0.5, 2] and sums == [1, 2.5]
+        assert alone == [[2**14 + rank * 2**-9, 0], [1, 1], [1, 2 + rank]]

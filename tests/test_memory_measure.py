@@ -1,6 +1,7 @@
 """memdense.memory against scripts whose allocations are known to the byte."""
 
 import gc
+import os
 import random
 import threading
 
@@ -14,6 +15,7 @@ from memdense.memory import (
     PeakMemory,
     StepMemory,
     _follow,
+    _warm_up_profiler,
     format_bytes,
     live_bytes,
     peak_memory,
@@ -216,6 +218,17 @@ def test_other_devices_are_refused():
         peak_memory(nn.Linear(2, 2, device="meta"), torch.empty(1, 2))
     with pytest.raises(ValueError, match="meta"):
         peak_memory(torch.mul, torch.empty(3), other=torch.empty(3, device="meta"))
+    with torch.device("meta"), pytest.raises(ValueError, match="meta"):
+        peak_memory(torch.empty, 3)
+
+
+@pytest.mark.parametrize("level", [None, "3"])
+def test_the_environment_stays(level, monkeypatch):
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    if level:
+        monkeypatch.setenv("KINETO_LOG_LEVEL", level)
+    _warm_up_profiler.__wrapped__()
+    assert os.environ.get("KINETO_LOG_LEVEL") == level
 
 
 # What is alive between forward and backward
@@ -269,7 +282,8 @@ def test_saved_tensors_of_a_dropped_graph_do_not_count():
     x = torch.randn(1000, requires_grad=True)
 
     def script():
-        x.exp().exp()
+        cycle = [x.exp().exp()]
+        cycle.append(cycle)
         return x.exp()
 
     assert saved_bytes(script) == 4000
@@ -356,6 +370,11 @@ def test_training_step_takes_any_loss():
     training_step_memory(model, x, loss=loss)
     training_step_memory(model, x, target, loss=loss)
     assert seen == [1, 1, 1, 2, 2, 2]
+
+
+def test_without_a_target_the_loss_is_the_mean_square():
+    step = training_step_memory(small_model(), torch.randn(6, 100))
+    assert step.saved == 4 * 6 * 200 + 4 * 6 * 10, "the square needs the output"
 
 
 def test_input_and_target_are_not_counted_as_saved():
@@ -462,6 +481,12 @@ def test_cuda_device_is_taken_from_the_arguments():
     x = torch.randn(1024, device="cuda")
     assert figures(torch.neg, x) == (4096, 4096)
     assert figures(torch.neg, torch.randn(1024)) == (4096, 4096), "the CPU is measured too"
+
+
+@gpu
+@needs_cuda
+def test_the_cpu_alone_is_measured():
+    assert figures(lambda: (block(1024, "cuda"), block(30)), device="cpu") == (30, 30)
 
 
 @gpu

@@ -199,6 +199,19 @@ def test_kept_bytes_by_hand() -> None:
     assert dict(half.buffers)["G, gradient of X"] == 4 * pixels * 16
 
 
+def test_masks_and_generators_are_the_devices() -> None:
+    """Plain modules' dropout keeps a byte a value on a GPU, and the activation's bytes on a CPU;
+    checkpoints keep generators' states in the host's memory.
+    """
+    model = build(**network_of("dropout"))
+    args = dict(image=64, batch=4)
+    gpu = memdense.plan(model, **args, backend="reference")
+    cpu = memdense.plan(model, **args, device="cpu", backend="reference")
+    masks = 4 * 24 * (4 * 16 * 16 + 6 * 8 * 8)
+    for name, states in ((gpu.settings[-1].name, 0), (gpu.settings[-2].name, 10 * 5056)):
+        assert cpu[name].kept - gpu[name].kept == 3 * masks + states
+
+
 def test_peak_is_what_the_design_says() -> None:
     """DenseNet-121 at 224: X, G, Y and dz of the first block, 2.4 M values an image, and little
     beside them.
@@ -242,6 +255,7 @@ def test_small_architectures_are_the_papers(arch: str) -> None:
     half = model.features.transition1.conv.out_channels * 2
     whole = model.features.transition1.conv.in_channels
     assert half == whole if "c" in arch else half == 2 * whole
+    assert model.features.conv0.out_channels == 16  # 2 * 8 with both, too
 
 
 @pytest.mark.parametrize(
@@ -310,6 +324,29 @@ def test_largest_batch_fits_when_run() -> None:
     assert total == pytest.approx(20e6, rel=0.05)
 
 
+def test_budget_of_an_optimizer_that_takes_more_than_the_step() -> None:
+    """All parameters' decayed gradients at once."""
+    plan = memdense.plan("densenet201", 32, 2, optimizer="sgd")
+    step = plan.state.optimizer_step
+    assert step == plan.state.parameters > plan["memdense"].peak
+    assert plan["memdense"].total == plan.state.total + plan.images + step
+
+
+def test_budget_of_one_value_per_channel() -> None:
+    """Where two images are the least, and part of the budget is reserved."""
+    args = dict(model="densenet121", image=32, batch=2, reserve="1MB")
+    with pytest.raises(ValueError, match=r"1\.0 MB of it reserved.* batch of 2 needs") as error:
+        memdense.plan(**args, budget="60MB")
+    text, unit = re.search(r"needs ([\d.]+) (\w+) at the least", str(error.value)).groups()
+    least = parse_bytes(text + unit)
+    with pytest.raises(ValueError, match="holds no training step"):
+        memdense.plan(**args, budget=least - 10**5)
+    plan = memdense.plan(**args, budget=least + 10**5)
+    assert {setting.largest_batch for setting in plan.settings} == {0, 2}
+    largest = memdense.plan(**args, budget=plan.settings[-1].total - 1 + 10**6)
+    assert largest.settings[-1].largest_batch == 0
+
+
 # ---- many devices
 
 
@@ -369,6 +406,16 @@ def test_memory_of_each_device(view: bool, copies: int) -> None:
     assert two.memory - one.memory == (copies - 2) * size
     assert eight.all_reduce_bytes == 1.75 * size
     assert eight.all_reduce_seconds == pytest.approx(1.75 * size / 12.5e9)
+
+
+@pytest.mark.parametrize(("cap", "share"), [(25, 0.5), (25, 1.0), (4, 1.0)])
+def test_what_backward_hides(cap: float, share: float) -> None:
+    """All but the last bucket, as long as it takes."""
+    args = dict(devices=(2,), images_per_second=100, bandwidth="1GB/s", bucket_cap_mb=cap)
+    (two,) = memdense.plan("densenet121", 64, 4, backward_share=share, **args).scaling
+    last = bucket_sizes([p.nbytes for p in build("densenet121").parameters()], cap)[-1]
+    late = 4 * 7_978_856 - 0.04 * share * 1e9
+    assert two.exposed_seconds == pytest.approx(max(last, late) / 1e9)
 
 
 # ---- what people write, and what they read
@@ -526,6 +573,17 @@ def test_command_line_for_many_devices(capsys: pytest.CaptureFixture[str]) -> No
     assert re.search(rf"\n4 +{rate} +{0.008 / (0.008 + exposed):.1%} ", text)
     assert re.search(r"\n1 +1,000 +100\.0% +8\.0 ms +0\.0 ms +0\.0 ms", text)
     assert "at 10GB/s" in text and "when backward has ended" in text
+
+
+def test_defaults_are_the_networks() -> None:
+    """Images of 32 where it is for small ones; double_backward where it is on."""
+    assert "32 x 32" in memdense.plan("bc22-8", batch=2).title
+    assert "224 x 224" in memdense.plan("densenet121", batch=2).title
+    model = build("bc22-8")
+    assert "memdense, double_backward=True" not in str(memdense.plan(model))
+    model.features.double_backward = True
+    plan = memdense.plan(model)
+    assert plan["memdense, double_backward=True"].kept > plan["memdense"].kept
 
 
 def test_command_line_builds_other_networks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -353,6 +353,22 @@ def test_addresses_of_two_pieces(replays: list[replay.Tape], emulated: Any) -> N
         replays.clear()
 
 
+def of_a_result(backend: Triton, moving: Any, fixed: Any, op: Any) -> list[Tensor | None]:
+    """A layer's, of what lies behind the beginning of an operation's result."""
+    y = torch.cat([moving[0].neg(), moving[0]])[30:]
+    return second_half(backend, [y], fixed, op)
+
+
+def test_addresses_in_results(replays: list[replay.Tape], emulated: Any) -> None:
+    fixed = [*(torch.rand(4, 5) + 0.5).unbind(), torch.randn(4, 5, 3, 3)]
+    with replay.replaying(True):
+        for _ in range(4):
+            y = [torch.randn(30, 5)]
+            [found] = replay.call(Triton(), of_a_result, y, fixed, emulated.op)
+            assert torch.equal(found, second_half(Triton(), y, fixed, emulated.op)[0])
+    assert len(replays) == 2 and any(get is not None for _, get in replays[0].steps)
+
+
 ELSEWHERE = torch.ones(4)
 
 
@@ -428,14 +444,16 @@ def test_other_looks_are_other_tapes(replays: list[replay.Tape]) -> None:
 def test_what_cannot_be_replayed(replays: list[replay.Tape]) -> None:
     """Values that decide, memory from elsewhere, inputs that overlap: run every time."""
     w, x = torch.randn(3, 4), torch.randn(6, 3)
+    both = torch.randn(18)
     for case in (
         ([x], [w], "value"),
         ([x], [w], "elsewhere"),
         ([x, x], [w]),
+        ([both.view(6, 3)], [both[:12].view(3, 4)]),
     ):
         for _ in range(4):
             ask(*case)
-    assert not replays and not tapes() and len(replay._tapes) == 3
+    assert not replays and not tapes() and len(replay._tapes) == 4
     with replay.replaying(True), launch.recorded():
         assert not replay.enabled()
 
@@ -557,6 +575,32 @@ def test_memory_that_a_tape_does_not_follow(function: Any, replays: list[replay.
             (found,) = replay.call(Triton(), function, [x], [torch.ones(2)])
         assert found.is_meta or torch.equal(found, x.view(torch.int32) + 1)
     assert not replays and not tapes()
+
+
+def some_are_empty(backend: Triton, moving: list[Tensor], fixed: list[Tensor]) -> list[Tensor]:
+    """Of an operation's three results one has values."""
+    norm = *fixed, *fixed, False, 0.1, 1e-5
+    return [torch.native_batch_norm(moving[0], *norm)[0]]
+
+
+def parts(backend: Triton, moving: list[Tensor], fixed: list[Tensor]) -> list[Tensor]:
+    """Of an input that lies within its memory, and of what is made here."""
+    wide = moving[0].new_empty(9, 3)
+    torch.add(moving[0][1:, 1:], 1, out=wide[2:6, 1:])
+    wide[:, 0].fill_(2)
+    return [moving[0][2:].neg(), wide[2:6]]
+
+
+@pytest.mark.parametrize(("function", "count"), [(some_are_empty, 0), (parts, 2)])
+def test_parts(function: Any, count: int, replays: list[replay.Tape]) -> None:
+    fixed = [torch.rand(3) + 0.5, torch.rand(3) + 0.5]
+    for _ in range(4):
+        x = [torch.randn(64)[7:22].view(5, 3)]
+        with replay.replaying(True):
+            found = replay.call(Triton(), function, x, fixed)
+        for a, b in zip(found, function(Triton(), x, fixed), strict=True):
+            assert torch.equal(a, b)
+    assert len(replays) == count
 
 
 def test_tapes_keep_their_tables(replays: list[replay.Tape]) -> None:
