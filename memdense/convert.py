@@ -3,6 +3,7 @@ names.
 """
 
 import copy
+import io
 import sys
 import warnings
 from collections import OrderedDict
@@ -249,13 +250,16 @@ def _difference(stack: nn.Sequential) -> str:
         torch.default_generator.manual_seed(0)
         try:
             original = _copy(stack)
-            converted = copy.deepcopy(original)
+            converted = _copied(original, {})
             become_features(converted)
             x = _probe(original)
             expected, found = _results(original, x), _results(converted, x)
             what = _first_difference(found, expected)
         except Exception as error:  # other people's code may raise anything
-            return f"checking it raised {type(error).__name__}: {error} (check=False skips that)"
+            name = type(error).__name__
+            # TorchScript's come with a traceback
+            said = str(error).strip().split("\n")[-1].removeprefix(f"{name}: ")
+            return f"checking it raised {name}: {said} (check=False skips that)"
     names = sorted(cls.__name__ for cls in converted._switches.types - OWN_TYPES)
     return what and f"{', '.join(names)} compute something else than they look like: {what}"
 
@@ -295,7 +299,7 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
         ):
             if isinstance(tensor, Tensor):
                 memo[id(tensor)] = _substitute(name, tensor)
-    part = copy.deepcopy(part, memo)
+    part = _copied(part, memo)
     norm = nn.BatchNorm3d if axes_of(_first_convolution(part)) == 3 else nn.BatchNorm2d
     for module in part.modules():
         if isinstance(module, RunsAlone):
@@ -303,6 +307,18 @@ def _copy(stack: nn.Sequential) -> nn.Sequential:
         if type(module) is nn.SyncBatchNorm:  # other processes do not take part
             module.__class__ = norm
     return part
+
+
+def _copied(stack: nn.Sequential, memo: dict[int, object]) -> nn.Sequential:
+    """``copy.deepcopy``, which would leave scripted modules their parameters: these are C++'s."""
+    for parent in stack.modules():
+        for child in parent.children():
+            if isinstance(child, torch.jit.ScriptModule):
+                file = io.BytesIO()
+                torch.jit.save(child, file)
+                file.seek(0)
+                memo[id(child)] = torch.jit.load(file, map_location="cpu").double()
+    return copy.deepcopy(stack, memo)
 
 
 def _first_convolution(stack: nn.Sequential) -> nn.Module:

@@ -95,6 +95,10 @@ class Switches:
             return "" if written else f"it is {article(type(x).__name__)}"
         if x.dim() not in CHANNELS_LAST or not x.is_floating_point() or not x.numel():
             return f"{x.dtype} of shape {tuple(x.shape)}"
+        if x.layout != torch.strided:
+            return f"a tensor of layout {x.layout}"
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_inference():
+            return "an inference tensor, which cannot be saved for backward"
         return ""
 
     def __getstate__(self) -> dict[str, Any]:

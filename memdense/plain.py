@@ -84,7 +84,12 @@ def gradients(
     """
     with torch.enable_grad():
         # by other names: one input may be made of another, of which autograd asks elsewhere
-        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        inputs = [
+            # one that was needed may have been frozen since
+            t.detach().requires_grad_() if n and not t.requires_grad
+            else t if t is None else t.view_as(t)
+            for t, n in zip(inputs, need, strict=True)
+        ]  # fmt: skip
         outputs = function(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [t for t, n in zip(inputs, need, strict=True) if n]

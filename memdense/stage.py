@@ -42,18 +42,24 @@ class Step(NamedTuple):
 
 def is_block(module: nn.Module) -> bool:
     """Whether all children of ``module`` are built like dense layers."""
-    return len(module._modules) > 0 and all(map(_is_layer, module._modules.values()))
+    return bool(_children(module)) and all(map(_is_layer, module._modules.values()))
 
 
 def _is_layer(module: nn.Module | None) -> bool:
-    if module is None or isinstance(module, torch.jit.ScriptModule):
+    if module is None:
         return False
-    inner = module._modules.get("layers")
-    return {"norm1", "conv1"} <= set((module if inner is None else inner)._modules)
+    children = _children(module)
+    inner = module._modules["layers"] if "layers" in children else None
+    return {"norm1", "conv1"} <= (children if inner is None else _children(inner))
 
 
 def is_transition(module: nn.Module) -> bool:
-    return {"norm", "conv"} <= set(module._modules)
+    return {"norm", "conv"} <= _children(module)
+
+
+def _children(module: nn.Module) -> set[str]:
+    """Their names; a scripted module's are none of ours."""
+    return set() if isinstance(module, torch.jit.ScriptModule) else set(module._modules)
 
 
 def steps_of(

@@ -182,6 +182,8 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
         mean, var = buffers["running_mean"], buffers["running_var"]
     except KeyError as missing:
         raise Unsupported(f"{name} has no {missing} among its parameters or buffers") from None
+    if (mean is None) != (var is None):
+        raise Unsupported(f"{name} has only one of running_mean and running_var")
     training, running = module.training, None
     batch = training or mean is None
     if training and module.track_running_stats and mean is not None:

@@ -88,6 +88,26 @@ def test_differentiating_twice_without_the_switch_says_so() -> None:
         torch.autograd.grad(found(x).sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_frozen_between_forward_and_the_penalty(batched: bool) -> None:
+    """As a critic's parameters are while its input learns; of many gradients at once, too."""
+
+    def penalty(model: nn.Module, x: Tensor) -> Tensor:
+        out = model(x)
+        model.requires_grad_(False)
+        g = torch.stack((out.detach(), torch.ones_like(out))) if batched else torch.ones_like(out)
+        (dx,) = torch.autograd.grad(
+            out, x, g, create_graph=not batched, retain_graph=True, is_grads_batched=batched
+        )
+        if not batched:
+            dx.square().sum().backward()
+        model.requires_grad_()
+        return dx.detach()
+
+    found, expected = pair(double_backward=True)
+    assert_same_step(found, expected, images(), penalty)
+
+
 @pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
@@ -355,6 +375,21 @@ def test_no_grad_and_inference_mode_keep_nothing() -> None:
     with torch.inference_mode():
         assert torch.equal(found(x), out)
     assert_same_tensors({"output": out}, {"output": expected(x).detach()})
+
+
+@pytest.mark.parametrize("kind", ["inference", "sparse"])
+def test_refused_inputs_move_nothing(kind: str) -> None:
+    """With the modules' words."""
+    x = images()
+    with torch.inference_mode():
+        x = x.clone() if kind == "inference" else x.to_sparse()
+    said = []
+    for model in pair():
+        with pytest.raises(RuntimeError) as error:
+            model(x)
+        said.append(str(error.value))
+        assert model.features.norm0.num_batches_tracked == 0
+    assert said[0] == said[1]
 
 
 def test_threads_do_not_share_buffers() -> None:

@@ -278,6 +278,19 @@ def test_check_looks_at_code_and_not_at_weights(change):
     assert type(memdense.convert(model, verbose=False).features) is Features
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_check_of_scripted_modules():
+    """Copies of their own, as the others'."""
+    model = peers.torchvision()
+    layer = model.features.denseblock1.denselayer1
+    layer.norm2, layer.conv2 = torch.jit.script(layer.norm2), torch.jit.script(layer.conv2)
+    before = [t.clone() for t in (*model.parameters(), *model.buffers())]
+    memdense.convert(model, verbose=False)
+    assert type(model.features) is Features
+    assert all(p.grad is None for p in model.parameters())
+    assert all(map(torch.equal, before, (*model.parameters(), *model.buffers())))
+
+
 def test_check_of_volumes_that_synchronise():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(peers.monai(3))
     assert type(memdense.convert(model, verbose=False).features) is Features

@@ -180,6 +180,15 @@ def reflecting(features: nn.Module) -> None:
     features.conv0 = conv
 
 
+def scripted(name: str) -> Callable[[nn.Module], None]:
+    def change(features: nn.Module) -> None:
+        module = features.get_submodule(name)
+        inside = list(module.children())
+        setattr(features, name, torch.jit.script(nn.Sequential(*inside) if inside else module))
+
+    return change
+
+
 UNUSUAL = {
     "a stride": set_to(LAYER + "conv2.stride", (2, 2)),
     "groups": set_to("transition1.conv.groups", 2),
@@ -196,10 +205,13 @@ UNUSUAL = {
     "shared variances": exchange_statistics,
     "no count": set_to("norm0.num_batches_tracked", None),
     "no bias": set_to(LAYER + "norm2.bias", None),
+    "no mean": set_to("norm0.running_mean", None),
+    "a scripted convolution": scripted("conv0"),
+    "a scripted tail": scripted("transition1"),
 }
 
 
-@pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
+@pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning", "ignore:.*torch.jit.script")
 @pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL)
 def test_what_is_unusual_runs_as_its_modules_do(change: Callable[[nn.Module], Any]) -> None:
     """With their numbers or their errors, up to the transition and through all."""
