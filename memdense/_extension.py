@@ -33,6 +33,7 @@ s * dz is added to dz instead. On CUDA two launches forward (one without statist
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -120,6 +121,11 @@ _reason = _load()
 _cuda_reason = _reason or _load_cuda()
 
 
+def built() -> bool:
+    """Whether there is a library, of whatever use."""
+    return _library("_C").exists()
+
+
 def available() -> bool:
     """Whether `torch.ops.memdense` holds the compiled operations."""
     return not _reason
@@ -155,9 +161,31 @@ def cuda_library() -> Path:
 
 
 @cache
+def cuda_unfit(device: torch.device) -> str:
+    """Why the CUDA kernels do not run on a CUDA device, in a sentence; empty where they do."""
+    if not cuda_available():
+        return cuda_reason()
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        found, needed = (".".join(map(str, c)) for c in (capability, CAPABILITY))
+        return f"they need compute capability {needed}, this device has {found}"
+    with torch.cuda.device(device):
+        error = unfit()
+    return f"they cannot run on this device: {error}" if error else ""
+
+
+def unfit() -> str:
+    """What CUDA says against running the kernels on the current device; empty if nothing."""
+    say = getattr(ctypes.CDLL(str(cuda_library())), "memdense_unfit", None)
+    if say is None:  # built from older sources
+        return ""
+    say.restype = ctypes.c_char_p
+    return (say() or b"").decode()
+
+
 def cuda_runs_on(device: torch.device) -> bool:
-    """Whether a CUDA device is one that the CUDA kernels were written for."""
-    return cuda_available() and torch.cuda.get_device_capability(device) >= CAPABILITY
+    """Whether the CUDA kernels run on a CUDA device."""
+    return not cuda_unfit(device)
 
 
 def tf32() -> bool:

@@ -114,8 +114,8 @@ def explain(model: nn.Module, input: Tensor | None = None) -> Explanation:
     instructions = _extension.instructions()
     extension = f"available, {instructions}" if instructions else _extension.reason()
     notes += [f"compiled extension: {extension}", f"Triton: {_triton(model)}"]
-    if any(p.is_cuda for p in model.parameters()):
-        notes.append(f"3x3 in CUDA C++: {_extension.cuda_reason() or 'available'}")
+    if cuda := next((p.device for p in model.parameters() if p.is_cuda), None):
+        notes.append(f"3x3 in CUDA C++: {_extension.cuda_unfit(cuda) or 'available'}")
     return Explanation(tuple(rows), tuple(notes))
 
 

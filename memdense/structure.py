@@ -325,7 +325,7 @@ def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerMod
     norm1 = read_norm(children["norm1"], f"{name}.norm1")
     read_relu(parts, "relu1", norm1.module, name)
     dropout = _read_dropout(module, children.get("dropout"), name)
-    check(module, own_name, types, "a dense layer that was looked at when the model was converted")
+    check(module, own_name, types, "a dense layer of a class that memdense.convert has checked")
     if "conv2" not in children:
         conv1 = read_conv(children["conv1"], f"{name}.conv1", 3)
         check_fits(norm1, f"{name}.norm1", conv1.weight.shape[1], conv1.weight)
@@ -398,7 +398,7 @@ def read_stage(
         Unsupported: where running these modules one by one would do anything else.
     """
     check_global_hooks()
-    what = "a dense block that was looked at when the model was converted"
+    what = "a dense block of a class that memdense.convert has checked"
     check(block, name, types, what, hooks=alone)
     layers, norms, dropouts = [], [], set()
     for child, module in block._modules.items():
@@ -446,7 +446,7 @@ def _read_tail(
             raise Unsupported(f"{name}.pool is not a {'x'.join('2' * axes)} average of stride 2")
         if pool.ceil_mode or pool.divisor_override:
             raise Unsupported(f"{name}.pool has ceil_mode or divisor_override")
-    check(module, name, types, "a transition that was looked at when the model was converted")
+    check(module, name, types, "a transition of a class that memdense.convert has checked")
     spec = TailSpec("transition", norm.norm.spec, True, 1 if pool is None else 2)
     return Tail(spec, norm.norm, conv.weight), norm
 

@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from emulated import COMPILER, LANGUAGE
 from torch.library import opcheck
 from torch.utils import cpp_extension
 
-from memdense import _extension
+from memdense import _extension, backends
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
@@ -245,6 +247,44 @@ def test_cuda_kernels_of_older_sources_are_not_used(monkeypatch):
     assert _extension._load_cuda() == ""
     monkeypatch.setattr(_extension, "CUDA_OPERATIONS", ("bn_relu_conv3x3", "pack"))
     assert "built from older sources and lacks pack" in _extension._load_cuda()
+
+
+def test_kernels_that_a_device_cannot_run(monkeypatch):
+    """An old device; what was compiled for others, or a driver that is older than the compiler."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(_extension, "_cuda_reason", "")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(_extension, "unfit", lambda: "no kernel image is available")
+    for capability, said in (
+        ((7, 5), "they need compute capability 8.0, this device has 7.5"),
+        ((8, 6), "they cannot run on this device: no kernel image is available"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert _extension.cuda_unfit.__wrapped__(device) == said
+    monkeypatch.setattr(_extension, "unfit", lambda: "")
+    assert _extension.cuda_unfit.__wrapped__(device) == ""
+    monkeypatch.setattr(_extension, "_cuda_reason", "not built")
+    assert _extension.cuda_unfit.__wrapped__(device) == "not built"
+
+
+@pytest.mark.skipif(not _extension.cuda_available(), reason=_extension.cuda_reason())
+def test_cuda_says_whether_kernels_can_run():
+    assert bool(_extension.unfit()) != torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_an_extension_of_no_use_is_told_of(built, monkeypatch):
+    """One that was not built is not."""
+    reason = "_C.abi3.so was built from older sources"
+    monkeypatch.setattr(_extension, "_reason", reason)
+    monkeypatch.setattr(_extension, "built", lambda: built)
+    backends._say_once.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert type(backends.backend_for(torch.device("cpu"))) is backends.Reference
+    expected = [f"memdense runs PyTorch's operations on cpu: {reason}"]
+    assert [str(w.message) for w in said] == built * expected
 
 
 def test_tf32_is_what_torch_says():

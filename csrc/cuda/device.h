@@ -258,6 +258,14 @@ Kernel erased(void (*kernel)(Argument)) {
   return reinterpret_cast<Kernel>(kernel);
 }
 
+// Why the current device cannot run a kernel, or null: it may be of none of the architectures that
+// were compiled for, or its driver older than the compiler.
+inline const char* refusal(Kernel kernel) {
+  cudaFuncAttributes found;
+  if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return nullptr;
+  return cudaGetErrorString(cudaGetLastError());
+}
+
 // Before a kernel's first start with so many bytes of shared memory on the current device.
 inline void prepare(Kernel kernel, int shared) {
   // what a block may have without asking

@@ -41,6 +41,10 @@ struct Recording {
 
 namespace {
 
+struct Nothing {};
+
+MEMDENSE_KERNEL(32, 1) do_nothing(const Nothing) {}
+
 thread_local std::unique_ptr<Recording> recording;
 
 // Several threads may replay a recording at the same time.
@@ -54,6 +58,8 @@ void replay(const Recording& recording, Stream stream, const uint64_t* addresses
     start(launch.kernel, launch.grid, argument, stream);
   }
 }
+
+const char* refusal_of_all() { return refusal(erased(do_nothing)); }
 
 }  // namespace
 
@@ -85,6 +91,9 @@ using memdense::device::Scratch;
 
 extern "C" {
 #pragma GCC visibility push(default)
+
+// Why the current device cannot run the kernels, or null.
+const char* memdense_unfit() { return memdense::device::refusal_of_all(); }
 
 // Record what this thread launches, until memdense_recorded().
 void memdense_record() { memdense::device::recording = std::make_unique<Recording>(); }

@@ -148,11 +148,17 @@ def backend_for(device: torch.device) -> Reference:
     if asked is None and (asked := os.environ.get("MEMDENSE_BACKEND")):
         _check(asked)
     name = asked or ("triton" if device.type == "cuda" else "native")
-    if name == "native" and device.type == "cpu" and _extension.available():
-        return Native()
+    if name == "native" and device.type == "cpu":
+        if _extension.available():
+            return Native()
+        if _extension.built():
+            _say_once(f"memdense runs PyTorch's operations on cpu: {_extension.reason()}")
     if name == "triton" and (not triton_reason(device) or (asked and _interpreted())):
         from .triton import Triton
 
+        there = device.type == "cuda" and _extension.cuda_available()
+        if there and (reason := _extension.cuda_unfit(device)):
+            _say_once(f"memdense runs Triton's 3x3 on {device}, not CUDA C++'s: {reason}")
         return Triton()
     if name == "triton" and device.type == "cuda":
         _say_once(f"memdense runs PyTorch's operations on {device}: {triton_reason(device)}")

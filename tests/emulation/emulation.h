@@ -537,6 +537,8 @@ Kernel erased(void (*kernel)(Argument)) {
   return [=](const void* argument) { kernel(*static_cast<const Argument*>(argument)); };
 }
 
+inline const char* refusal(const Kernel&) { return nullptr; }
+
 inline void prepare(const Kernel&, int) {}
 
 inline void start(const Kernel& kernel, const Grid& grid, const void* argument, Stream) {
