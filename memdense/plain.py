@@ -72,6 +72,15 @@ def stem(x: Tensor, weight: Tensor, norm: Norm, spec: StemSpec) -> Tensor:
     return MAXIMUM[x.dim()](F.relu(_norm(z, norm)), 3, 2, 1)
 
 
+def _renamed(t: Tensor | None, needed: bool) -> Tensor | None:
+    """One input may be made of another, of which autograd asks elsewhere; and one whose gradient
+    was needed in forward may have been frozen since.
+    """
+    if needed and not t.requires_grad:
+        return t.detach().requires_grad_()
+    return t if t is None else t.view_as(t)
+
+
 def gradients(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
@@ -83,13 +92,7 @@ def gradients(
     elsewhere; differentiable where they are needed ``twice``.
     """
     with torch.enable_grad():
-        # by other names: one input may be made of another, of which autograd asks elsewhere
-        inputs = [
-            # one that was needed may have been frozen since
-            t.detach().requires_grad_() if n and not t.requires_grad
-            else t if t is None else t.view_as(t)
-            for t, n in zip(inputs, need, strict=True)
-        ]  # fmt: skip
+        inputs = [_renamed(t, n) for t, n in zip(inputs, need, strict=True)]
         outputs = function(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [t for t, n in zip(inputs, need, strict=True) if n]
