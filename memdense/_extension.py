@@ -160,15 +160,22 @@ def cuda_library() -> Path:
     return _library("_CUDA")
 
 
+def too_old(device: torch.device) -> str:
+    """Why a CUDA device is no place for CUDA and Triton kernels, which "need ..."; or empty."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= CAPABILITY:
+        return ""
+    found, needed = (".".join(map(str, c)) for c in (capability, CAPABILITY))
+    return f"need compute capability {needed}, this device has {found}"
+
+
 @cache
 def cuda_unfit(device: torch.device) -> str:
     """Why the CUDA kernels do not run on a CUDA device, in a sentence; empty where they do."""
     if not cuda_available():
         return cuda_reason()
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
-        found, needed = (".".join(map(str, c)) for c in (capability, CAPABILITY))
-        return f"they need compute capability {needed}, this device has {found}"
+    if reason := too_old(device):
+        return f"they {reason}"
     with torch.cuda.device(device):
         error = unfit()
     return f"they cannot run on this device: {error}" if error else ""

@@ -59,8 +59,6 @@ void replay(const Recording& recording, Stream stream, const uint64_t* addresses
   }
 }
 
-const char* refusal_of_all() { return refusal(erased(do_nothing)); }
-
 }  // namespace
 
 void launch(const Kernel& kernel, const Grid& grid, Stream stream,
@@ -93,7 +91,10 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 // Why the current device cannot run the kernels, or null.
-const char* memdense_unfit() { return memdense::device::refusal_of_all(); }
+const char* memdense_unfit() {
+  using namespace memdense::device;
+  return refusal(erased(do_nothing));
+}
 
 // Record what this thread launches, until memdense_recorded().
 void memdense_record() { memdense::device::recording = std::make_unique<Recording>(); }

@@ -132,11 +132,8 @@ def triton_reason(device: torch.device) -> str:
         return "its kernels were not tried on ROCm"
     if not find_spec("triton"):
         return "triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _extension.CAPABILITY:
-        found, needed = (".".join(map(str, c)) for c in (capability, _extension.CAPABILITY))
-        return f"its kernels need compute capability {needed}, this device has {found}"
-    return ""
+    reason = _extension.too_old(device)
+    return reason and f"its kernels {reason}"
 
 
 def backend_for(device: torch.device) -> Reference:
