@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(memdense, m) {
-  // Of the widest registers that the CPU's kernels use; 1024 are AMX's tiles.
+  // Of the widest registers that the CPU's kernels use.
   m.def("register_bytes() -> int");
 
   m.def("channel_statistics(Tensor x) -> (Tensor mean, Tensor var)");

@@ -139,9 +139,9 @@ def reason() -> str:
 def instructions() -> str:
     """What the CPU's kernels are compiled for on this machine; empty without them.
 
-    ATEN_CPU_CAPABILITY lowers it as it does PyTorch's: default, avx2, avx512 (no AMX).
+    ATEN_CPU_CAPABILITY lowers it as it does PyTorch's: default, avx2.
     """
-    names = {16: "baseline", 32: "AVX2", 64: "AVX-512", 1024: "AVX-512 and AMX"}
+    names = {16: "baseline", 32: "AVX2", 64: "AVX-512"}
     return names[torch.ops.memdense.register_bytes()] if available() else ""
 
 

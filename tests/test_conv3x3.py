@@ -84,13 +84,9 @@ def sample_large(seed: int) -> dict:
     raise RuntimeError("no convolution is taken by the Winograd kernels")
 
 
-AMX = _extension.instructions().endswith("AMX")
-
-
 def kernels(case: dict, dtype: torch.dtype) -> str | None:
-    """Which run. AMX takes a number below the smallest normal one for 0. The Winograd kernels are
-    seen from the rounding of their transformed weights: those below a center of 1 are too large to
-    be averaged with it. None where no pixel tells.
+    """Which run. The Winograd kernels are seen from the rounding of their transformed weights:
+    those below a center of 1 are too large to be averaged with it. None where no pixel tells.
     """
     size = case["x"][2:]
     pixel = []
@@ -102,17 +98,11 @@ def kernels(case: dict, dtype: torch.dtype) -> str | None:
         pixel.append((y, y - p + d))
     (y, row), (x, column) = pixel
     image, weight = torch.zeros(case["x"], dtype=dtype), torch.zeros(case["weight"], dtype=dtype)
-
-    def outputs(value: float) -> torch.Tensor:
-        image[:, 0, row, column] = value
-        steps = case["stride"], case["padding"], case["dilation"]
-        return dilated_conv3x3(image, weight, None, *steps)[:, :, y, x]
-
+    image[:, 0, row, column] = 1
     weight[:, :, 1, 1] = 1
-    if (outputs(torch.finfo(dtype).tiny / 4) == 0).all():
-        return "amx"
     weight[:, :, 0, 1] = 2 / torch.finfo(dtype).eps
-    return "winograd" if (outputs(1) != 1).all() else "direct"
+    out = dilated_conv3x3(image, weight, None, case["stride"], case["padding"], case["dilation"])
+    return "winograd" if (out[:, :, y, x] != 1).all() else "direct"
 
 
 CASES = [pytest.param(sample(seed), id=str(seed)) for seed in range(84)]
@@ -200,29 +190,29 @@ def test_error_of_narrow_types(case, dtype):
 
 @built
 @pytest.mark.parametrize(
-    ("case", "vectors", "tiles"),
+    ("case", "expected"),
     [
         # little work
-        (((1, 16, 31, 33), (24, 16, 3, 3), 1, 1, 1), "direct", "direct"),
-        (((4, 128, 2, 60), (32, 128, 3, 3), 1, 1, 1), "winograd", "amx"),
-        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 1, 1), "winograd", "amx"),
+        (((1, 16, 31, 33), (24, 16, 3, 3), 1, 1, 1), "direct"),
+        (((4, 128, 2, 60), (32, 128, 3, 3), 1, 1, 1), "winograd"),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 1, 1), "winograd"),
         # few taps inside
-        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 3, 3), "direct", "amx"),
-        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 4, 4), "direct", "direct"),
-        (((4, 128, 28, 28), (32, 128, 3, 3), 1, 4, 4), "winograd", "amx"),
-        (((4, 128, 28, 28), (32, 128, 3, 3), 2, 1, 1), "direct", "direct"),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 3, 3), "direct"),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 4, 4), "direct"),
+        (((4, 128, 28, 28), (32, 128, 3, 3), 1, 4, 4), "winograd"),
+        (((4, 128, 28, 28), (32, 128, 3, 3), 2, 1, 1), "direct"),
         # few channels
-        (((4, 15, 60, 60), (32, 15, 3, 3), 1, 1, 1), "direct", "direct"),
-        (((9, 128, 40, 40), (7, 128, 3, 3), 1, 1, 1), "direct", "direct"),
+        (((4, 15, 60, 60), (32, 15, 3, 3), 1, 1, 1), "direct"),
+        (((9, 128, 40, 40), (7, 128, 3, 3), 1, 1, 1), "direct"),
     ],
 )
-def test_which_kernels_run(case, vectors, tiles):
+def test_which_kernels_run(case, expected):
     sizes = {"x": case[0], "weight": case[1]}
     steps = {
         name: (v, v) for name, v in zip(("stride", "padding", "dilation"), case[2:], strict=True)
     }
-    assert kernels(sizes | steps, torch.float64) == vectors
-    assert kernels(sizes | steps, torch.float32) == (tiles if AMX else vectors)
+    for dtype in (torch.float32, torch.float64):
+        assert kernels(sizes | steps, dtype) == expected
 
 
 @built
@@ -235,8 +225,7 @@ def test_writes_everything_and_nothing_else(kind, size):
     geometry = (1, 1), (2, 2), (2, 2)
     case = {"x": x.shape, "weight": weight.shape, "stride": (1, 1)}
     steps = {"padding": (2, 2), "dilation": (2, 2)}
-    vectors = "winograd" if size == (35, 41) else "direct"
-    assert kernels(case | steps, torch.float32) == ("amx" if AMX else vectors)
+    assert kernels(case | steps, torch.float32) == ("winograd" if size == (35, 41) else "direct")
     expected = F.conv2d(x, weight, None, *geometry)
     out = layout(torch.full_like(expected, torch.nan), kind)
     torch.ops.memdense.conv3x3(x, weight, None, *geometry, out)
@@ -320,9 +309,8 @@ def test_bfloat16_backward(size, accumulate):
     n, c, k, d = 2, 48, 16, (2, 1)
     rows = n * size * size
     case = {"x": (n, c, size, size), "weight": (k, c, 3, 3), "stride": (1, 1)}
-    vectors = "winograd" if size == 40 else "direct"
     found = kernels(case | {"padding": d, "dilation": d}, torch.float32)
-    assert found == ("amx" if AMX else vectors)
+    assert found == ("winograd" if size == 40 else "direct")
     y, dy = torch.randn(rows, c).bfloat16(), torch.randn(rows, k).bfloat16()
     weight = torch.randn(k, c, 3, 3).bfloat16()
     mean, var, gamma, beta = torch.rand(4, c) + 0.5
@@ -794,15 +782,12 @@ def test_empty_batch():
 
 
 @built
-@pytest.mark.parametrize("capability", [*OLDER, *["avx512"] * AMX])
+@pytest.mark.parametrize("capability", OLDER)
 def test_other_instruction_sets(capability):
     """A few cases by what older machines run; the variable is read once, so in a process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    wanted = "layer_in_float64 or repeatable"
-    if capability == "avx512":  # what float32 takes here otherwise
-        wanted = "float32 or repeatable or which_kernels"
     done = subprocess.run(
-        [*command, "-k", wanted],
+        [*command, "-k", "layer_in_float64 or repeatable"],
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

@@ -1,5 +1,5 @@
-// The dilated 3x3 convolution on the CPU: operations around the kernels of conv3x3.h (direct),
-// winograd3x3.h and amx3x3.h.
+// The dilated 3x3 convolution on the CPU: operations around the kernels of conv3x3.h (direct) and
+// winograd3x3.h.
 //
 // Tasks own a fixed share of the work and their own scratch, sums and partial gradients; what they
 // leave is merged in their order, so the same number of threads gives the same bits.
@@ -12,7 +12,6 @@
 #include <type_traits>
 
 #include "../conv3x3_arguments.h"
-#include "amx3x3.h"
 #include "conv3x3_operations.h"
 #include "memory.h"
 #include "norm.h"
@@ -123,10 +122,6 @@ auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
   const auto axis = backward ? Axis::backward : Axis::forward;
   const auto paired = backward ? winograd::PairedAxis::backward : winograd::PairedAxis::forward;
   const int64_t channels = backward ? g.k : g.c, columns = backward ? g.c : g.k;
-  if constexpr (std::is_same_v<T, float>) {
-    if (amx_pays(g, channels, columns))
-      return f(AmxWalk(axis(g, 0), axis(g, 1), channels, columns, g.n, tasks));
-  }
   if (winograd::pays(g)) {
     const bool padded = winograd::padded(g);
     return f(winograd::Walk<T>(paired(g, 0, padded), paired(g, 1, padded), channels, columns, g.n,
@@ -433,13 +428,6 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
 // f(walks, step) with the kernels for the geometry, as run_weight_walks() takes them.
 template <typename T, typename F>
 auto with_weight_walks(const Geometry& g, int64_t tasks, const F& f) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (amx_pays(g, g.c, g.k)) {
-      const AmxWeightWalk walk(g, tasks);
-      // of wide layers, whose sums do not stay in L2, Winograd has fewer
-      if (!walk.wide()) return f(std::vector{walk}, 0);
-    }
-  }
   if (!winograd::pays(g)) return f(std::vector{WeightWalk<T>(g, tasks)}, 0);
   using Walk = winograd::WeightWalk<T>;
   const bool padded = winograd::padded(g);

@@ -25,10 +25,9 @@
 namespace memdense {
 namespace conv3x3 {
 
-constexpr int64_t kBandBytes = 768 << 10;    // of staged lines: they stay in a core's L2
-constexpr int64_t kSharedBytes = 512 << 10;  // of weights, or sums, that stay in L2 beside others
-constexpr int64_t kMinPiece = 4;             // pixels: narrower tiles waste more than their taps
-constexpr int64_t kGroupPixels = 128;        // that a weight gradient adds up in registers
+constexpr int64_t kBandBytes = 768 << 10;  // of staged lines: they stay in a core's L2
+constexpr int64_t kMinPiece = 4;           // pixels: narrower tiles waste more than their taps
+constexpr int64_t kGroupPixels = 128;      // that a weight gradient adds up in registers
 
 // Strides of images, in values.
 struct Strides {
@@ -193,14 +192,13 @@ struct Blocks {
   int lanes;
   int64_t columns, vectors, count;
 
-  // `most` vectors in a block
-  explicit Blocks(int64_t columns, int most = tile_kernels<T>().max_vectors)
+  explicit Blocks(int64_t columns)
       : kernels(tile_kernels<T>()),
         lanes(kernels.lanes),
         columns(columns),
         vectors((columns + lanes - 1) / lanes),
         // two vectors each; a last odd one joins the block before it where registers allow
-        count(std::max<int64_t>(1, (vectors + 3 - most) / 2)) {}
+        count(std::max<int64_t>(1, (vectors + 3 - kernels.max_vectors) / 2)) {}
 
   int64_t start(int64_t block) const { return block * 2 * lanes; }
   int vectors_of(int64_t block) const {

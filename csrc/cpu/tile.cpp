@@ -1,5 +1,7 @@
 #include "tile.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -60,4 +62,13 @@ const TileKernels<T>& tile_kernels() {
 template const TileKernels<float>& tile_kernels<float>();
 template const TileKernels<double>& tile_kernels<double>();
 
+namespace {
+
+int64_t widest() { return register_bytes(); }
+
+}  // namespace
 }  // namespace memdense
+
+STABLE_TORCH_LIBRARY_IMPL(memdense, CompositeExplicitAutograd, m) {
+  m.impl("register_bytes", TORCH_BOX(&memdense::widest));
+}

@@ -34,8 +34,9 @@ namespace memdense {
 namespace conv3x3 {
 namespace winograd {
 
-constexpr int64_t kChunkBytes = 300 << 10;  // of transformed values, beside weights in L2
-constexpr int64_t kWeight = 64;             // multiplications that take as long as making a weight
+constexpr int64_t kChunkBytes = 300 << 10;   // of transformed values, beside weights in L2
+constexpr int64_t kSharedBytes = 512 << 10;  // of weights, or sums, that stay in L2 beside others
+constexpr int64_t kWeight = 64;              // multiplications that take as long as making a weight
 constexpr int64_t kMinTiles = 28, kMinProducts = 1 << 22;  // that are worth the transforms
 constexpr int64_t kMinPieces = 3;                          // that share what does not
 constexpr int64_t kMinDepth = 24;  // of a product that is added to a sum in memory
