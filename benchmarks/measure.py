@@ -37,6 +37,8 @@ class Clock:
 
     def __init__(self, device: torch.device, cold: bool = False, shared: bool = False) -> None:
         self.cuda = device.type == "cuda"
+        # as after any training step: until a large tensor was freed, glibc returns memory at once
+        torch.empty(30 << 20, dtype=torch.uint8)
         self.now = time.thread_time if shared else time.perf_counter
         self.fill = torch.empty(256 << 20, dtype=torch.uint8, device=device) if cold else None
 
