@@ -239,7 +239,8 @@ class Features(nn.Sequential):
             if isinstance(module, CONVOLUTIONS) and not isinstance(module, LazyModuleMixin)
         )
         given = [x, next(weights, None)]
-        if given[1] is not None and len(given[1]) == 1:
+        ahead = next((c for c in self._modules.values() if is_block(c) or _convolves(c)), None)
+        if given[1] is not None and len(given[1]) == 1 and not is_block(ahead):
             # PyTorch takes its output, of one channel, for contiguous: the next weight decides
             given = [next(weights, None)]
         formats = [layout_of(t) for t in given if t is not None]
@@ -371,6 +372,10 @@ def running_alone(plain: type[nn.Module]) -> type[nn.Module]:
 def _bare(plain: type[nn.Module], *args: Any) -> nn.Module:
     cls = running_alone(plain)
     return cls.__new__(cls, *args)
+
+
+def _convolves(child: nn.Module) -> bool:
+    return any(isinstance(module, CONVOLUTIONS) for module in child.modules())
 
 
 def read_alone(block: nn.Module, name: str, switches: Switches) -> tuple[StageModules | None, str]:

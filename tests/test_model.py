@@ -410,6 +410,27 @@ def test_dropout_and_format_are_torchvisions(name: str, rate: float, first: int)
         assert a.is_contiguous() == b.is_contiguous()
 
 
+@pytest.mark.parametrize("model", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("images", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dropout_before_a_convolution_of_one_channel(
+    images: torch.memory_format, model: torch.memory_format
+) -> None:
+    """The mask of a block depends on what is ahead of it, not on a head behind."""
+    torch.manual_seed(0)
+    block, head = (
+        memdense.DenseBlock(2, 6, 2, 4, drop_rate=0.3),
+        memdense.Transition(14, 1, pool=False),
+    )
+    features = memdense.Features(OrderedDict(block=block, head=head)).double()
+    features.to(memory_format=model)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64).to(memory_format=images)
+    found = []
+    for features.efficient in (False, True):
+        torch.manual_seed(1)
+        found.append(features(x).detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 def test_statistics_move_alike_where_recomputation_stops_early() -> None:
     """As in the modules, twice, once a forward; all of them."""
     model = memdense.DenseNet(**NET)
