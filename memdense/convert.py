@@ -46,9 +46,9 @@ def convert(
 
     Args:
         model: any module. Wrappers (``DataParallel``, ``torch.compile``, ...) are looked into.
-        check: compare outputs, running statistics and gradients of both forms on a small random
-            float64 copy before converting, since a class may compute something else than its
-            children suggest. Leaves the model, its gradients and all random states untouched.
+        check: compare outputs, running statistics, gradients and the attributes that modules set
+            of both forms on a small random float64 copy before converting, since a class may
+            compute something else than its children suggest. Leaves the model, its gradients and all random states untouched.
         verbose: print the report. Without it, a warning tells if nothing at all was converted.
         keep_bottlenecks, recompute_stem, double_backward: as in :class:`memdense.DenseNet`; None
             leaves what runs on memdense already as it is. They are attributes of each
@@ -81,6 +81,11 @@ def convert(
             report.append(f"{name}: runs on memdense already{said_now}{off}")
             for switch, value in given.items():
                 setattr(stack, switch, value)
+            if new := _runnable_types(stack) - stack._switches.types:
+                why = check and _difference(stack)
+                found = ", ".join(sorted(cls.__name__ for cls in new))
+                report.append(f"{name}: {found} {f'left alone: {why}' if why else converted}")
+                stack._switches.types |= frozenset() if why else new
             stack.let_blocks_run_alone()  # new ones among them
             report += _plain_parts(stack)
             done = True
@@ -202,7 +207,8 @@ def parts(features: Features, alone: bool = False) -> list[tuple[Step, str]]:
             name = part.names[0]
             block = features._modules[name]
             if part.kind == "stage" and not found and (alone or isinstance(block, RunsAlone)):
-                reason = read_alone(block, name, features._switches)[1]
+                followed = getattr(block, "_switches", None) or features._switches
+                reason = read_alone(block, name, followed)[1]
             result.append((part, reason))
     return result
 
@@ -216,14 +222,19 @@ def become_features(
     """Turn ``stack`` into a ``Features``: its class changes and its blocks', the objects do not.
     Classes of which no instance could run now, and be checked, stay untrusted.
     """
+    types = _runnable_types(stack)
+    stack.__class__ = Features
+    stack._switches = Switches(True, keep_bottlenecks, recompute_stem, double_backward, types)
+    stack.let_blocks_run_alone()
+
+
+def _runnable_types(stack: nn.Module) -> frozenset[type]:
+    """The classes in ``stack`` that could run now."""
     features = as_features(stack)
     runnable = [
         part for found, reason in parts(features, True) if not reason for part in apart(found)
     ]
-    types = OWN_TYPES.union(*(_classes(features, part) for part in runnable))
-    stack.__class__ = Features
-    stack._switches = Switches(True, keep_bottlenecks, recompute_stem, double_backward, types)
-    stack.let_blocks_run_alone()
+    return OWN_TYPES.union(*(_classes(features, part) for part in runnable))
 
 
 def _classes(features: Features, part: Step) -> set[type]:
@@ -252,9 +263,12 @@ def _difference(stack: nn.Sequential) -> str:
             original = _copy(stack)
             converted = _copied(original, {})
             become_features(converted)
+            before = _attributes(original), _attributes(converted)
             x = _probe(original)
             expected, found = _results(original, x), _results(converted, x)
-            what = _first_difference(found, expected)
+            what = _first_difference(found, expected) or _first_unset(
+                _changed(converted, before[1]), _changed(original, before[0])
+            )
         except Exception as error:  # other people's code may raise anything
             name = type(error).__name__
             # TorchScript's come with a traceback
@@ -276,6 +290,22 @@ def _first_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         if not error <= TOLERANCE * scale:
             return f"{name} differs by {error / scale:.0e} of its size"
     return ""
+
+
+def _attributes(stack: nn.Module) -> dict[tuple[str, str], object]:
+    """Of each module, by its name and theirs."""
+    modules = stack.named_modules()
+    return {(name, key): value for name, m in modules for key, value in vars(m).items()}
+
+
+def _changed(stack: nn.Module, before: dict[tuple[str, str], object]) -> set[tuple[str, str]]:
+    now = _attributes(stack)
+    return {at for at, value in now.items() if at not in before or before[at] is not value}
+
+
+def _first_unset(found: set[tuple[str, str]], expected: set[tuple[str, str]]) -> str:
+    missing = sorted(expected - found)
+    return "{} sets its attribute {}".format(*missing[0]) if missing else ""
 
 
 def _copy(stack: nn.Sequential) -> nn.Sequential:

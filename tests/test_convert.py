@@ -358,6 +358,12 @@ class NaN(peers.PrevLayer):
         return math.nan * super().forward(*features)
 
 
+class Remembers(peers.PrevLayer):
+    def forward(self, *features: Tensor) -> Tensor:
+        self.last = super().forward(*features)
+        return self.last
+
+
 class Reversed(peers.PrevBlock):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).flip(1)
@@ -397,6 +403,7 @@ def alike(part: type[nn.Module]) -> nn.Module:
         (NoDropout, "the output in training mode differs by"),
         (OtherStatistics, "the buffer denseblock1.denselayer1.norm1.running_mean differs by"),
         (NaN, "the output in evaluation mode differs by nan"),
+        (Remembers, "denseblock1.denselayer1 sets its attribute last"),
         (Reversed, "the output in evaluation mode differs by"),
         (ConvolvesFirst, "the output in evaluation mode differs by"),
         (Failing, "checking it raised RuntimeError: no doubles here"),
@@ -624,6 +631,20 @@ def test_new_blocks_run_alone_too():
     model.features.denseblock1 = peers.torchvision().features.denseblock1
     memdense.convert(model, verbose=False)
     assert isinstance(model.features.denseblock1, RunsAlone)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_new_blocks_of_another_class(own, capsys):
+    """In a stack that runs already they are checked, and run, or are left alone."""
+    plain = memdense.DenseNet(4, (2, 2), 8, small_inputs=True, num_classes=3).double()
+    given = peers.GpleissStyle() if own else alike(Weaker)
+    plain.features.denseblock1 = given.features.denseblock1.double()
+    converted = memdense.convert(copy.deepcopy(plain))
+    said = "PrevBlock, PrevLayer converted" if own else "Block, Weaker left alone: "
+    assert f"features: {said}" in capsys.readouterr().err
+    assert runs_efficiently(converted) is own
+    plain.features.efficient = False
+    assert_same_step(converted, plain, images(2, 3, 8, 8))
 
 
 def test_blocks_keep_their_switches():

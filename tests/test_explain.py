@@ -379,3 +379,13 @@ def test_errors():
         memdense.explain("densenet121")
     with pytest.raises(TypeError, match="expected input to be a Tensor, but got int"):
         memdense.explain(memdense.DenseNet(4, (2, 2), 8), 3)
+
+
+def test_a_block_that_follows_other_switches():
+    """One that was converted by itself runs in a stack that does not know its class."""
+    model = memdense.DenseNet(4, (2, 2), 8, small_inputs=True)
+    model.features.denseblock1 = memdense.convert(peers.GpleissStyle().features.denseblock1)
+    rows = {row.modules: row for row in memdense.explain(model).rows}
+    assert rows["denseblock1",].efficient
+    with no_warnings():
+        model(torch.randn(2, 3, 8, 8))
