@@ -48,7 +48,8 @@ def convert(
         model: any module. Wrappers (``DataParallel``, ``torch.compile``, ...) are looked into.
         check: compare outputs, running statistics, gradients and the attributes that modules set
             of both forms on a small random float64 copy before converting, since a class may
-            compute something else than its children suggest. Leaves the model, its gradients and all random states untouched.
+            compute something else than its children suggest. Leaves the model, its gradients and
+            all random states untouched.
         verbose: print the report. Without it, a warning tells if nothing at all was converted.
         keep_bottlenecks, recompute_stem, double_backward: as in :class:`memdense.DenseNet`; None
             leaves what runs on memdense already as it is. They are attributes of each

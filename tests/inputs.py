@@ -254,6 +254,7 @@ REFUSALS = [
     ({"n": 2}, "2 images of 5 by 4 pixels are not 20 rows"),
     ({"n": 1 + 2**62}, "images of 5 by 4 pixels are not 20 rows"),  # 20 in 64 bits
     ({"mean": torch.zeros(4)}, "expected mean to be a contiguous vector of 5"),
+    ({"mean": torch.zeros(10)[::2]}, "expected mean to be a contiguous vector of 5"),
     (
         {"weight": torch.zeros(6, 4, 3, 3)},
         r"expected weight of shape \(6, 5, 3, 3\), got \(6, 4, 3, 3\)",
@@ -261,11 +262,49 @@ REFUSALS = [
     ({"dilation": (0, 1)}, "expected dilation >= 1, got 0 and 1"),
     ({"dilation": (1,)}, "expected a dilation of two numbers"),
     ({"keep": torch.zeros(20, 6)}, "expected keep in Bool, got Float"),
+    ({"keep": torch.ones(20, 5).bool()}, r"expected keep of shape \(20, 6\)"),
     ({"moments": torch.zeros(6, 2)}, r"expected moments of shape \(2, 6\), got \(6, 2\)"),
     ({"moments": torch.zeros(1, 6).expand(2, 6)}, "expected moments not to be expanded, got Float"),
     ({"out": torch.zeros(1, 6).expand(20, 6)}, r"not to be expanded, got Float \(20, 6\)"),
     (
         {"y": torch.zeros(20, 1).expand(20, 2**32 + 8)},
         "expected at most 134217728 channels, got 4294967304 and 6",
+    ),
+]
+# of the backward
+BACKWARD_REFUSALS = [
+    ({"dy": torch.zeros(20, 6).double()}, "expected dy in Float, got Double"),
+    ({"dz": torch.zeros(20, 6)}, r"expected dz of shape \(20, 5\)"),
+    ({"dz": torch.zeros(5, 20).t()}, "expected dz with unit column stride"),
+    ({"dbeta": torch.zeros(4)}, "expected dbeta to be a contiguous vector of 5"),
+    ({"dgamma": torch.zeros(5).double()}, "expected dgamma in Float, got Double"),
+    ({"dweight": torch.zeros(6, 5, 3, 3).double()}, "expected dweight in Float, got Double"),
+    ({"dweight": torch.zeros(5, 6, 3, 3)}, "expected dweight to be contiguous, of the weight"),
+    ({"dweight": torch.zeros(6, 3, 3, 5).permute(0, 3, 1, 2)}, "dweight to be contiguous"),
+]
+
+
+def plain() -> dict[str, object]:
+    """Arguments that ``conv3x3`` takes, likewise."""
+    images = {"x": torch.zeros(1, 5, 7, 7), "weight": torch.zeros(4, 5, 3, 3), "bias": None}
+    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    return images | geometry | {"out": torch.zeros(1, 4, 7, 7)}
+
+
+PLAIN_REFUSALS = [
+    ({"out": torch.zeros(1, 4, 6, 6)}, "expected an output 7 long, got 6"),
+    ({"out": torch.zeros(2, 4, 7, 7)}, "expected 1 outputs, got 2"),
+    ({"out": torch.zeros(4, 7, 7)}, "expected 4-D images, got 4-D and 3-D"),
+    ({"out": torch.zeros(1, 4, 7, 7).double()}, "expected out in Float, got Double"),
+    ({"weight": torch.zeros(4, 6, 3, 3)}, r"expected weight of shape \(4, 5, 3, 3\)"),
+    ({"bias": torch.zeros(5)}, "expected bias to be a contiguous vector of 4"),
+    ({"stride": (1,)}, "expected stride, padding and dilation of two numbers"),
+    ({"stride": (0, 1)}, "expected stride >= 1, padding >= 0 and dilation >= 1, got 0, 1 and"),
+    ({"padding": (0, 0), "dilation": (4, 4)}, "is smaller than the kernel with dilation 4"),
+    ({"x": torch.zeros(1, 5, 7, 7).half()}, "expected weight in Half, got Float"),
+    ({"out": torch.zeros(1, 4, 7, 1).expand(1, 4, 7, 7)}, "not to be expanded"),
+    (
+        {"x": torch.zeros(0, 5, 7, 7), "out": torch.zeros(0, 4, 7, 7), "bias": torch.zeros(9)},
+        "expected bias to be a contiguous vector of 4",
     ),
 ]

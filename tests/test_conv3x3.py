@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exactness import Calls, into_of, reader_of
-from inputs import OLDER, REFUSALS, second_half
+from inputs import BACKWARD_REFUSALS, OLDER, PLAIN_REFUSALS, REFUSALS, plain, second_half
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -1018,38 +1018,10 @@ def test_network(bn_size, monkeypatch):
 
 
 @built
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"out": torch.zeros(1, 4, 6, 6)}, "expected an output 7 long, got 6"),
-        ({"out": torch.zeros(2, 4, 7, 7)}, "expected 1 outputs, got 2"),
-        ({"out": torch.zeros(4, 7, 7)}, "expected 4-D images, got 4-D and 3-D"),
-        ({"out": torch.zeros(1, 4, 7, 7).double()}, "expected out in Float, got Double"),
-        ({"weight": torch.zeros(4, 6, 3, 3)}, r"expected weight of shape \(4, 5, 3, 3\)"),
-        ({"bias": torch.zeros(5)}, "expected bias to be a contiguous vector of 4"),
-        ({"stride": (1,)}, "expected stride, padding and dilation of two numbers"),
-        ({"stride": (0, 1)}, "expected stride >= 1, padding >= 0 and dilation >= 1, got 0, 1 and"),
-        ({"padding": (0, 0), "dilation": (4, 4)}, "is smaller than the kernel with dilation 4"),
-        ({"x": torch.zeros(1, 5, 7, 7).half()}, "expected weight in Half, got Float"),
-        ({"out": torch.zeros(1, 4, 7, 1).expand(1, 4, 7, 7)}, "expected out not to be expanded"),
-        (
-            {"x": torch.zeros(0, 5, 7, 7), "out": torch.zeros(0, 4, 7, 7), "bias": torch.zeros(9)},
-            "expected bias to be a contiguous vector of 4",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), PLAIN_REFUSALS)
 def test_kernels_refuse(change, message):
-    arguments = {
-        "x": torch.zeros(1, 5, 7, 7),
-        "weight": torch.zeros(4, 5, 3, 3),
-        "bias": None,
-        "stride": (1, 1),
-        "padding": (1, 1),
-        "dilation": (1, 1),
-        "out": torch.zeros(1, 4, 7, 7),
-    }
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.memdense.conv3x3(*(arguments | change).values())
+        torch.ops.memdense.conv3x3(*(plain() | change).values())
 
 
 @built
@@ -1070,18 +1042,7 @@ def test_a_layers_kernels_refuse(change, message):
 
 
 @built
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dy": torch.zeros(20, 6).double()}, "expected dy in Float, got Double"),
-        ({"dz": torch.zeros(20, 6)}, r"expected dz of shape \(20, 5\)"),
-        ({"dz": torch.zeros(5, 20).t()}, "expected dz with unit column stride"),
-        ({"dbeta": torch.zeros(4)}, "expected dbeta to be a contiguous vector of 5"),
-        ({"dgamma": torch.zeros(5).double()}, "expected dgamma in Float, got Double"),
-        ({"dweight": torch.zeros(6, 5, 3, 3).double()}, "expected dweight in Float, got Double"),
-        ({"dweight": torch.zeros(5, 6, 3, 3)}, "expected dweight to be contiguous, of the weight"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), BACKWARD_REFUSALS)
 def test_a_layers_backward_refuses(change, message):
     _, backward = second_half()
     with pytest.raises(RuntimeError, match=message):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain
+from cuda_conv3x3 import KINDS, LAYERS, Kind, Layer, check_plain, convolution
 from emulated import FORWARD, GRADIENT, PLAIN, SHARED
-from inputs import REFUSALS, second_half
+from inputs import BACKWARD_REFUSALS, PLAIN_REFUSALS, REFUSALS, plain, second_half
 from test_conv3x3 import CASES
 from torch.library import opcheck
 
@@ -54,6 +54,14 @@ def test_plain(emulation, number):
     assert emulation.counters()[0] == 4  # one, one, and two for the weight
 
 
+def test_strides_longer_than_the_kernel(emulation):
+    """No line that a tile reads is another image's, or left out."""
+    case = {"stride": (4, 5), "padding": (1, 1), "dilation": (1, 1)}
+    for images in (1, 3):
+        case |= {"x": (images, 16, 19, 23), "weight": (8, 16, 3, 3)}
+        check_plain(emulation.op, "cpu", case, KINDS[0], "channels last")
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     ("multiprocessors", "shared"),
@@ -73,6 +81,18 @@ def test_long_sums_in_float32(emulation, kind):
     """25 000 pixels on one multiprocessor round no more than few do."""
     emulation.configure(1)
     layer = Layer((8, 56, 56, 48, 12, (2, 2)), kind, "cpu", True)
+    layer.check(layer.run(emulation.op, False, torch.channels_last), False)
+
+
+def test_many_partial_results(emulation):
+    """More of a column than a warp has lanes, and of the weight's gradient than are in flight."""
+    emulation.configure(132, 227 * 1024)
+    for channels, growth, mode in ((16, 8, FORWARD), (8, 16, GRADIENT)):
+        blocks, teams, *_ = emulation.planned(4, 32, 1, channels, growth, 2, mode)
+        assert blocks * teams > 32
+    splits, *_ = emulation.planned(4, 32, 1, 16, 8, 2)
+    assert splits > 16
+    layer = Layer((4, 32, 32, 16, 8, (1, 1)), KINDS[1], "cpu", True)
     layer.check(layer.run(emulation.op, False, torch.channels_last), False)
 
 
@@ -184,6 +204,70 @@ def test_without_what_is_optional(emulation):
         assert_same_bits([out, dz, dbeta, dgamma], [expected[0], *expected[3:6]])
 
 
+def test_vectors_inside_others(emulation):
+    """Moments in rows of any stride, sums with something behind."""
+    layer = Layer((2, 5, 6, 22, 12, (1, 1)), Kind(torch.bfloat16), "cpu", True)
+    forward, backward, expected = layer.arguments(False, torch.contiguous_format)
+    emulation.op.bn_relu_conv3x3(*forward)
+    emulation.op.bn_relu_conv3x3_backward(*backward)
+    _, mean, var, _, dbeta, dgamma, _ = expected
+    moments, *sums = (torch.full(size, 7.0) for size in ((2, 20), (32,), (32,)))
+    emulation.op.bn_relu_conv3x3(*forward[:-2], moments[:, 3:15], forward[-1])
+    inner = [t[:22] for t in sums]
+    emulation.op.bn_relu_conv3x3_backward(*backward[:-5], *inner, *backward[-3:])
+    assert_same_bits([*moments[:, 3:15], *inner], [mean, var, dbeta, dgamma])
+    assert (moments == 7).sum() == 16 and all((t[22:] == 7).all() for t in sums)
+
+
+def spread(t: torch.Tensor, channel: int, *gaps: int) -> torch.Tensor:
+    """The same values, channels last: each this far from the next, and so many of NaN before all
+    and behind each pixel, line and image.
+    """
+    n, c, h, w = t.shape
+    before, pixel, line, image = gaps
+    column = c * channel + pixel
+    row = w * column + line
+    whole = h * row + image
+    memory = t.new_full((before + n * whole,), torch.nan)
+    return memory.as_strided(t.shape, (whole, channel, row, column), before).copy_(t)
+
+
+@pytest.mark.parametrize(
+    ("channels", "layout"),
+    [
+        (16, (1, 4, 0, 0, 0)),
+        (16, (1, 0, 4, 4, 0)),
+        (16, (1, 0, 0, 4, 4)),
+        (16, (1, 0, 0, 0, 4)),
+        (16, (2, 0, 0, 0, 0)),
+        (12, (1, 0, 4, 0, 0)),
+    ],
+    ids=["begins", "pixels", "lines", "images", "every second channel", "half a piece"],
+)
+def test_any_strides(emulation, channels, layout):
+    """Each tensor by itself where 16-byte accesses would be unaligned or touch what is beside."""
+    geometry = (1, 1), (1, 1), (1, 1)
+    dtype, packed = torch.float16, (1, 0, 0, 0, 0)
+    x, dy, weight = (
+        torch.randint(-2, 3, (n, channels, *size)).to(dtype)
+        for n, size in ((2, (3, 7)), (2, (3, 7)), (channels, (3, 3)))
+    )
+    zero = torch.zeros(channels, dtype=torch.float64)
+    exact = convolution(*(t.double() for t in (x, weight)), zero, dy.double(), geometry)
+    tensors = {"x": x, "weight": weight, "dy": dy}
+    tensors |= {"out": torch.full_like(dy, torch.nan), "dx": torch.full_like(x, torch.nan)}
+    for odd in tensors:
+        given = {k: spread(t, *(layout if k == odd else packed)) for k, t in tensors.items()}
+        x, weight, dy, out, dx = given.values()
+        emulation.op.conv3x3(x, weight, None, *geometry, out)
+        emulation.op.conv3x3_input_gradient(dy, weight, *geometry, dx)
+        found = out, dx, emulation.op.conv3x3_weight_gradient(dy, x, *geometry)
+        for a, b in zip(found, exact, strict=True):
+            assert torch.equal(a.double(), b), odd
+        for view in (out, dx):
+            assert view._base.isnan().sum() == view._base.numel() - view.numel(), odd
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_nan_passes_like_relu(emulation, dropout):
     """Dropout multiplies."""
@@ -256,12 +340,48 @@ def test_registration(emulation):
         ({"gamma": torch.zeros(5).half()}, "expected gamma in Float, got Half"),
         ({"weight": torch.zeros(6, 5, 3, 3).half()}, "expected weight in Float, got Half"),
         ({"out": torch.zeros(20, 6).half()}, "expected out in Float, got Half"),
+        ({"dilation": (1, 1 + 2**27)}, "its padding or its dilation is too large"),
     ],
 )
 def test_refuses(emulation, change, message):
     forward, _ = second_half()
     with pytest.raises(RuntimeError, match=message):
         emulation.op.bn_relu_conv3x3(*(forward | change).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *BACKWARD_REFUSALS,
+        ({"accumulate": True}, "dz is written, not accumulated"),
+        ({"dz": torch.zeros(20, 5).half()}, "expected dz in Float, got Half"),
+    ],
+)
+def test_backward_refuses(emulation, change, message):
+    _, backward = second_half()
+    with pytest.raises(RuntimeError, match=message):
+        emulation.op.bn_relu_conv3x3_backward(*(backward | change).values())
+
+
+@pytest.mark.parametrize(("change", "message"), PLAIN_REFUSALS)
+def test_plain_refuses(emulation, change, message):
+    with pytest.raises(RuntimeError, match=message):
+        emulation.op.conv3x3(*(plain() | change).values())
+
+
+def test_gradients_refuse(emulation):
+    """What ``conv3x3`` and a layer's backward do not check for them."""
+    images, geometry = torch.zeros(1, 8, 5, 5), ((1, 1), (1, 1), (1, 1))
+    narrow, weight = images.half(), torch.zeros(8, 8, 3, 3)
+    for change, message in (
+        ((narrow, images), "expected dx in Half, got Float"),
+        ((images, images[:, :1].expand(1, 8, 5, 5)), "not to be expanded"),
+    ):
+        dy, dx = change
+        with pytest.raises(RuntimeError, match=message):
+            emulation.op.conv3x3_input_gradient(dy, weight.to(dy.dtype), *geometry, dx)
+    with pytest.raises(RuntimeError, match="expected dy in Float, got Half"):
+        emulation.op.conv3x3_weight_gradient(narrow, images, *geometry)
 
 
 def test_refuses_a_line_whose_positions_are_not_counted_in_32_bits(emulation):
@@ -279,6 +399,12 @@ def test_refuses_more_columns_than_a_grid_has_rows(emulation):
         emulation.op.conv3x3(
             torch.ones(1, 1, 1, 1).half(), weight.half(), None, *geometry, out.half()
         )
+
+
+def test_refuses_more_lines_than_are_counted_in_32_bits(emulation):
+    x = torch.ones(1).half().expand(1 << 31, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="do not fit into the device's grids"):
+        emulation.op.conv3x3_weight_gradient(x, x, (1, 1), (1, 1), (1, 1))
 
 
 # ---- the compiled code
