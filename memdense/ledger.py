@@ -335,7 +335,9 @@ class Efficient(Walk):
         size = 0 if self.setting.recompute_stem else geometry.rows * channels * self.a
         with ledger.hold("stem: gradient of conv0's output", size):
             scratch.maxpool_backward(geometry, channels)
-            with ledger.hold("images, channels last", self.images * self.a):
+            # and on the CPU copies of the weight, in layouts of the convolution's own
+            copies = 3 * part.conv.weight.numel() * self.a * (self.machine.device == "cpu")
+            with ledger.hold("images, channels last", self.images * self.a + copies):
                 self.weight_gradient(part.conv.weight.numel())
         scratch.close()
         ledger.free(handed, *self.kept.pop(part.name))
@@ -551,7 +553,7 @@ class ReferenceScratch(FusedScratch):
         images = min(geometry.n, max(1, lines // geometry.h))
         if lines >= geometry.h:
             return images, geometry.h
-        return images, min(geometry.h, max(unit, lines // unit * unit))
+        return images, max(unit, lines // unit * unit)
 
     def pixels(self, geometry: Geometry, channels: int, unit: int = 1) -> int:
         images, lines = self.image_band(geometry, channels, unit)
@@ -776,9 +778,7 @@ class Plain(Walk):
         """Its mask, in the activations' dtype on the CPU; the values before it go."""
         cpu = self.machine.device == "cpu"
         size = values * (self.a if cpu else 1) * (drop_rate > 0)
-        mask = self.ledger.new("dropout masks", size)
-        self.ledger.spike("features", values * self.a * (drop_rate > 0))
-        return mask
+        return self.ledger.new("dropout masks", size)
 
     def stage_backward(self, part: Part, handed: Buffer) -> Buffer:
         ledger, stage, kept = self.ledger, part.stage, self.kept[part.name]
@@ -790,7 +790,7 @@ class Plain(Walk):
         for channels, layer in reversed(list(reading(stage))):
             dy = sums.pop() if sums else ledger.new("gradients", rows * layer.growth * self.a)
             answer = self.layer_backward(rows, channels, layer, dy, kept.pop())
-            if not sums and handed is not None:
+            if handed is not None:
                 sizes = [first] + [x.growth for x in stage.layers[: len(kept)]]
                 sums = [ledger.new("gradients", rows * c * self.a) for c in sizes]
                 ledger.free(handed)

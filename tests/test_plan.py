@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import memdense
 from memdense import _extension, memory
 from memdense.__main__ import main
-from memdense.ledger import Machine, Setting, read_network, replay
+from memdense.ledger import Buffer, Ledger, Machine, Setting, read_network, replay
 from memdense.plan import (
     all_reduce_bytes,
     bucket_sizes,
@@ -154,7 +154,8 @@ def runs(name: str, dtype: torch.dtype) -> list[tuple[Setting, str]]:
 def test_ledger_agrees_with_measurement(
     name: str, size: tuple[int, int], batch: int, dtype: torch.dtype
 ) -> None:
-    """Peak within 10 %, bytes between forward and backward within 2 %, for every setting."""
+    """Peak within 10 %, bytes between forward and backward within 0.2 % (in 16 bits, whose
+    casts come and go, 2 %), for every setting."""
     network = network_of(name)
     shapes = read_network(build(**network), *size)
     wrong = []
@@ -170,7 +171,7 @@ def test_ledger_agrees_with_measurement(
         known = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if known and not least <= found.peak <= most:
             wrong.append(f"{setting.name} on {on}: peak {ledger.peak}, measured {found.peak}")
-        if ledger.kept != pytest.approx(found.live, rel=0.02):
+        if ledger.kept != pytest.approx(found.live, rel=0.002 if dtype == torch.float32 else 0.02):
             wrong.append(f"{setting.name} on {on}: kept {ledger.kept}, measured {found.live}")
         assert ledger.total == 0, f"{setting.name}: buffers are left behind: {ledger.live}"
         assert sum(ledger.at_peak.values()) == ledger.peak
@@ -197,6 +198,100 @@ def test_kept_bytes_by_hand() -> None:
     assert half.kept == 2 * (pixels * 16 + casts + 2 * 14) + 4 * (2 * (14 + 2 * 8) + 2 * 3)
     # the last block's gradient is float32
     assert dict(half.buffers)["G, gradient of X"] == 4 * pixels * 16
+
+
+@pytest.fixture
+def peaks(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The most that was alive in each part, of what the test replays."""
+    found: dict[str, int] = {}
+
+    class Recorder(Ledger):
+        def new(self, name: str, size: int) -> Buffer:
+            buffer = super().new(name, size)
+            found[self.where] = max(found.get(self.where, 0), self.total)
+            return buffer
+
+    monkeypatch.setattr("memdense.ledger.Ledger", Recorder)
+    return found
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_peak_of_each_part_by_hand(recompute: bool, peaks: dict) -> None:
+    """2 images of 32 x 32 in 16 bits on a GPU, k = 4, C_0 = 6, B = 8, blocks of 2 and 1 layers: 512
+    pixels behind conv0, then 128, whose G rounds, and 32, whose G does not.
+    """
+    model = build(growth_rate=4, block_config=(2, 1), num_init_features=6, bn_size=2, num_classes=3)
+    setting = Setting("", recompute_stem=recompute)
+    replay(read_network(model, 32, 32), 2, setting, Machine("cuda", "triton", torch.bfloat16))
+
+    images, conv0, out = 2 * 2 * 3 * 32 * 32, 2 * 512 * 6, 2 * 128 * 6
+    weight = 6 * 3 * 49
+    conv2, conv1 = 4 * 8 * 9, {c: 8 * c for c in (6, 7, 10)}
+    weights = conv1[6] + conv1[10] + 2 * conv2 + 7 * 14, conv1[7] + conv2
+    stem = images + 128 * 6 + (0 if recompute else conv0)  # winners, a byte each
+    # rows of X and G have 16 values; of 14 and 11 channels, and bottlenecks, are statistics
+    block1 = stem + 2 * 128 * 16 + 4 * 2 * (14 + 16)
+    block2 = block1 + 2 * 32 * 16 + 4 * 2 * (11 + 8)
+    y1, y2, pooled, linear = 2 * 128 * 8, 2 * 32 * 8, 2 * 2 * 11, 3 * 11
+    handed1, handed2 = out, 2 * 32 * 7
+    # a layer's dy, Y and dz, sums of its norms (G's, too, where it rounds) and gradients of weights
+    layer1 = 2 * 128 * 4 + 2 * y1 + 4 * (4 * 6 + 16 + conv2)
+    layer2 = 4 * (4 * 10 + 16 + conv2 + conv1[10])
+    assert peaks == {
+        "": images,
+        "conv0, forward": 2 * images + 2 * weight + conv0,
+        "denseblock1, forward": block1 + out + 2 * weights[0] + y1,
+        "denseblock2, forward": block2 + handed2 + 2 * weights[1] + y2,
+        # the gradients of log-softmax, of the means and, in 16 and 32 bits, of the weight
+        "classifier": block2 + 4 * 2 * 3 + pooled + 6 * linear,
+        "denseblock2, backward": block2 + pooled + 2 * weights[1] + 4 * 32 * 16
+        + 2 * 32 * 4 + 2 * y2 + 4 * (2 * 7 + 16 + conv2),
+        "denseblock1, backward": block1 + handed2 + 2 * weights[0] + 2 * 128 * 16
+        + 4 * 7 * 14 + layer1 + layer2,
+        # conv0's output, and its gradient in its place or beside it
+        "conv0, backward": stem + handed1 + conv0 + images + 6 * weight,
+    }  # fmt: skip
+
+
+TRANSITION = dict(growth_rate=4, block_config=(1, 1), num_init_features=64)
+NO_BOTTLENECK = dict(growth_rate=12, block_config=(3,), num_init_features=128, bn_size=None)
+STEM = dict(growth_rate=4, block_config=(1,), num_init_features=32, small_inputs=False)
+DROPOUT = dict(growth_rate=24, block_config=(2, 2), num_init_features=16, drop_rate=0.2)
+LAST_NORM = dict(growth_rate=8, block_config=(2,), num_init_features=16)
+CLASSIFIER = dict(growth_rate=4, block_config=(1,), num_init_features=8, num_classes=4000)
+DEFAULT, KEEP, *_ = MEMDENSE
+
+
+@pytest.mark.parametrize(
+    ("network", "side", "batch", "setting", "on", "phase"),
+    [
+        (TRANSITION, 33, 2, DEFAULT, "reference", "backward"),
+        (TRANSITION, 33, 2, DEFAULT, "reference", "forward"),
+        (NO_BOTTLENECK, 40, 2, DEFAULT, "native", "backward"),
+        (NO_BOTTLENECK, 40, 2, DEFAULT, "reference", "forward"),
+        (STEM, 96, 2, DEFAULT, "reference", "forward"),
+        (DROPOUT, 24, 4, KEEP, "native", "backward"),
+        (CLASSIFIER, 4, 64, DEFAULT, "native", "classifier"),
+        (LAST_NORM, 96, 2, OTHERS[0], "reference", "backward"),
+    ],
+)
+def test_peak_where_a_part_is_all(
+    network: dict, side: int, batch: int, setting: Setting, on: str, phase: str, peaks: dict
+) -> None:
+    """Within 0.2 %, of networks in which it is reached there."""
+    if on not in BACKENDS:
+        pytest.skip("needs the extension")
+    network = {"num_classes": 3, "small_inputs": True, **network}
+    machine = Machine("cpu", on, torch.float32, torch.get_num_threads())
+    replay(read_network(build(**network), side, side), batch, setting, machine)
+    found = max(size for where, size in peaks.items() if where.endswith(phase))
+    if phase == "forward":
+        with memdense.use_backend(on):
+            x = torch.randn(batch, 3, side, side)
+            step = memory.peak_memory(model_for(network, setting), x)
+    else:
+        step = measured(network, (side, side), batch, torch.float32, setting, on)
+    assert found == pytest.approx(step.peak, rel=0.002)
 
 
 def test_masks_and_generators_are_the_devices() -> None:
