@@ -14,7 +14,7 @@ from ...buffers import Into, NormGradient, Reader, Sums
 from .launch import Plan, kernel
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .settle import normalised_
-from .shared import norm_vectors, relu, store_moments, store_sums
+from .shared import floats, norm_vectors, relu, store_moments, store_sums
 from .tiles import cached, cdiv, hopper, multiprocessors, power, precision, readable, share_of
 from .tuning import Config, choose
 
@@ -49,7 +49,7 @@ def forward_1x1(
         c = start + tl.arange(0, BK)
         s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
         values = tl.load(x + row[:, None] * ldx + c[None, :], valid & (c < CX)[None, :], 0.0)
-        z = relu(values.to(tl.float32) * s[None, :] + t[None, :])
+        z = relu(floats(values) * s[None, :] + t[None, :])
         if RAGGED:
             z = tl.where((c < C)[None, :], z, 0.0)
         z = tl.trans(z.to(x.dtype.element_ty))
@@ -77,7 +77,7 @@ def _store(acc, y, partial, plane, valid, count, n, B, tile, tiles):
     stored = acc.to(y.dtype.element_ty)
     tl.store(y + n[None, :], stored, valid & (n < B)[None, :])
     if partial is not None:
-        values = stored.to(tl.float32)
+        values = floats(stored)
         store_moments(partial, plane, values, valid, count, n, n < B, tile, tiles)
 
 
@@ -141,7 +141,7 @@ def gradients_1x1(
         if EVEN:
             valid = tl.full([BM, 1], True, tl.int1)
         d0 = tl.load(dy + in_dy, valid & (b < B)[None, :], 0.0)
-        values = tl.trans(tl.load(x + in_x, valid & readable, 0.0)).to(tl.float32)
+        values = floats(tl.trans(tl.load(x + in_x, valid & readable, 0.0)))
         da = tl.dot(w0, tl.trans(d0), input_precision=PRECISION)
         if BLOCKS > 1:
             d1 = tl.load(dy + BB + in_dy, valid & (b + BB < B)[None, :], 0.0)
@@ -152,12 +152,12 @@ def gradients_1x1(
         z = values * s[:, None] + t[:, None]
         dx = tl.where(z <= 0.0, 0.0, da)
         if SEEDED:
-            old = tl.trans(tl.load(g + in_g, valid & writable, 0.0)).to(tl.float32)
+            old = floats(tl.trans(tl.load(g + in_g, valid & writable, 0.0)))
             new = (old + s[:, None] * dx).to(g.dtype.element_ty)
-            taken = new.to(tl.float32) - old
+            taken = floats(new) - old
         else:
             new = (s[:, None] * dx).to(g.dtype.element_ty)
-            taken = new.to(tl.float32)
+            taken = floats(new)
         if WEIGHT:
             # never true, but so z stays in dA's layout, which in 16 bits is the operand's too
             z = tl.where(da > float("inf"), 0.0, z)

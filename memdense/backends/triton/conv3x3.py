@@ -17,7 +17,7 @@ from torch import Tensor
 from ...buffers import Geometry, Into, Reader, Sums
 from .launch import Plan, kernel
 from .reduce import merge, merge_sums, moments_partial, sums_partial
-from .shared import answer, norm_vectors, relu, store_moments, store_sums
+from .shared import answer, floats, norm_vectors, relu, store_moments, store_sums
 from .tiles import cached, cdiv, multiprocessors, power, precision, readable, share_of
 from .tuning import Config
 
@@ -85,7 +85,7 @@ def _convolve(
                     H, W, DY, DX, line, step, sy, sx, tap + 1,
                 )  # fmt: skip
             if mean is not None:
-                z = relu(z.to(tl.float32) * s[None, :] + t[None, :])
+                z = relu(floats(z) * s[None, :] + t[None, :])
                 # a minimum, since a select would cost three instructions where values are 16 bits
                 z = tl.minimum(z, tl.where(there, float("inf"), 0.0), tl.PropagateNan.ALL)
                 z = z.to(x.dtype.element_ty)
@@ -125,7 +125,7 @@ def forward_3x3(
     tl.store(out + row[:, None] * ldo + n[None, :], stored, mask)
     if partial is not None:
         count = tl.minimum(M - tile * BM, BM)
-        values = stored.to(tl.float32)
+        values = floats(stored)
         store_moments(partial, plane, values, valid, count, n, n < K, tile, tiles)
 
 
@@ -169,7 +169,7 @@ def input_gradient_3x3(
         stored_beta = tl.sum(taken, 0)
         stored_gamma = tl.sum(taken_turned, 0)
     else:
-        wide = values.to(tl.float32)
+        wide = floats(values)
         dz = tl.where(inside & ~(wide * s[None, :] + t[None, :] <= 0.0), da, 0.0)
         tl.store(at, dz.to(g.dtype.element_ty), inside)
         x_hat = tl.where(inside, (wide - mu[None, :]) * r[None, :], 0.0)

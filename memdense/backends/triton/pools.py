@@ -15,7 +15,16 @@ from torch import Tensor
 from ...buffers import Geometry, Into, NormGradient, Reader, Sums, new_matrix
 from .launch import Plan, kernel
 from .reduce import merge_sums, sums_partial
-from .shared import answer, behind_vectors, norm_vectors, relu, store_sums, tile_of, walk_of
+from .shared import (
+    answer,
+    behind_vectors,
+    floats,
+    norm_vectors,
+    relu,
+    store_sums,
+    tile_of,
+    walk_of,
+)
 from .tiles import cached, cdiv, power, readable, tiling, walk
 
 # ---- tails, forward
@@ -34,7 +43,7 @@ def norm_rows(
     top = tile.to(tl.int64) * BM
     s, t, _, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
     x += top * ldx + row[:, None] * ldx
-    z = tl.load(x + c[None, :], valid & (c < CX)[None, :], 0.0).to(tl.float32)
+    z = floats(tl.load(x + c[None, :], valid & (c < CX)[None, :], 0.0))
     z = z * s[None, :] + t[None, :]
     if RELU:
         z = relu(z)
@@ -57,7 +66,7 @@ def mean_images(
     for start in range(0, P, BM):
         valid = (start + row < P)[:, None]
         z = tl.load(x + row[:, None] * ldx + c[None, :], valid & (c < CX)[None, :], 0.0)
-        z = relu(z.to(tl.float32) * s[None, :] + t[None, :])
+        z = relu(floats(z) * s[None, :] + t[None, :])
         total += tl.where(valid, z, 0.0)
         x += BM * ldx
     out += image.to(tl.int64) * C
@@ -84,7 +93,7 @@ def pool_quads(
     x += pixel.to(tl.int64)[:, None] * ldx + c[None, :]
     total = tl.zeros([BM, BC], tl.float32)
     for i in tl.static_range(4):
-        z = tl.load(x + (i // 2 * W + i % 2) * ldx, mask, 0.0).to(tl.float32)
+        z = floats(tl.load(x + (i // 2 * W + i % 2) * ldx, mask, 0.0))
         total += relu(z * s[None, :] + t[None, :])
     out += tile.to(tl.int64) * BM * ldo + row[:, None] * ldo + c[None, :]
     total = tl.where((c < C)[None, :], total * 0.25, 0.0)
@@ -137,7 +146,7 @@ def answer_rows(
         answered = answered[:, None]
         inside = answered & (c < C)[None, :]
         at = d + source.to(tl.int64)[:, None] * ldd + c[None, :]
-        da = tl.load(at, answered & (c < CD)[None, :], 0.0).to(tl.float32) * part
+        da = floats(tl.load(at, answered & (c < CD)[None, :], 0.0)) * part
         values = tl.load(x, answered & (c < CX)[None, :], 0.0)
         touched = answered if SEEDED else valid[:, None]
         dz, turned, taken, taken_turned = answer(
@@ -186,7 +195,7 @@ def line_maximum(x, column, s, t, line_inside, inside, W, ldx):
     for i in tl.static_range(3):
         at_column = (column + (i - 1))[:, None]
         mask = inside & (at_column >= 0) & (at_column < W) & line_inside
-        z = relu(tl.load(x + (i - 1) * ldx, mask, 0.0).to(tl.float32) * s + t)
+        z = relu(floats(tl.load(x + (i - 1) * ldx, mask, 0.0)) * s + t)
         value, at = later(value, at, tl.where(mask, z, -1.0), i)
     return value, at
 
@@ -233,7 +242,7 @@ def unpool_pixel(
     """dZ = dA*[s*X + t > 0] where ``inside``: out takes a*dZ + b*X + c; without it the two sums
     take dZ.
     """
-    values = tl.load(x + at_x, mask, 0.0).to(tl.float32)
+    values = floats(tl.load(x + at_x, mask, 0.0))
     dz = tl.where(inside & ~(values * s + t <= 0.0), da, 0.0)
     if out is not None:
         dz *= a
@@ -249,7 +258,7 @@ def unpool_pixel(
 @triton.jit
 def won(d, at, place):
     """d where the window's winner stands at ``place``."""
-    return tl.where(at == place, d.to(tl.float32), 0.0)
+    return tl.where(at == place, floats(d), 0.0)
 
 
 @kernel

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...buffers import NormGradient, Share
 from .launch import Plan, kernel
-from .shared import behind_vectors, tile_of
+from .shared import behind_vectors, floats, tile_of
 from .tiles import cached, readable, tiling
 
 
@@ -32,12 +32,12 @@ def settle_rows(
     inside = valid & (c < C)[None, :]
     top = tile.to(tl.int64) * BM
     g += top * ldg + row[:, None] * ldg
-    d = tl.load(g + c[None, :], valid & (c < CG)[None, :], 0.0).to(tl.float32)
+    d = floats(tl.load(g + c[None, :], valid & (c < CG)[None, :], 0.0))
     if sums is not None:
         p = -tl.load(sums + stride + c, c < C, 0.0) / count
         q = -tl.load(sums + c, c < C, 0.0) / count - p * tl.load(mean + c, c < C, 0.0)
         x += top * ldx + row[:, None] * ldx
-        values = tl.load(x + c[None, :], valid & (c < CX)[None, :], 0.0).to(tl.float32)
+        values = floats(tl.load(x + c[None, :], valid & (c < CX)[None, :], 0.0))
         d += p[None, :] * values + q[None, :]
     if keep is not None:
         keep += top * ldk + row[:, None] * ldk

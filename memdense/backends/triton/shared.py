@@ -8,6 +8,23 @@ may hold anything, so they are selected away after reading.
 import triton
 import triton.language as tl
 
+from .launch import INTERPRETED
+
+WORDS = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def floats(values):
+    """values in float32. bfloat16 is taken out of words of two by a shift and a mask, where LLVM
+    takes three instructions and rounds one by one what is also stored.
+    """
+    if WORDS and values.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [values],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return values.to(tl.float32)
+
 
 @triton.jit
 def norm_vectors(mean, var, weight, bias, eps, c, inside):
@@ -68,7 +85,7 @@ def answer(da, x, s, t, mu, r, g, mask, inside, RELU: tl.constexpr, SEEDED: tl.c
     stored. ``inside`` marks the values; ``mask``, what of G may be touched: beyond the values it
     keeps what it holds.
     """
-    x = x.to(tl.float32)
+    x = floats(x)
     dz = da
     if RELU:
         dz = tl.where(x * s + t <= 0.0, 0.0, da)
@@ -76,10 +93,10 @@ def answer(da, x, s, t, mu, r, g, mask, inside, RELU: tl.constexpr, SEEDED: tl.c
     x_hat = tl.where(inside, (x - mu) * r, 0.0)
     old = tl.zeros_like(dz)
     if SEEDED:
-        old = tl.load(g, mask, 0.0).to(tl.float32)
+        old = floats(tl.load(g, mask, 0.0))
     new = (old + s * dz).to(g.dtype.element_ty)
     tl.store(g, new, mask)
-    d = tl.where(inside, new.to(tl.float32) - old, 0.0)
+    d = tl.where(inside, floats(new) - old, 0.0)
     return dz, dz * x_hat, d, d * x_hat
 
 

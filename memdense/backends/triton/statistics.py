@@ -12,7 +12,7 @@ from torch import Tensor
 from ...buffers import Geometry
 from .launch import Plan, kernel
 from .reduce import merge, moments_partial
-from .shared import walk_of
+from .shared import floats, walk_of
 from .tiles import cached, readable, walk
 
 Axes = tuple[tuple[int, int], ...]  # (size, stride) of each, outermost first
@@ -55,7 +55,7 @@ def pack_rows(
     if partial is not None:
         valid = (first + row < last)[:, None]
         at = x + _rows_at(first + row, n1, n2, s0, s1, s2, AXES)[:, None]
-        head = tl.load(at, valid & readable, 0.0).to(tl.float32)
+        head = floats(tl.load(at, valid & readable, 0.0))
         shift = tl.sum(tl.where(valid, head, 0.0), 0) / tl.minimum(last - first, BM)
     if out is not None:
         out += first.to(tl.int64) * ldo + row[:, None] * ldo + c[None, :]
@@ -67,7 +67,7 @@ def pack_rows(
             tl.store(out, values, valid & (c < C)[None, :])
             out += BM * ldo
         if partial is not None:
-            d = tl.where(valid, values.to(tl.float32) - shift[None, :], 0.0)
+            d = tl.where(valid, floats(values) - shift[None, :], 0.0)
             total += d
             square += d * d
     if partial is not None:
