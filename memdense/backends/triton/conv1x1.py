@@ -63,21 +63,45 @@ def forward_1x1(
             below = inside & (n + 2 * BN < B)[:, None]
             acc2 = tl.dot(tl.load(at + 2 * BN * ldw, below, 0.0), z, acc2, PRECISION)
     count = tl.minimum(M - tile * BM, BM)
+    row = _dealt(BM)
+    dealt = (tile * BM + row < M)[:, None]
+    if EVEN:
+        dealt = valid
     y += tile.to(tl.int64) * BM * B + row[:, None] * B
-    _store(tl.trans(acc0), y, partial, plane, valid, count, n, B, tile, tiles)
+    _store(acc0, y, partial, plane, valid, dealt, count, n, B, tile, tiles, BN, BM)
     if BLOCKS > 1:
-        _store(tl.trans(acc1), y, partial, plane, valid, count, n + BN, B, tile, tiles)
+        _store(acc1, y, partial, plane, valid, dealt, count, n + BN, B, tile, tiles, BN, BM)
     if BLOCKS > 2:
-        _store(tl.trans(acc2), y, partial, plane, valid, count, n + 2 * BN, B, tile, tiles)
+        _store(acc2, y, partial, plane, valid, dealt, count, n + 2 * BN, B, tile, tiles, BN, BM)
 
 
 @triton.jit
-def _store(acc, y, partial, plane, valid, count, n, B, tile, tiles):
-    """A block of Y, and its statistics."""
+def _dealt(BM: tl.constexpr):
+    """The rows of a tile as :func:`_deal` orders them."""
+    i = tl.arange(0, BM)
+    return i % (BM // 4) // 2 * 8 + i // (BM // 4) * 2 + i % 2
+
+
+@triton.jit
+def _deal(values, BC: tl.constexpr, BM: tl.constexpr):
+    """A product [BC, BM] as rows to be stored, [BM, BC]. In a product's layout and in a store's the
+    threads of a warp have rows together and a thread has rows far apart. Triton converts what a
+    thread has in both piece by piece, with two barriers each; in this order, that is little.
+    """
+    parts = tl.reshape(values, [BC, BM // 8, 4, 2])
+    return tl.reshape(tl.permute(parts, (2, 1, 3, 0)), [BM, BC])
+
+
+@triton.jit
+def _store(
+    acc, y, partial, plane, valid, dealt, count, n, B, tile, tiles,
+    BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """A block of Y, whose rows are dealt, and its statistics."""
     stored = acc.to(y.dtype.element_ty)
-    tl.store(y + n[None, :], stored, valid & (n < B)[None, :])
+    tl.store(y + n[None, :], _deal(stored, BN, BM), dealt & (n < B)[None, :])
     if partial is not None:
-        values = floats(stored)
+        values = floats(tl.trans(stored))
         store_moments(partial, plane, values, valid, count, n, n < B, tile, tiles)
 
 
@@ -126,6 +150,11 @@ def gradients_1x1(
     in_dy = row[:, None] * ldy + b[None, :]
     in_x = row[:, None] * ldx + c[None, :]
     in_g = row[:, None] * ldg + c[None, :]
+    DEAL: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16  # float32 lacks the registers
+    to = row
+    if DEAL:
+        to = _dealt(BM)
+    to_g = to[:, None] * ldg + c[None, :]
     readable = (c < CX)[None, :]
     writable = (c < CG)[None, :]
     acc0 = tl.zeros([BC, BB], tl.float32)
@@ -173,7 +202,11 @@ def gradients_1x1(
         if ROUNDS:
             stored_beta += _quads(taken, BC, BM)
             stored_gamma += _quads(taken * centred, BC, BM)
-        tl.store(g + in_g, tl.trans(new), valid & writable)
+        dealt = (start + to < last)[:, None]
+        if EVEN:
+            dealt = valid
+        answer = _deal(new, BC, BM) if DEAL else tl.trans(new)
+        tl.store(g + to_g, answer, dealt & writable)
         dy += BM * ldy
         x += BM * ldx
         g += BM * ldg
