@@ -27,14 +27,18 @@ def forward_1x1(
     x, w, mean, var, weight, bias, y, partial,
     M, C, CX, CW, B, ldx, ldw, eps, tiles, plane,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, FULL: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y = relu(s*X + t) @ W^T for X [M, C], W [B, C], Y [M, B], with each tile's statistics of Y as
     stored at partial [2, B, tiles] where it is given.
 
     A program owns BM rows and BLOCKS times BN columns, so that X is read once; CX and CW columns of
-    X and W may be read, W's beyond C being 0.
+    X and W may be read, W's beyond C being 0. FULL: all these columns are there, which saves a
+    mask for each row of W.
     """
+    tl.assume(C > 0)  # else the accumulators are made twice
+    if FULL:
+        B = BN * BLOCKS
     tile = tl.program_id(0)
     row = tl.arange(0, BM)
     valid = (tile * BM + row < M)[:, None]
@@ -313,14 +317,14 @@ def _forward_plan(
     k: Config, precise: str, m: int, c: int, b: int, touched: tuple[int, int],
     strides: tuple[int, int], eps: float,
 ) -> Plan:  # fmt: skip
-    tiles = cdiv(m, k.rows)
+    tiles, count = cdiv(m, k.rows), blocks(b, precise)[1]
     return Plan(
         forward_1x1,
         (tiles,),
         (m, c, *touched, b, *strides, eps, tiles, b * tiles),
         (
-            k.rows, k.columns, k.inner, blocks(b, precise)[1], m % k.rows == 0, touched[0] > c,
-            precise,
+            k.rows, k.columns, k.inner, count, m % k.rows == 0, b == k.columns * count,
+            touched[0] > c, precise,
         ),
         k.warps,
         k.stages,
