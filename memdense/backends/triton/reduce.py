@@ -16,7 +16,8 @@ from .launch import Plan, kernel
 from .tiles import cached, cdiv
 
 WALKS = 128, 1024  # tiles that a program takes at a time: few sizes, as each is compiled
-BLOCK = 1024  # weights that a program sums
+BLOCK = 128  # weights that a program sums
+SIDE = 32  # splits that it reads side by side, as there are few programs and each waits for memory
 
 
 @kernel
@@ -45,20 +46,33 @@ def merge_moments(partial, moments, M, rows, tiles, plane, stride, BLOCK: tl.con
 
 
 @triton.jit
-def total(values, tiles, BLOCK: tl.constexpr):
-    """The sum of ``tiles`` values."""
-    sums = tl.zeros([BLOCK], tl.float64)
+def totals(values, plane, tiles, FOUR: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of ``tiles`` values in each of FOUR planes, or of two and two zeros. All are under
+    way at once.
+    """
+    sums0 = tl.zeros([BLOCK], tl.float64)
+    sums1 = sums0
+    sums2 = sums0
+    sums3 = sums0
     for start in range(0, tiles, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        sums += tl.load(values + i, i < tiles, 0.0).to(tl.float64)
-    return tl.sum(sums, 0).to(tl.float32)
+        at = values + i
+        sums0 += tl.load(at, i < tiles, 0.0).to(tl.float64)
+        sums1 += tl.load(at + plane, i < tiles, 0.0).to(tl.float64)
+        if FOUR:
+            sums2 += tl.load(at + 2 * plane, i < tiles, 0.0).to(tl.float64)
+            sums3 += tl.load(at + 3 * plane, i < tiles, 0.0).to(tl.float64)
+    return (
+        tl.sum(sums0, 0).to(tl.float32), tl.sum(sums1, 0).to(tl.float32),
+        tl.sum(sums2, 0).to(tl.float32), tl.sum(sums3, 0).to(tl.float32),
+    )  # fmt: skip
 
 
 @kernel
 def merge_gradients(
     partial, var, weight, dbeta, dgamma, credit, weights, dweight,
     channels, tiles, plane, eps, stride, size, splits,
-    ROUNDS: tl.constexpr, WALK: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDS: tl.constexpr, WALK: tl.constexpr, BLOCK: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Programs 0 to C - 1, of C channels: dbeta and dgamma of channel c, and its share in S1 and
     S2, which is s*dbeta and s*r*dgamma, or where G rounds the sums of what G took in, d and
@@ -69,16 +83,13 @@ def merge_gradients(
     pid = tl.program_id(0)
     if pid < channels:
         c = pid.to(tl.int64)
-        at = partial + c * tiles
-        beta = total(at, tiles, WALK)
-        gamma = total(at + plane, tiles, WALK)
+        beta, gamma, s1, s2 = totals(partial + c * tiles, plane, tiles, ROUNDS, WALK)
         tl.store(dbeta + c, beta)
         tl.store(dgamma + c, gamma)
         if credit is not None:
             r = tl.rsqrt(tl.load(var + c) + eps)
             if ROUNDS:
-                s1 = total(at + 2 * plane, tiles, WALK)
-                s2 = r * total(at + 3 * plane, tiles, WALK)
+                s2 *= r
             else:
                 s = r
                 if weight is not None:
@@ -89,11 +100,12 @@ def merge_gradients(
             tl.store(credit + stride + c, tl.load(credit + stride + c) + s2)
     elif weights is not None:
         i = (pid - channels).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        sums = tl.zeros([BLOCK], tl.float32)
-        for _ in range(0, splits):
-            sums += tl.load(weights + i, i < size, 0.0)
-            weights += size
-        tl.store(dweight + i, sums, i < size)
+        j = tl.arange(0, SIDE)
+        sums = tl.zeros([SIDE, BLOCK], tl.float32)
+        for start in range(0, splits, SIDE):
+            at = weights + (start + j).to(tl.int64)[:, None] * size + i[None, :]
+            sums += tl.load(at, (start + j < splits)[:, None] & (i < size)[None, :], 0.0)
+        tl.store(dweight + i, tl.sum(sums, 0), i < size)
 
 
 def _walk(tiles: int) -> int:
@@ -130,7 +142,7 @@ def _gradients_plan(
         merge_gradients,
         (channels + blocks,),
         (channels, tiles, channels * tiles, eps, stride, size, splits),
-        (rounds, _walk(tiles), BLOCK),
+        (rounds, _walk(tiles), BLOCK, SIDE),
     )
 
 
