@@ -188,15 +188,25 @@ def later(a, a_at, b, b_at):
 
 
 @triton.jit
-def line_maximum(x, column, s, t, line_inside, inside, W, ldx):
-    """Of relu(s*X + t) over columns 2j - 1 to 2j + 1 of a line, column = 2j; -1 outside of it."""
+def line_maximum(x, column, s, t, line_inside, inside, W, ldx, INSIDE: tl.constexpr):
+    """Of relu(s*X + t) over columns 2j - 1 to 2j + 1 of a line, column = 2j; -1 outside of it.
+    INSIDE: the line is, and so is all of it but column -1.
+    """
     value = tl.full(inside.shape, -1.0, tl.float32)
     at = tl.zeros(inside.shape, tl.int32)
     for i in tl.static_range(3):
-        at_column = (column + (i - 1))[:, None]
-        mask = inside & (at_column >= 0) & (at_column < W) & line_inside
+        mask = inside
+        if i == 0:
+            mask &= (column > 0)[:, None]
+        if not INSIDE:
+            mask &= (column + (i - 1) < W)[:, None] & line_inside
         z = relu(floats(tl.load(x + (i - 1) * ldx, mask, 0.0)) * s + t)
-        value, at = later(value, at, tl.where(mask, z, -1.0), i)
+        if i == 0:
+            value = tl.where(mask, z, -1.0)
+        elif INSIDE:
+            value, at = later(value, at, z, i)
+        else:
+            value, at = later(value, at, tl.where(mask, z, -1.0), i)
     return value, at
 
 
@@ -204,13 +214,13 @@ def line_maximum(x, column, s, t, line_inside, inside, W, ldx):
 def maxpool(
     x, mean, var, weight, bias, out, winner,
     H, W, H2, W2, C, CX, ldx, eps, segments,
-    BW: tl.constexpr, BC: tl.constexpr, LINES: tl.constexpr,
+    BW: tl.constexpr, BC: tl.constexpr, LINES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """out [M', C] = the maxima of relu(s*X + t) over windows of 3x3, stride 2, padding 1, and where
     in its window each stands, 0 to 8 in reading order; X [N*H*W, C], M' = N*H2*W2.
 
     A program walks down LINES windows, BW side by side; a window's last line is the next one's
-    first.
+    first. EVEN: H and W are.
     """
     image, first, segment, _, c = strip_of(H2, segments, C, BC, LINES)
     column = segment * BW + tl.arange(0, BW)
@@ -223,11 +233,13 @@ def maxpool(
     x += 2 * column[:, None] * ldx + c[None, :]
     to = (image.to(tl.int64) * H2 + first) * W2 * C + column[:, None] * C + c[None, :]
     step = W * ldx
-    top, top_at = line_maximum(x - step, 2 * column, s, t, first > 0, readable, W, ldx)
+    top, top_at = line_maximum(x - step, 2 * column, s, t, first > 0, readable, W, ldx, False)
     for line in range(first, tl.minimum(first + LINES, H2)):
-        value, at = line_maximum(x, 2 * column, s, t, 2 * line < H, readable, W, ldx)
+        value, at = line_maximum(x, 2 * column, s, t, 2 * line < H, readable, W, ldx, EVEN)
         value, at = later(top, top_at, value, at + 3)
-        top, top_at = line_maximum(x + step, 2 * column, s, t, 2 * line + 1 < H, readable, W, ldx)
+        top, top_at = line_maximum(
+            x + step, 2 * column, s, t, 2 * line + 1 < H, readable, W, ldx, EVEN
+        )
         value, at = later(value, at, top, top_at + 6)
         tl.store(out + to, value.to(out.dtype.element_ty), writable)
         tl.store(winner + to, at.to(tl.uint8), writable)
@@ -237,21 +249,21 @@ def maxpool(
 
 @triton.jit
 def unpool_pixel(
-    da, x, out, at_x, at_out, s, t, mu, r, a, b, c, mask, inside, beta, gamma, BATCH: tl.constexpr
+    da, values, out, s, t, mu, r, a, b, c, inside, beta, gamma, BATCH: tl.constexpr
 ):  # fmt: skip
-    """dZ = dA*[s*X + t > 0] where ``inside``: out takes a*dZ + b*X + c; without it the two sums
-    take dZ.
+    """dZ = dA*[s*X + t > 0], where dA is 0 outside: out takes a*dZ + b*X + c where ``inside``;
+    without it two sums take dZ and dZ*x_hat.
     """
-    values = floats(tl.load(x + at_x, mask, 0.0))
-    dz = tl.where(inside & ~(values * s + t <= 0.0), da, 0.0)
+    values = floats(values)
+    dz = tl.where(values * s + t <= 0.0, 0.0, da)
     if out is not None:
         dz *= a
         if BATCH:
             dz += b * values + c
-        tl.store(out + at_out, dz.to(out.dtype.element_ty), inside)
+        tl.store(out, dz.to(out.dtype.element_ty), inside)
     else:
         beta += dz
-        gamma += tl.where(inside, dz * ((values - mu) * r), 0.0)
+        gamma += dz * ((values - mu) * r)
     return beta, gamma
 
 
@@ -265,14 +277,15 @@ def won(d, at, place):
 def maxpool_gradient(
     d, winner, x, mean, var, weight, bias, dbeta, dgamma, out, partial,
     H, W, H2, W2, C, CX, ldx, ldo, eps, count, segments, tiles, plane,
-    BW: tl.constexpr, BC: tl.constexpr, LINES: tl.constexpr, BATCH: tl.constexpr,
+    BW: tl.constexpr, BC: tl.constexpr, LINES: tl.constexpr, EVEN: tl.constexpr,
+    BATCH: tl.constexpr,
 ):  # fmt: skip
     """With dZ = [s*X + t > 0] * the sum of d over the windows that a pixel won: out = a*dZ + b*X +
     c, which may be X, with X, out [N*H*W, C] and d, winner [N*H2*W2, C]; without an out each tile's
     sums of dZ and dZ*x_hat at partial [2, C, tiles].
 
     Pixels (2i, 2j) to (2i + 1, 2j + 1) lie in the windows (i, j) to (i + 1, j + 1) and no others. A
-    program walks down LINES such quads, BW side by side.
+    program walks down LINES such quads, BW side by side. EVEN: H and W are.
     """
     image, first, segment, tile, c = strip_of(H2, segments, C, BC, LINES)
     column = segment * BW + tl.arange(0, BW)
@@ -293,8 +306,13 @@ def maxpool_gradient(
         out += c[None, :]
     left = (column < W2)[:, None] & (c < C)[None, :]
     right = (column + 1 < W2)[:, None] & (c < C)[None, :]
-    odd = (2 * column + 1 < W)[:, None]
+    odd = left
+    if not EVEN:
+        odd &= (2 * column + 1 < W)[:, None]
     readable = (column < W2)[:, None] & (c < CX)[None, :]
+    odd_readable = readable
+    if not EVEN:
+        odd_readable &= (2 * column + 1 < W)[:, None]
     at = (image.to(tl.int64) * H2 + first) * W2 * C + column[:, None] * C + c[None, :]
     d += at
     winner += at
@@ -313,23 +331,35 @@ def maxpool_gradient(
         d11 = tl.load(d + C, right & below, 0.0)
         w10 = tl.load(winner, left & below, 255)
         w11 = tl.load(winner + C, right & below, 255)
+        lower = True
+        if not EVEN:
+            lower = 2 * line + 1 < H
+        # all four before anything is stored, which may be where they are
+        x00 = tl.load(x, readable, 0.0)
+        x01 = tl.load(x + ldx, odd_readable, 0.0)
+        x10 = tl.load(x + W * ldx, readable & lower, 0.0)
+        x11 = tl.load(x + (W + 1) * ldx, odd_readable & lower, 0.0)
+        beside = out
+        under = out
+        across = out
+        if out is not None:
+            beside = out + ldo
+            under = out + W * ldo
+            across = out + (W + 1) * ldo
         beta, gamma = unpool_pixel(
-            won(d00, w00, 4), x, out, 0, 0,
-            s, t, mu, r, va, vb, vc, readable, left, beta, gamma, BATCH,
+            won(d00, w00, 4), x00, out, s, t, mu, r, va, vb, vc, left, beta, gamma, BATCH
         )  # fmt: skip
         beta, gamma = unpool_pixel(
-            won(d00, w00, 5) + won(d01, w01, 3), x, out, ldx, ldo,
-            s, t, mu, r, va, vb, vc, readable & odd, left & odd, beta, gamma, BATCH,
+            won(d00, w00, 5) + won(d01, w01, 3), x01, beside,
+            s, t, mu, r, va, vb, vc, odd, beta, gamma, BATCH,
         )  # fmt: skip
-        lower = 2 * line + 1 < H
         beta, gamma = unpool_pixel(
-            won(d00, w00, 7) + won(d10, w10, 1), x, out, W * ldx, W * ldo,
-            s, t, mu, r, va, vb, vc, readable & lower, left & lower, beta, gamma, BATCH,
+            won(d00, w00, 7) + won(d10, w10, 1), x10, under,
+            s, t, mu, r, va, vb, vc, left & lower, beta, gamma, BATCH,
         )  # fmt: skip
         beta, gamma = unpool_pixel(
             won(d00, w00, 8) + won(d01, w01, 6) + won(d10, w10, 2) + won(d11, w11, 0),
-            x, out, (W + 1) * ldx, (W + 1) * ldo, s, t, mu, r, va, vb, vc,
-            readable & odd & lower, left & odd & lower, beta, gamma, BATCH,
+            x11, across, s, t, mu, r, va, vb, vc, odd & lower, beta, gamma, BATCH,
         )  # fmt: skip
         x += 2 * W * ldx
         if out is not None:
@@ -494,7 +524,8 @@ def _maxpool_plan(
     n, h2, w2 = geometry.windows
     side, columns, walk, segments, tiles = _strips(dtype, n, h2, w2, c)
     sizes = (h, w, h2, w2, c, touched, ldx, eps, segments)
-    return Plan(maxpool, (tiles * cdiv(c, columns),), sizes, (side, columns, walk), warps=8)
+    constants = (side, columns, walk, not (h % 2 or w % 2))
+    return Plan(maxpool, (tiles * cdiv(c, columns),), sizes, constants, warps=8)
 
 
 def bn_relu_maxpool(x: Tensor, read: Reader, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -515,8 +546,11 @@ def _maxpool_gradient_plan(
     n, h2, w2 = geometry.windows
     side, columns, walk, segments, tiles = _strips(dtype, n, h2, w2, c)
     sizes = (h, w, h2, w2, c, touched, *strides, eps, count, segments, tiles, c * tiles)
-    constants = (side, columns, walk, batch)
-    return Plan(maxpool_gradient, (tiles * cdiv(c, columns),), sizes, constants, warps=8)
+    constants = (side, columns, walk, not (h % 2 or w % 2), batch)
+    # so that two programs share a multiprocessor
+    return Plan(
+        maxpool_gradient, (tiles * cdiv(c, columns),), sizes, constants, warps=8, registers=128
+    )
 
 
 def bn_relu_maxpool_sums(
