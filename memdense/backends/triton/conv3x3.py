@@ -161,13 +161,13 @@ def input_gradient_3x3(
     at = g + row[:, None] * ldg + c[None, :]
     if INTO:
         dz, turned, taken, taken_turned = answer(
-            da, values, s[None, :], t[None, :], mu[None, :], r[None, :],
+            da, values, s[None, :], t[None, :], mu[None, :],
             at, valid & (c < CG)[None, :], inside, True, SEEDED,
         )  # fmt: skip
         dbeta = tl.sum(dz, 0)
-        dgamma = tl.sum(turned, 0)
+        dgamma = r * tl.sum(turned, 0)
         stored_beta = tl.sum(taken, 0)
-        stored_gamma = tl.sum(taken_turned, 0)
+        stored_gamma = r * tl.sum(taken_turned, 0)
     else:
         wide = floats(values)
         dz = tl.where(inside & ~(wide * s[None, :] + t[None, :] <= 0.0), da, 0.0)

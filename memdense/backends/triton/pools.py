@@ -119,14 +119,14 @@ def answer_rows(
     """
     walker, first, last, c = walk_of(C, M, share, BC)
     row = tl.arange(0, BM)
-    s, t, mu, r = norm_vectors(mean, var, weight, bias, eps, c, c < C)
+    s, t, mu, _ = norm_vectors(mean, var, weight, bias, eps, c, c < C)
     x += first.to(tl.int64) * ldx + row[:, None] * ldx + c[None, :]
     g += first.to(tl.int64) * ldg + row[:, None] * ldg + c[None, :]
     dbeta = tl.zeros([BM, BC], tl.float32)
     dgamma = dbeta
     stored_beta = dbeta
     stored_gamma = dbeta
-    for start in range(first, last, BM):
+    for start in tl.range(first, last, BM, num_stages=3):  # or else nothing is loaded ahead
         pixel = start + row
         valid = pixel < last
         answered = valid
@@ -150,7 +150,7 @@ def answer_rows(
         values = tl.load(x, answered & (c < CX)[None, :], 0.0)
         touched = answered if SEEDED else valid[:, None]
         dz, turned, taken, taken_turned = answer(
-            da, values, s[None, :], t[None, :], mu[None, :], r[None, :],
+            da, values, s[None, :], t[None, :], mu[None, :],
             g, touched & (c < CG)[None, :], inside, RELU, SEEDED,
         )  # fmt: skip
         dbeta += dz
@@ -160,9 +160,10 @@ def answer_rows(
             stored_gamma += taken_turned
         x += BM * ldx
         g += BM * ldg
+    r = tl.rsqrt(tl.load(var + c, c < C, 1.0) + eps)
     store_sums(
-        partial, plane, tl.sum(dbeta, 0), tl.sum(dgamma, 0), tl.sum(stored_beta, 0),
-        tl.sum(stored_gamma, 0), c, c < C, walker, walkers, ROUNDS,
+        partial, plane, tl.sum(dbeta, 0), r * tl.sum(dgamma, 0), tl.sum(stored_beta, 0),
+        r * tl.sum(stored_gamma, 0), c, c < C, walker, walkers, ROUNDS,
     )  # fmt: skip
 
 
@@ -446,7 +447,7 @@ def _answer_plan(
     rows, columns, across, walkers, share = walk(m, c)
     sizes = (geometry.h, geometry.w, m, c, *touched, *strides, eps, share, walkers, c * walkers)
     constants = (rows, columns, source, relu, seeded, rounds)
-    return Plan(answer_rows, (across * walkers,), sizes, constants, warps=8)
+    return Plan(answer_rows, (across * walkers,), sizes, constants, warps=8, registers=128)
 
 
 def _answer(

@@ -78,26 +78,26 @@ def relu(z):
 
 
 @triton.jit
-def answer(da, x, s, t, mu, r, g, mask, inside, RELU: tl.constexpr, SEEDED: tl.constexpr):
+def answer(da, x, s, t, mu, g, mask, inside, RELU: tl.constexpr, SEEDED: tl.constexpr):
     """dz = da*[s*x + t > 0] and G += s*dz, for tiles da, x [rows, columns] and pointers g.
 
-    Returns dz and dz*x_hat, and d and d*x_hat, where d is what G took in: new - old, both as
-    stored. ``inside`` marks the values; ``mask``, what of G may be touched: beyond the values it
-    keeps what it holds.
+    Returns dz and dz*(x - mean), and d and d*(x - mean), where d is what G took in: new - old, both
+    as stored. ``inside`` marks the values; ``mask``, what of G may be touched: beyond the values it
+    keeps what it holds. In columns without values, all four may be anything.
     """
     x = floats(x)
     dz = da
     if RELU:
         dz = tl.where(x * s + t <= 0.0, 0.0, da)
     dz = tl.where(inside, dz, 0.0)
-    x_hat = tl.where(inside, (x - mu) * r, 0.0)
+    centred = x - mu
     old = tl.zeros_like(dz)
     if SEEDED:
         old = floats(tl.load(g, mask, 0.0))
     new = (old + s * dz).to(g.dtype.element_ty)
     tl.store(g, new, mask)
-    d = tl.where(inside, floats(new) - old, 0.0)
-    return dz, dz * x_hat, d, d * x_hat
+    d = floats(new) - old
+    return dz, dz * centred, d, d * centred
 
 
 @triton.jit
