@@ -59,7 +59,8 @@ def pack_rows(
         shift = tl.sum(tl.where(valid, head, 0.0), 0) / tl.minimum(last - first, BM)
     if out is not None:
         out += first.to(tl.int64) * ldo + row[:, None] * ldo + c[None, :]
-    for start in range(first, last, BM):
+    # loaded ahead, but not through shared memory where a thread's channels lie far apart
+    for start in tl.range(first, last, BM, num_stages=1 if WHOLE else 4):
         valid = (start + row < last)[:, None]
         at = x + _rows_at(start + row, n1, n2, s0, s1, s2, AXES)[:, None]
         values = tl.load(at, valid & readable, 0.0)
