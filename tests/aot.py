@@ -64,6 +64,10 @@ class Compiled:
         """Whether it reads 16 bytes at a time."""
         return "ld.global.v4.b32" in self.ptx or "cp.async.cg" in self.ptx
 
+    @property
+    def barriers(self) -> int:
+        return self.ptx.count("bar.sync")
+
 
 def source(launch: Launch) -> ASTSource:
     """What the JIT would compile for this launch."""
@@ -252,8 +256,8 @@ def main(net: str, dtype: str, archs: Sequence[str]) -> None:
         for launch in step_launches(NETS[net], getattr(torch, dtype), arch):
             found = compile_launch(launch, arch)
             row = {name: getattr(found, name) for name in ("name", "arch", "registers", "stack")}
-            row |= {name: getattr(found, name) for name in ("shared", "tensor_cores", "wide")}
-            print(json.dumps(row | {"product": found.product}), flush=True)
+            seen = "shared", "tensor_cores", "wide", "barriers", "product"
+            print(json.dumps(row | {name: getattr(found, name) for name in seen}), flush=True)
 
 
 if __name__ == "__main__":

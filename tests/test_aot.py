@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 
 # bytes that a program may have; 8.6, 8.9 and 12.x take the tiles of 8.0, which has more
 SHARED = {80: 99 << 10, 90: 227 << 10}
+# in machine code for 9.0 in 16 bits; they are what an epilogue waits for
+BARRIERS = {"forward_1x1": 16, "gradients_1x1": 19}
 
 
 def aot(common: Path, *arguments: str) -> list[str]:
@@ -45,8 +47,8 @@ def aot(common: Path, *arguments: str) -> list[str]:
     ],
 )
 def test_compiles(net: str, dtype: str, arch: int, common: Path) -> None:
-    """Nothing spilled, shared memory within the limit, products on tensor cores, and 16 bytes at a
-    time where channels are multiples of 16.
+    """Nothing spilled, shared memory within the limit, products on tensor cores, 16 bytes at a time
+    where channels are multiples of 16, and few barriers.
     """
     kernels = [json.loads(line) for line in aot(common, net, dtype, str(arch))]
     expected = {"forward_1x1", "gradients_1x1", "merge_moments"}
@@ -68,6 +70,8 @@ def test_compiles(net: str, dtype: str, arch: int, common: Path) -> None:
         merges = merges or kernel["name"] in ("cast_weights", "move_running")
         if net == "densenet121" and not merges:
             assert kernel["wide"], kernel
+        if (net, dtype, arch) == ("densenet121", "bfloat16", 90) and kernel["name"] in BARRIERS:
+            assert kernel["barriers"] <= BARRIERS[kernel["name"]], kernel
 
 
 def test_another_batch_compiles_little(common: Path) -> None:
