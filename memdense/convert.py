@@ -7,6 +7,7 @@ import io
 import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import TypeVar
 
 import torch
@@ -85,7 +86,8 @@ def convert(
             if new := _runnable_types(stack) - stack._switches.types:
                 why = check and _difference(stack)
                 found = ", ".join(sorted(cls.__name__ for cls in new))
-                report.append(f"{name}: {found} {f'left alone: {why}' if why else converted}")
+                done_now = f"{converted}, with the stack's switches"
+                report.append(f"{name}: {found} {f'left alone: {why}' if why else done_now}")
                 stack._switches.types |= frozenset() if why else new
             stack.let_blocks_run_alone()  # new ones among them
             report += _plain_parts(stack)
@@ -208,8 +210,8 @@ def parts(features: Features, alone: bool = False) -> list[tuple[Step, str]]:
             name = part.names[0]
             block = features._modules[name]
             if part.kind == "stage" and not found and (alone or isinstance(block, RunsAlone)):
-                followed = getattr(block, "_switches", None) or features._switches
-                reason = read_alone(block, name, followed)[1]
+                own = None if alone else getattr(block, "_switches", None)
+                reason = read_alone(block, name, own or features._switches)[1]
             result.append((part, reason))
     return result
 
@@ -293,20 +295,30 @@ def _first_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     return ""
 
 
-def _attributes(stack: nn.Module) -> dict[tuple[str, str], object]:
-    """Of each module, by its name and theirs."""
-    modules = stack.named_modules()
-    return {(name, key): value for name, m in modules for key, value in vars(m).items()}
+Attributes = dict[tuple[str, str], tuple[object, int]]
 
 
-def _changed(stack: nn.Module, before: dict[tuple[str, str], object]) -> set[tuple[str, str]]:
-    now = _attributes(stack)
-    return {at for at, value in now.items() if at not in before or before[at] is not value}
+def _attributes(stack: nn.Module) -> Attributes:
+    """Of each module, by its name and theirs, with how much a collection holds."""
+    return {
+        (name, key): (value, len(value) if isinstance(value, Collection) else 0)
+        for name, module in stack.named_modules()
+        for key, value in vars(module).items()
+    }
+
+
+def _changed(stack: nn.Module, before: Attributes) -> set[tuple[str, str]]:
+    changed = set()
+    for at, (value, size) in _attributes(stack).items():
+        known, known_size = before.get(at, (Attributes, 0))
+        if value is not known or size != known_size:
+            changed.add(at)
+    return changed
 
 
 def _first_unset(found: set[tuple[str, str]], expected: set[tuple[str, str]]) -> str:
     missing = sorted(expected - found)
-    return "{} sets its attribute {}".format(*missing[0]) if missing else ""
+    return "{} changes its attribute {}".format(*missing[0]) if missing else ""
 
 
 def _copy(stack: nn.Sequential) -> nn.Sequential:

@@ -17,7 +17,7 @@ from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
 from .spec import output_length, per_axis
 from .stage import Step, apart, averages_widely, obstacle_now
-from .structure import CONVOLUTIONS, NORMS, POOLS, article
+from .structure import CONVOLUTIONS, NORMS, POOLS, article, class_of
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,10 @@ def _backend(device: torch.device, dtype: torch.dtype) -> str:
 
 def _switches_of(stack: nn.Module, first: nn.Module) -> Switches | None:
     """That decide how a part runs, whose first module is given; None if it was not converted."""
-    if isinstance(stack, Features):
+    own = first._switches if isinstance(first, RunsAlone) else None
+    if isinstance(stack, Features) and (own is None or class_of(first) in stack._switches.types):
         return stack._switches
-    return first._switches if isinstance(first, RunsAlone) else None
+    return own
 
 
 def _off(stack: nn.Module, switches: Switches | None) -> str:

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 # bytes that a program may have; 8.6, 8.9 and 12.x take the tiles of 8.0, which has more
 SHARED = {80: 99 << 10, 90: 227 << 10}
-# in machine code for 9.0 in 16 bits; they are what an epilogue waits for
+# in PTX for 9.0 in 16 bits (Triton 3.8); they are what an epilogue waits for
 BARRIERS = {"forward_1x1": 16, "gradients_1x1": 19}
 
 
@@ -71,7 +71,7 @@ def test_compiles(net: str, dtype: str, arch: int, common: Path) -> None:
         if net == "densenet121" and not merges:
             assert kernel["wide"], kernel
         if (net, dtype, arch) == ("densenet121", "bfloat16", 90) and kernel["name"] in BARRIERS:
-            assert kernel["barriers"] <= BARRIERS[kernel["name"]], kernel
+            assert 0 < kernel["barriers"] <= BARRIERS[kernel["name"]], kernel
 
 
 def test_another_batch_compiles_little(common: Path) -> None:

@@ -364,6 +364,17 @@ class Remembers(peers.PrevLayer):
         return self.last
 
 
+class Collects(peers.PrevLayer):
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.seen: list[Tensor] = []
+
+    def forward(self, *features: Tensor) -> Tensor:
+        new = super().forward(*features)
+        self.seen.append(new.detach())
+        return new
+
+
 class Reversed(peers.PrevBlock):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).flip(1)
@@ -403,7 +414,8 @@ def alike(part: type[nn.Module]) -> nn.Module:
         (NoDropout, "the output in training mode differs by"),
         (OtherStatistics, "the buffer denseblock1.denselayer1.norm1.running_mean differs by"),
         (NaN, "the output in evaluation mode differs by nan"),
-        (Remembers, "denseblock1.denselayer1 sets its attribute last"),
+        (Remembers, "denseblock1.denselayer1 changes its attribute last"),
+        (Collects, "denseblock1.denselayer1 changes its attribute seen"),
         (Reversed, "the output in evaluation mode differs by"),
         (ConvolvesFirst, "the output in evaluation mode differs by"),
         (Failing, "checking it raised RuntimeError: no doubles here"),

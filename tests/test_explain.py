@@ -15,7 +15,7 @@ from torch import nn
 import memdense
 from memdense import MemdenseWarning, _extension, ops
 from memdense.convert import ONE_BY_ONE
-from memdense.explain import size_after
+from memdense.explain import Row, size_after
 
 
 def converted() -> nn.Module:
@@ -385,7 +385,15 @@ def test_a_block_that_follows_other_switches():
     """One that was converted by itself runs in a stack that does not know its class."""
     model = memdense.DenseNet(4, (2, 2), 8, small_inputs=True)
     model.features.denseblock1 = memdense.convert(peers.GpleissStyle().features.denseblock1)
-    rows = {row.modules: row for row in memdense.explain(model).rows}
-    assert rows["denseblock1",].efficient
+    block = model.features.denseblock1
+    block._switches.keep_bottlenecks = True
+
+    def row() -> Row:
+        rows = {row.modules: row for row in memdense.explain(model).rows}
+        return rows["denseblock1",]
+
+    assert row().efficient and row().switches == ("keep_bottlenecks",)
     with no_warnings():
         model(torch.randn(2, 3, 8, 8))
+    block._switches.efficient = False
+    assert not row().efficient and row().why == "switched off: efficient is False"

@@ -271,7 +271,7 @@ DEFAULT, KEEP, *_ = MEMDENSE
         (NO_BOTTLENECK, 40, 2, DEFAULT, "reference", "forward"),
         (STEM, 96, 2, DEFAULT, "reference", "forward"),
         (DROPOUT, 24, 4, KEEP, "native", "backward"),
-        (CLASSIFIER, 4, 64, DEFAULT, "native", "classifier"),
+        (CLASSIFIER, 4, 64, DEFAULT, "reference", "classifier"),
         (LAST_NORM, 96, 2, OTHERS[0], "reference", "backward"),
     ],
 )
@@ -281,6 +281,8 @@ def test_peak_where_a_part_is_all(
     """Within 0.2 %, of networks in which it is reached there."""
     if on not in BACKENDS:
         pytest.skip("needs the extension")
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("oneDNN's convolutions take other scratch")
     network = {"num_classes": 3, "small_inputs": True, **network}
     machine = Machine("cpu", on, torch.float32, torch.get_num_threads())
     replay(read_network(build(**network), side, side), batch, setting, machine)

@@ -447,6 +447,7 @@ def _answer_plan(
     rows, columns, across, walkers, share = walk(m, c)
     sizes = (geometry.h, geometry.w, m, c, *touched, *strides, eps, share, walkers, c * walkers)
     constants = (rows, columns, source, relu, seeded, rounds)
+    # so that two programs share a multiprocessor
     return Plan(answer_rows, (across * walkers,), sizes, constants, warps=8, registers=128)
 
 

@@ -85,7 +85,7 @@ class Walk(NamedTuple):
     share: int
 
 
-WALKERS = 528  # programs of eight warps that a large GPU holds at once
+WALKERS = 528  # programs of eight warps that a large GPU holds at once, or half of them
 
 
 def walk(rows: int, channels: int) -> Walk:
