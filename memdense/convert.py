@@ -7,7 +7,6 @@ import io
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection
 from typing import TypeVar
 
 import torch
@@ -301,7 +300,7 @@ Attributes = dict[tuple[str, str], tuple[object, int]]
 def _attributes(stack: nn.Module) -> Attributes:
     """Of each module, by its name and theirs, with how much a collection holds."""
     return {
-        (name, key): (value, len(value) if isinstance(value, Collection) else 0)
+        (name, key): (value, len(value) if isinstance(value, (list, dict, set)) else 0)
         for name, module in stack.named_modules()
         for key, value in vars(module).items()
     }

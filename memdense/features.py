@@ -239,10 +239,11 @@ class Features(nn.Sequential):
             if isinstance(module, CONVOLUTIONS) and not isinstance(module, LazyModuleMixin)
         )
         given = [x, next(weights, None)]
-        ahead = next((c for c in self._modules.values() if is_block(c) or _convolves(c)), None)
-        if given[1] is not None and len(given[1]) == 1 and not is_block(ahead):
-            # PyTorch takes its output, of one channel, for contiguous: the next weight decides
-            given = [next(weights, None)]
+        if given[1] is not None and len(given[1]) == 1:
+            ahead = next(c for c in self._modules.values() if is_block(c) or _convolves(c))
+            if not is_block(ahead):
+                # PyTorch takes its output, of one channel, for contiguous: the next weight decides
+                given = [next(weights, None)]
         formats = [layout_of(t) for t in given if t is not None]
         last = CHANNELS_LAST[x.dim()]
         return last if last in formats else torch.contiguous_format

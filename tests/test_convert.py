@@ -435,6 +435,21 @@ def test_look_alikes_are_refused(part, reason, capsys):
     assert "unchecked" in capsys.readouterr().err and type(model.features) is Features
 
 
+class Keeps(peers.PrevLayer):
+    """Things of its own that do not change."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.gain, self.sizes, self.notes = torch.tensor(1.0), [1, 2], {"a": object()}
+
+
+def test_attributes_that_stay():
+    plain = alike(Keeps).double()
+    converted = memdense.convert(copy.deepcopy(plain))
+    assert type(converted.features) is Features and runs_efficiently(converted)
+    assert_same_step(converted, plain, images())
+
+
 def replaced(
     old: type[nn.Module],
     new: Callable[[nn.Module], nn.Module],
