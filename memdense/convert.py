@@ -307,12 +307,11 @@ def _attributes(stack: nn.Module) -> Attributes:
 
 
 def _changed(stack: nn.Module, before: Attributes) -> set[tuple[str, str]]:
-    changed = set()
-    for at, (value, size) in _attributes(stack).items():
-        known, known_size = before.get(at, (Attributes, 0))
-        if value is not known or size != known_size:
-            changed.add(at)
-    return changed
+    return {
+        at
+        for at, (value, size) in _attributes(stack).items()
+        if at not in before or value is not before[at][0] or size != before[at][1]
+    }
 
 
 def _first_unset(found: set[tuple[str, str]], expected: set[tuple[str, str]]) -> str:
