@@ -83,11 +83,12 @@ def convert(
             for switch, value in given.items():
                 setattr(stack, switch, value)
             if new := _runnable_types(stack) - stack._switches.types:
-                why = check and _difference(stack)
-                found = ", ".join(sorted(cls.__name__ for cls in new))
-                done_now = f"{converted}, with the stack's switches"
-                report.append(f"{name}: {found} {f'left alone: {why}' if why else done_now}")
-                stack._switches.types |= frozenset() if why else new
+                classes = ", ".join(sorted(cls.__name__ for cls in new))
+                if why := check and _difference(stack):
+                    report.append(f"{name}: {classes} left alone: {why}")
+                else:
+                    report.append(f"{name}: {classes} {converted}, with the stack's switches")
+                    stack._switches.types |= new
             stack.let_blocks_run_alone()  # new ones among them
             report += _plain_parts(stack)
             done = True
