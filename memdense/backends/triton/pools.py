@@ -160,7 +160,9 @@ def answer_rows(
             stored_gamma += taken_turned
         x += BM * ldx
         g += BM * ldg
-    r = tl.rsqrt(tl.load(var + c, c < C, 1.0) + eps)
+    _, _, _, r = norm_vectors(
+        mean, var, weight, bias, eps, c, c < C
+    )  # again: the loop lacks registers
     store_sums(
         partial, plane, tl.sum(dbeta, 0), r * tl.sum(dgamma, 0), tl.sum(stored_beta, 0),
         r * tl.sum(stored_gamma, 0), c, c < C, walker, walkers, ROUNDS,
