@@ -24,12 +24,14 @@ _DTYPES = {
     "cuda": (torch.float32,),
 }
 
+_OVERRIDEABLE = torch.ops.aten.convolution_overrideable.default
+
 
 def _native(x: Tensor) -> bool:
     """Whether the extension's kernels take these images."""
-    if x.dtype not in _DTYPES.get(x.device.type, ()):
-        return False
-    return _extension.cuda_runs_on(x.device) if x.is_cuda else _extension.available()
+    if x.is_cpu:
+        return x.dtype in _DTYPES["cpu"] and _extension.available()
+    return x.is_cuda and x.dtype in _DTYPES["cuda"] and _extension.cuda_runs_on(x.device)
 
 
 def _overrides(x: Tensor) -> bool:
@@ -116,8 +118,7 @@ def dilated_conv3x3(
             return F.conv2d(x, weight, bias, *geometry)
         return torch.ops.memdense.dilated_conv3x3(x, weight, bias, *geometry)
     if _overrides(x):
-        convolve = torch.ops.aten.convolution_overrideable.default
-        return convolve(x, weight, bias, *geometry, False, (0, 0), 1)
+        return _OVERRIDEABLE(x, weight, bias, *geometry, False, (0, 0), 1)
     if not _native(x) and _repeats(x):
         return _plain(x, weight, bias, *geometry)
     run = _Convolution.apply if learns(x, weight, bias) else _convolve

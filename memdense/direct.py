@@ -4,7 +4,15 @@ takes longer than the kernels of a small stage do.
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 _PLAIN = {Tensor, Parameter}
@@ -15,11 +23,11 @@ def watched(*tensors: Tensor | None) -> bool:
     of PyTorch's; or a tensor whose values its memory does not show.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        is_compiling()
+        or _get_tracing_state() is not None
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
     ):
         return True
     return any([t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in tensors])
@@ -39,7 +47,7 @@ def transformed() -> bool:
     """Whether a transform of torch.func's, or forward-mode AD, wants operations of PyTorch's own,
     which have rules for it.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def written_down() -> bool:
@@ -55,8 +63,15 @@ def batched(*gradients: Tensor | None) -> bool:
     return transformed() or any(g is not None and legacy(g) for g in gradients)
 
 
+def _autocasts() -> bool:
+    """Whether autocast may be on; by a device's name that takes ten times as long to ask."""
+    return is_compiling() or _is_any_autocast_enabled()
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast has convolutions compute in on a device; None where it is off."""
+    if not _autocasts():
+        return None
     kind = device.type
     # Dynamo of torch 2.11 does not know how to ask
     available = kind in ("cpu", "cuda") or torch._C._is_autocast_available(kind)
@@ -75,7 +90,7 @@ def digits_lost(x: Tensor) -> str:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """A convolution's tensors as autocast would have it take them."""
-    dtype = autocast_dtype(tensors[0].device)
+    dtype = autocast_dtype(tensors[0].device) if _autocasts() else None
     if dtype is None:
         return tensors
     return tuple(

@@ -19,7 +19,9 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 def per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     """One number, or one per axis, as PyTorch's modules take them."""
-    numbers = tuple(map(index, value)) if isinstance(value, Iterable) else (index(value),)
+    # a tuple is known much faster than what else may be many
+    many = type(value) is tuple or isinstance(value, Iterable)
+    numbers = tuple(map(index, value)) if many else (index(value),)
     return numbers * axes if len(numbers) == 1 else numbers
 
 
