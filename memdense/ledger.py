@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .backends.native import Native
 from .backends.reference import Reference
 from .buffers import Geometry, GradientBuffer, reader_columns, row_stride
 from .densenet import DenseNet
@@ -291,8 +292,8 @@ class Efficient(Walk):
     def call(self) -> "FusedScratch":
         """A backend's scratch: it belongs to one call."""
         backend = self.machine.backend
-        # the extension's kernels are for float32 and float64
-        backend = "reference" if backend == "native" and self.autocast else backend
+        if backend == "native" and self.machine.dtype not in Native.dtypes:
+            backend = "reference"
         return SCRATCH[backend](self.ledger, self.machine)
 
     def row(self, channels: int) -> int:
@@ -488,19 +489,28 @@ class FusedScratch:
 
 
 class NativeScratch(FusedScratch):
-    """csrc/cpu: packed weights and, per thread, a tile of rows and a partial weight gradient; of
-    the 3x3 its own word.
+    """csrc/cpu: packed weights and, per thread, a tile of rows and a partial weight gradient; in 16
+    bits also weights, and products of a tile, in 32; of the 3x3 its own word.
     """
 
     TILE_ROWS = 96  # kTileRows there
 
+    def __init__(self, ledger: Ledger, machine: Machine) -> None:
+        super().__init__(ledger, machine)
+        self.reference = ReferenceScratch(ledger, machine)
+        self.rounds = self.reference.rounds
+
+    def close(self) -> None:
+        self.reference.close()
+
     def conv1x1(self, rows: int, channels: int, out: int, statistics: bool = True) -> None:
-        self.ledger.spike("scratch", channels * out * WIDE)
+        products = self.rounds * self.threads * self.TILE_ROWS * out
+        self.ledger.spike("scratch", ((1 + self.rounds) * channels * out + products) * WIDE)
 
     def conv1x1_backward(self, rows: int, channels: int, out: int) -> None:
         tile = self.TILE_ROWS * (out + 128)
-        partials = (self.threads - 1) * channels * out
-        self.ledger.spike("scratch", (channels * out + self.threads * tile + partials) * WIDE)
+        weights = (self.threads + self.rounds) * channels * out  # packed, wide, and gradients
+        self.ledger.spike("scratch", (weights + self.threads * tile) * WIDE)
 
     def pool_conv1x1_backward(self, geometry: Geometry, channels: int, out: int) -> None:
         self.conv1x1_backward(geometry.rows, channels, out)
@@ -512,7 +522,11 @@ class NativeScratch(FusedScratch):
         self.ledger.spike("scratch", size)
 
     def conv3x3_backward(self, conv: Conv3x3, into_g: bool) -> None:
-        self.conv3x3(conv, True)
+        if into_g and self.rounds:  # Native leaves it to its twin
+            self.reference.g_rounds = self.g_rounds
+            self.reference.conv3x3_backward(conv, into_g)
+        else:
+            self.conv3x3(conv, True)
 
 
 class ReferenceScratch(FusedScratch):

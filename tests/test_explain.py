@@ -36,9 +36,9 @@ def test_rows_of_an_efficient_model():
     ]
     assert [row.layers for row in rows] == [0, 2, 3]
     backend = ops.backend_for(torch.device("cpu")).name
-    for row in rows:
+    for row in (*rows, *memdense.explain(model.bfloat16()).rows):
         assert (row.stack, row.path, row.backend, row.why) == ("features", "efficient", backend, "")
-    narrow = memdense.explain(model.bfloat16()).rows
+    narrow = memdense.explain(model.half()).rows
     assert {row.backend for row in narrow} == {"reference"}
 
 
@@ -240,9 +240,12 @@ def test_notes_on_an_input():
     assert notes(torch.randn(0, 3, 32, 32)) == [
         "features: with this input all run as plain modules: torch.float32 of shape (0, 3, 32, 32)"
     ]
+    backend = ops.backend_for(torch.device("cpu")).name
+    for dtype, name in ((torch.bfloat16, backend), (torch.float16, "reference")):
+        with torch.autocast("cpu", dtype=dtype):
+            (note,) = notes(torch.randn(2, 3, 32, 32))
+        assert note == f"features: under autocast, in {dtype}, by the {name} backend"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (note,) = notes(torch.randn(2, 3, 32, 32))
-        assert note == "features: under autocast, in torch.bfloat16, by the reference backend"
         tail = memdense.explain(model.features[4:], torch.randn(2, 6, 8, 8))
         why = "denseblock1 and transition1 run as plain modules: autocast convolves"
         assert any(why in note for note in tail.notes)

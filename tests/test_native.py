@@ -62,18 +62,23 @@ def test_float64_matches_the_reference(shape, count):
 
 
 @built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["", "G in float32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float32_errs_no_more_than_the_reference(shape):
+def test_errs_no_more_than_the_reference(shape, wide, dtype):
     # several draws where channels are few: a handful of errors says little
-    draws = [Inputs(*shape, torch.float32) for _ in range(40 if shape[1] < 16 else 1)]
+    draws = [Inputs(*shape, dtype) for _ in range(40 if shape[1] < 16 else 1)]
 
     def run(*arguments):
-        results = [inputs.run(*arguments) for inputs in draws]
+        results = [inputs.run(*arguments, wide=wide) for inputs in draws]
         return {name: torch.cat([r[name] for r in results], -1) for name in results[0]}
 
     exact = run(Reference(), torch.float64)
-    reference = run(Reference(), torch.float32)
-    assert_errs_no_more(run(Native(), torch.float32, poisoned), reference, exact)
+    reference = run(Reference(), dtype)
+    if len(shape[0]) == 4 and dtype == torch.bfloat16:
+        # maxima of planes are compared as they are stored, and tie, as PyTorch's do
+        exact = {name: value for name, value in exact.items() if "maxpool" not in name}
+    assert_errs_no_more(run(Native(), dtype, poisoned), reference, exact)
 
 
 @built
@@ -142,9 +147,8 @@ def test_last_nan_wins_the_maxpool():
 
 
 @built
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_other_dtypes_take_the_reference(dtype):
-    x, weight = torch.randn(30, 8).to(dtype), torch.randn(5, 8).to(dtype)
+def test_float16_takes_the_reference():
+    x, weight = torch.randn(30, 8).half(), torch.randn(5, 8).half()
     read = reader_of(*(torch.randn(8).float() for _ in range(4)))
     results = []
     for backend in (Native(), Reference()):
@@ -250,7 +254,7 @@ def test_half_a_norm_behind_is_refused():
         ({"x": torch.zeros(())}, r"expected a matrix x with at least one row .* got \(\)"),
         ({"weight": torch.zeros(())}, "expected weight in Double"),
         ({"x": torch.zeros(6, 0)}, r"at least one row and column, got \(6, 0\)"),
-        ({"x": torch.zeros(6, 3).bfloat16()}, "expected x in Float or Double, got BFloat16"),
+        ({"x": torch.zeros(6, 3).half()}, "expected x in Float, Double or BFloat16, got Half"),
         ({"mean": torch.zeros(4)}, r"expected mean in Double of shape \(3,\) .* got Float \(4\)"),
         ({"beta": torch.zeros(3)}, r"expected beta in Double .* got Float \(3\)"),
         ({"x": torch.zeros(3, 6).double().t()}, r"column stride, got Double \(6, 3\) .* \(1, 6\)"),

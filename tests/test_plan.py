@@ -133,11 +133,8 @@ def runs(name: str, dtype: torch.dtype) -> list[tuple[Setting, str]]:
     network = network_of(name)
     default, keep, stem, twice = MEMDENSE
     plain, checkpoint = OTHERS
-    if dtype != torch.float32:
-        # in 16 bits every backend of the CPU runs the reference's operations
-        found = [(default, BACKENDS[-1])]
-    else:
-        found = [(default, on) for on in BACKENDS]
+    found = [(default, on) for on in BACKENDS]
+    if dtype == torch.float32:
         if not network.get("small_inputs"):
             found.append((stem, BACKENDS[-1]))
         found.append((twice, BACKENDS[-1]))

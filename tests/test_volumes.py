@@ -327,12 +327,15 @@ def test_compiled() -> None:
 def test_autocast_on_a_cpu_averages_in_float32() -> None:
     """Where plain modules keep digits that 16 bits have not, they run."""
     nets = [net.float() for net in pair()]
+    x = volumes().float()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = nets[1].features(volumes().float())
+        plain = nets[1].features(x)
         with pytest.warns(MemdenseWarning, match="averages volumes in float32"):
-            found = nets[0].features(volumes().float())
-    assert found.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+            found = nets[0].features(x)
+    assert found.dtype == plain.dtype == torch.float32
+    exact = nets[1].double().features(x.double())
+    errors = [(out - exact).square().mean().sqrt() for out in (found, plain)]
+    assert errors[0] <= 1.5 * errors[1], errors
 
 
 def test_other_inputs_raise_as_modules_do() -> None:

@@ -29,8 +29,8 @@ struct Pixels {
 };
 
 // z[r][j] = mean over taps of relu(scale * x + shift) at columns first + j, for `rows` rows.
-template <typename T, int kBytes, int kTaps>
-MEMDENSE_INLINE void read_tile(const T* x, int64_t x_row, const int64_t* source,
+template <typename S, typename T, int kBytes, int kTaps>
+MEMDENSE_INLINE void read_tile(const S* x, int64_t x_row, const int64_t* source,
                                Pixels<kTaps> pixels, Reader<T> read, int64_t first, int64_t columns,
                                int64_t rows, T* z, int64_t z_row) {
   for (int64_t r = 0; r < rows; ++r, z += z_row) {
@@ -49,23 +49,34 @@ MEMDENSE_INLINE void read_tile(const T* x, int64_t x_row, const int64_t* source,
   }
 }
 
+// Does G store less than it is given? Sums of what it took in are wanted then.
+template <typename G>
+constexpr bool kRounds = !std::is_same_v<G, Compute<G>>;
+
+// Sums that an answer adds to, each of a value per channel.
+template <typename G>
+constexpr int64_t kSums = kRounds<G> ? 4 : 2;
+
 // A tile's rows, its incoming gradient, and where the answer goes.
-template <typename T, int kTaps>
+template <typename S, typename G, int kTaps>
 struct Answer {
+  using T = Compute<S>;
   int64_t rows;
   const int64_t* source;  // each row's first pixel
   Pixels<kTaps> pixels;
   const T* da;  // gradient of the tile's z, its first column being `first`
   int64_t da_row;
-  const T* x;
+  const S* x;
   int64_t x_row;
-  T* g;
+  G* g;
   int64_t g_row;
   bool add;  // to g; else it holds nothing yet
   Reader<T> read;
-  double* dbeta;   // += sum dz
-  double* dgamma;  // += sum dz * (x - mean): whoever totals it multiplies with rstd
-  T* z;            // where z is wanted, like da
+  // [kSums][channels] += sum dz, sum dz * (x - mean), and where g rounds both with what it took in
+  // in place of dz: whoever totals them multiplies with rstd
+  double* sums;
+  int64_t channels;
+  T* z;  // where z is wanted, like da
   int64_t z_row;
 };
 
@@ -73,8 +84,9 @@ struct Answer {
 constexpr int64_t kSumRows = 16;
 
 // g (+)= scale * dz and both sums for columns first..first + columns.
-template <typename T, int kBytes, int kTaps, bool kRelu>
-MEMDENSE_INLINE void answer_tile(const Answer<T, kTaps>& a, int64_t first, int64_t columns) {
+template <typename S, typename G, int kBytes, int kTaps, bool kRelu>
+MEMDENSE_INLINE void answer_tile(const Answer<S, G, kTaps>& a, int64_t first, int64_t columns) {
+  using T = Compute<S>;
   constexpr int kCount = Simd<T, kBytes>::kVectors;
   for_columns<T, kBytes, kCount>(
       0, columns, [&]<typename Vec, int kVectors>(int64_t j) MEMDENSE_INLINE_LAMBDA {
@@ -89,9 +101,7 @@ MEMDENSE_INLINE void answer_tile(const Answer<T, kTaps>& a, int64_t first, int64
         }
         for (int64_t top = 0; top < a.rows; top += kSumRows / kTaps) {
           const int64_t end = std::min(a.rows, top + kSumRows / kTaps);
-          Vec dbeta[kVectors], dgamma[kVectors];
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) dbeta[v] = dgamma[v] = Vec{};
+          Vec sums[kSums<G>][kVectors] = {};
           for (int64_t r = top; r < end; ++r) {
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) {
@@ -103,10 +113,18 @@ MEMDENSE_INLINE void answer_tile(const Answer<T, kTaps>& a, int64_t first, int64
                 const Vec x = load<Vec>(a.x + row * a.x_row + at);
                 const Vec z = x * scale[v] + shift[v];
                 const Vec dz = kRelu ? (z <= T{0} ? Vec{} : da) : da;
-                T* g = a.g + row * a.g_row + at;
-                store(g, a.add ? load<Vec>(g) + scale[v] * dz : scale[v] * dz);
-                dbeta[v] += dz;
-                dgamma[v] += dz * (x - mean[v]);
+                G* g = a.g + row * a.g_row + at;
+                sums[0][v] += dz;
+                sums[1][v] += dz * (x - mean[v]);
+                if constexpr (kRounds<G>) {
+                  const Vec before = a.add ? load<Vec>(g) : Vec{};
+                  store(g, before + scale[v] * dz);
+                  const Vec taken = load<Vec>(g) - before;
+                  sums[2][v] += taken;
+                  sums[3][v] += taken * (x - mean[v]);
+                } else {
+                  store(g, a.add ? load<Vec>(g) + scale[v] * dz : scale[v] * dz);
+                }
                 if (a.z) sum = sum + (z <= T{0} ? Vec{} : z);
               }
               if (a.z) {
@@ -114,12 +132,12 @@ MEMDENSE_INLINE void answer_tile(const Answer<T, kTaps>& a, int64_t first, int64
               }
             }
           }
-          T part[2][kVectors * kLanes];
-          std::memcpy(part[0], dbeta, sizeof(dbeta));
-          std::memcpy(part[1], dgamma, sizeof(dgamma));
-          for (int64_t i = 0; i < kVectors * kLanes; ++i) {
-            a.dbeta[c + i] += part[0][i];
-            a.dgamma[c + i] += part[1][i];
+          T part[kSums<G>][kVectors * kLanes];
+          std::memcpy(part, sums, sizeof(part));
+          for (int64_t s = 0; s < kSums<G>; ++s) {
+            for (int64_t i = 0; i < kVectors * kLanes; ++i) {
+              a.sums[s * a.channels + c + i] += part[s][i];
+            }
           }
         }
       });

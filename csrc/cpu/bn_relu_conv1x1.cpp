@@ -61,17 +61,21 @@ const T* pack(const T* w, int64_t k_step, int64_t j_step, int64_t depth, int64_t
 
 // ---- forward
 
-template <typename T, int kTaps>
+template <typename S, int kTaps>
 struct Forward {
-  const T* x;
+  using T = Compute<S>;
+
+  const S* x;
   int64_t x_row;
   Pixels<kTaps> pixels;
   Reader<T> read;
   int64_t channels, outputs;
   const T* weight;  // packed W^T
-  T* y;             // [rows, outputs]
+  S* y;             // [rows, outputs]
 
-  static constexpr int64_t scratch = kTileRows * kDepthRow;
+  static constexpr bool kInPlace = std::is_same_v<S, T>;  // do products sum up in y?
+
+  int64_t scratch() const { return kTileRows * (kDepthRow + (kInPlace ? 0 : outputs)); }
 
   // Rows first..last of y; with m2 not null also mean and m2 of its columns there.
   template <int kBytes>
@@ -79,24 +83,37 @@ struct Forward {
                                   double* m2) {
     constexpr int64_t panel = Simd<T, kBytes>::kPanel;
     const int64_t step = tile_rows(last - first);
-    std::fill_n(z, scratch, T{0});
+    std::fill_n(z, kTileRows * kDepthRow, T{0});
     for (int64_t top = first; top < last; top += step) {
       const int64_t rows = std::min(step, last - top);
       int64_t source[kTileRows];
       for (int64_t r = 0; r < rows; ++r) source[r] = a.pixels.row(top + r);
-      T* y = a.y + top * a.outputs;
+      S* y = a.y + top * a.outputs;
+      T* products;
+      if constexpr (kInPlace)
+        products = y;
+      else
+        products = z + kTileRows * kDepthRow;
       for (int64_t k = 0; k < a.channels; k += kDepth) {
         const int64_t depth = std::min(kDepth, a.channels - k);
-        read_tile<T, kBytes>(a.x, a.x_row, source, a.pixels, a.read, k, depth, rows, z, kDepthRow);
+        read_tile<S, T, kBytes>(a.x, a.x_row, source, a.pixels, a.read, k, depth, rows, z,
+                                kDepthRow);
         for (int64_t j = 0; j < a.outputs; j += panel) {
           panel_product<T, kBytes>(z, kDepthRow, 1, a.weight + j * a.channels + k * panel, depth,
-                                   y + j, a.outputs, rows, std::min(panel, a.outputs - j), k > 0);
+                                   products + j, a.outputs, rows, std::min(panel, a.outputs - j),
+                                   k > 0);
         }
+      }
+      if constexpr (!kInPlace) {
+        for_columns<T, kBytes, 1>(0, rows * a.outputs,
+                                  [&]<typename Vec, int>(int64_t i) MEMDENSE_INLINE_LAMBDA {
+                                    store(y + i, load<Vec>(products + i));
+                                  });
       }
       if (!m2) continue;
       for (int64_t c = 0; c < a.outputs; c += kTileColumns) {
         const Rows tile{rows, std::min(kTileColumns, a.outputs - c), a.outputs};
-        merge_tile<T, T>(y + c, tile, top - first, mean + c, m2 + c);
+        merge_tile<S, T>(y + c, tile, top - first, mean + c, m2 + c);
       }
     }
   }
@@ -106,30 +123,32 @@ template <int kTaps>
 Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
                const MaybeTensor& beta, double eps, const Tensor& weight, int64_t rows,
                Pixels<kTaps> pixels, const MaybeTensor& moments) {
-  return with_dtype(x, [&]<typename T>(T) {
+  return with_dtype(x, [&]<typename S>(S) {
+    using T = Compute<S>;
     const int64_t channels = x.size(1), outputs = rows_of(weight);
-    Tensor y = make<T>({rows, outputs}), packed;
+    Tensor y = make<S>({rows, outputs}), packed;
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, channels);
-    const T* w = matrix<const T>(weight, outputs, channels, "weight");
-    const Forward<T, kTaps> work{matrix<const T>(x, x.size(0), channels, "x"),
+    const Tensor exact = as_computed<T>(weight);
+    const T* w = matrix<const T>(exact, outputs, channels, "weight");
+    const Forward<S, kTaps> work{matrix<const S>(x, x.size(0), channels, "x"),
                                  x.stride(0),
                                  pixels,
                                  vectors.reader(),
                                  channels,
                                  outputs,
-                                 pack(w, 1, weight.stride(0), channels, outputs, packed),
-                                 static_cast<T*>(y.data_ptr())};
+                                 pack(w, 1, exact.stride(0), channels, outputs, packed),
+                                 static_cast<S*>(y.data_ptr())};
 
     if (rows == 0) return y;
     const Workers workers((rows + kMicroRows - 1) / kMicroRows);
-    Tensor scratch = make<T>({workers.count * work.scratch});
+    Tensor scratch = make<T>({workers.count * work.scratch()});
     const TwoRows<T> statistics(moments, outputs, "moments");
     std::vector<double> parts(moments ? 2 * workers.count * outputs : 0);
     workers.run([&](int64_t w, int64_t first, int64_t last) {
       double* worker_mean = moments ? &parts[2 * w * outputs] : nullptr;
       double* worker_m2 = moments ? worker_mean + outputs : nullptr;
-      dispatch<Forward<T, kTaps>>(work, first * kMicroRows, std::min(last * kMicroRows, rows),
-                                  static_cast<T*>(scratch.data_ptr()) + w * work.scratch,
+      dispatch<Forward<S, kTaps>>(work, first * kMicroRows, std::min(last * kMicroRows, rows),
+                                  static_cast<T*>(scratch.data_ptr()) + w * work.scratch(),
                                   worker_mean, worker_m2);
     });
     for (int64_t c = 0; moments && c < outputs; ++c) {
@@ -151,13 +170,13 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& var, const May
 // ---- backward
 
 // dy = a * dz + b * y + c; without b and c they are 0, without a it is 1.
-template <typename T>
+template <typename S>
 struct Incoming {
-  const T* dz;
+  const S* dz;
   int64_t dz_row;
-  const T* y;
+  const S* y;
   int64_t y_row;
-  const T *a, *b, *c;
+  const Compute<S>*a, *b, *c;
 };
 
 // The norm behind the convolution and what its backward left; without a mean there is none.
@@ -175,12 +194,14 @@ struct Behind {
   }
 };
 
-template <typename T, int kTaps>
+template <typename S, typename G, int kTaps>
 struct Backward {
-  Incoming<T> incoming;
-  const T* x;
+  using T = Compute<S>;
+
+  Incoming<S> incoming;
+  const S* x;
   int64_t x_row;
-  T* g;
+  G* g;
   int64_t g_row;
   bool add;
   Pixels<kTaps> pixels;
@@ -193,11 +214,11 @@ struct Backward {
   int64_t scratch() const { return kTileRows * (dy_row() + 2 * panel()); }
 
   template <int kBytes>
-  static MEMDENSE_INLINE void incoming_tile(const Incoming<T>& in, int64_t top, int64_t rows,
+  static MEMDENSE_INLINE void incoming_tile(const Incoming<S>& in, int64_t top, int64_t rows,
                                             int64_t outputs, T* dy, int64_t dy_row) {
     for (int64_t r = 0; r < rows; ++r, dy += dy_row) {
-      const T* dz = in.dz + (top + r) * in.dz_row;
-      const T* y = in.y + (top + r) * in.y_row;
+      const S* dz = in.dz + (top + r) * in.dz_row;
+      const S* y = in.y + (top + r) * in.y_row;
       for_columns<T, kBytes, 1>(0, outputs,
                                 [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
                                   Vec d = load<Vec>(dz + j);
@@ -211,7 +232,7 @@ struct Backward {
     }
   }
 
-  // Rows first..last: da = dy @ W, answered into g and sums [2][channels], and with dweight
+  // Rows first..last: da = dy @ W, answered into g and sums [kSums][channels], and with dweight
   // [outputs, channels] not null dweight = dy^T @ z.
   template <int kBytes>
   static MEMDENSE_INLINE void run(const Backward& a, int64_t first, int64_t last, T* dy,
@@ -233,22 +254,22 @@ struct Backward {
                                    std::min(kDepth, a.outputs - k), da, panel, rows, columns,
                                    k > 0);
         }
-        const Answer<T, kTaps> answer{.rows = rows,
-                                      .source = source,
-                                      .pixels = a.pixels,
-                                      .da = da,
-                                      .da_row = panel,
-                                      .x = a.x,
-                                      .x_row = a.x_row,
-                                      .g = a.g,
-                                      .g_row = a.g_row,
-                                      .add = a.add,
-                                      .read = a.read,
-                                      .dbeta = sums,
-                                      .dgamma = sums + a.channels,
-                                      .z = dweight ? z : nullptr,
-                                      .z_row = panel};
-        answer_tile<T, kBytes, kTaps, true>(answer, j, columns);
+        const Answer<S, G, kTaps> answer{.rows = rows,
+                                         .source = source,
+                                         .pixels = a.pixels,
+                                         .da = da,
+                                         .da_row = panel,
+                                         .x = a.x,
+                                         .x_row = a.x_row,
+                                         .g = a.g,
+                                         .g_row = a.g_row,
+                                         .add = a.add,
+                                         .read = a.read,
+                                         .sums = sums,
+                                         .channels = a.channels,
+                                         .z = dweight ? z : nullptr,
+                                         .z_row = panel};
+        answer_tile<S, G, kBytes, kTaps, true>(answer, j, columns);
         if (!dweight) continue;
         panel_product<T, kBytes>(dy, 1, dy_row, z, rows, dweight + j, a.channels, a.outputs,
                                  columns, top > first);
@@ -264,33 +285,35 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
                                             const MaybeTensor& gamma, const MaybeTensor& beta,
                                             double eps, Tensor g, bool add, const MaybeTensor& sums,
                                             Pixels<kTaps> pixels, int64_t rows, bool need_weight) {
-  return with_dtype(x, [&]<typename T>(T) {
+  const auto run = [&]<typename S, typename G>(S, G) {
+    using T = Compute<S>;
     const int64_t channels = x.size(1), outputs = rows_of(weight);
     Tensor dbeta = make<T>({channels}), dgamma = make<T>({channels}), packed;
     Tensor dweight = make<T>({need_weight ? outputs : 0, channels});
     T* total = need_weight ? static_cast<T*>(dweight.data_ptr()) : nullptr;
-    const T* w = matrix<const T>(weight, outputs, channels, "weight");
+    const Tensor exact = as_computed<T>(weight);
+    const T* w = matrix<const T>(exact, outputs, channels, "weight");
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, channels);
     const NormGradient<T> gradient = behind.gradient<T>(outputs, rows);
     const MaybeTensor& y = behind.y;
-    const Incoming<T> incoming{matrix<const T>(dz, rows, outputs, "dz"),
+    const Incoming<S> incoming{matrix<const S>(dz, rows, outputs, "dz"),
                                dz.stride(0),
-                               y ? matrix<const T>(*y, rows, outputs, "y") : nullptr,
+                               y ? matrix<const S>(*y, rows, outputs, "y") : nullptr,
                                y ? y->stride(0) : 0,
                                data_or_null(gradient.a),
                                data_or_null(gradient.b),
                                data_or_null(gradient.c)};
-    Backward<T, kTaps> work{.incoming = incoming,
-                            .x = matrix<const T>(x, x.size(0), channels, "x"),
-                            .x_row = x.stride(0),
-                            .g = matrix<T>(g, x.size(0), channels, "g"),
-                            .g_row = g.stride(0),
-                            .add = add,
-                            .pixels = pixels,
-                            .read = vectors.reader(),
-                            .channels = channels,
-                            .outputs = outputs,
-                            .weight = pack(w, weight.stride(0), 1, outputs, channels, packed)};
+    Backward<S, G, kTaps> work{.incoming = incoming,
+                               .x = matrix<const S>(x, x.size(0), channels, "x"),
+                               .x_row = x.stride(0),
+                               .g = matrix<G>(g, x.size(0), channels, "g"),
+                               .g_row = g.stride(0),
+                               .add = add,
+                               .pixels = pixels,
+                               .read = vectors.reader(),
+                               .channels = channels,
+                               .outputs = outputs,
+                               .weight = pack(w, exact.stride(0), 1, outputs, channels, packed)};
 
     const TwoRows<T> credited(sums, channels, "sums");
     if (kTaps > 1 && !add && (pixels.h % 2 || pixels.w % 2)) {
@@ -306,21 +329,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
     Tensor scratch = make<T>({workers.count * work.scratch()});
     Tensor partial = make<T>({need_weight ? (workers.count - 1) * outputs * channels : 0});
     T* parts = static_cast<T*>(partial.data_ptr());
-    std::vector<double> totals(2 * workers.count * channels);
+    std::vector<double> totals(kSums<G> * workers.count * channels);
     workers.run([&](int64_t w, int64_t first, int64_t last) {
       T* part = w == 0 || !need_weight ? total : parts + (w - 1) * outputs * channels;
-      dispatch<Backward<T, kTaps>>(work, first * kMicroRows, std::min(last * kMicroRows, rows),
-                                   static_cast<T*>(scratch.data_ptr()) + w * work.scratch(),
-                                   &totals[2 * w * channels], part);
+      dispatch<Backward<S, G, kTaps>>(work, first * kMicroRows, std::min(last * kMicroRows, rows),
+                                      static_cast<T*>(scratch.data_ptr()) + w * work.scratch(),
+                                      &totals[kSums<G> * w * channels], part);
     });
-    total_sums(totals.data(), workers.count, channels, work.read, credited,
-               static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
+    total_sums<G>(totals.data(), workers.count, channels, work.read, credited,
+                  static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
     for (int64_t w = 1; need_weight && w < workers.count; ++w) {
       const T* part = parts + (w - 1) * outputs * channels;
       for (int64_t i = 0; i < outputs * channels; ++i) total[i] += part[i];
     }
     return std::make_tuple(dbeta, dgamma, dweight);
-  });
+  };
+  return with_dtypes(x, g, run);
 }
 
 // ---- operations

@@ -24,24 +24,27 @@ Workers row_workers(int64_t rows, int64_t columns) {
 
 // ---- dy = g + p * x + q, times factor or 0 where there is a mask; null vectors: p = q = 0
 
-template <typename T>
+template <typename S, typename G>
 struct Settle {
-  const T* g;
+  using T = Compute<S>;
+
+  const G* g;
   int64_t g_row;
-  const T* x;
+  const S* x;
   int64_t x_row;
   const T *p, *q;
   const bool* keep;
   int64_t keep_row;
   T factor;
-  T* dy;
+  S* dy;
   int64_t columns;
 
   template <int kBytes>
   static MEMDENSE_INLINE void run(const Settle& k, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-      const T *g = k.g + r * k.g_row, *x = k.x + r * k.x_row;
-      T* dy = k.dy + r * k.columns;
+      const G* g = k.g + r * k.g_row;
+      const S* x = k.x + r * k.x_row;
+      S* dy = k.dy + r * k.columns;
       for_columns<T, kBytes, 1>(0, k.columns,
                                 [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
                                   Vec v = load<Vec>(g + j);
@@ -54,7 +57,9 @@ struct Settle {
       if (!k.keep) continue;
       // a product, not a choice: what was infinite or NaN stays so, as with PyTorch's dropout
       const bool* keep = k.keep + r * k.keep_row;
-      for (int64_t j = 0; j < k.columns; ++j) dy[j] *= keep[j] ? k.factor : T{0};
+      for (int64_t j = 0; j < k.columns; ++j) {
+        memdense::store(dy[j], load(dy[j]) * (keep[j] ? k.factor : T{0}));
+      }
     }
   }
 };
@@ -62,7 +67,8 @@ struct Settle {
 // dy = g + p * x + q with p = -S2 / M and q = -S1 / M - p * mean, for the M rows of x
 Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const MaybeTensor& mean,
               const MaybeTensor& keep, double factor) {
-  return with_dtype(x, [&]<typename T>(T) {
+  const auto run = [&]<typename S, typename G>(S, G) {
+    using T = Compute<S>;
     const int64_t rows = x.size(0), columns = x.size(1);
     STD_TORCH_CHECK(!sums == !mean, "memdense: sums and mean go together");
     if (keep) {
@@ -82,41 +88,44 @@ Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const M
         q[c] = -s1[c] / m - p[c] * average[c];
       }
     }
-    Tensor dy = make<T>({rows, columns});
-    const Settle<T> work{matrix<const T>(g, rows, columns, "g"),
-                         g.stride(0),
-                         matrix<const T>(x, rows, columns, "x"),
-                         x.stride(0),
-                         data_or_null(p),
-                         data_or_null(q),
-                         keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr,
-                         keep ? keep->stride(0) : 0,
-                         static_cast<T>(factor),
-                         static_cast<T*>(dy.data_ptr()),
-                         columns};
+    Tensor dy = make<S>({rows, columns});
+    const Settle<S, G> work{matrix<const G>(g, rows, columns, "g"),
+                            g.stride(0),
+                            matrix<const S>(x, rows, columns, "x"),
+                            x.stride(0),
+                            data_or_null(p),
+                            data_or_null(q),
+                            keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr,
+                            keep ? keep->stride(0) : 0,
+                            static_cast<T>(factor),
+                            static_cast<S*>(dy.data_ptr()),
+                            columns};
     row_workers(rows, columns).run([&](int64_t, int64_t first, int64_t last) {
-      dispatch<Settle<T>>(work, first, last);
+      dispatch<Settle<S, G>>(work, first, last);
     });
     return dy;
-  });
+  };
+  return with_dtypes(x, g, run);
 }
 
 // ---- relu(scale * x + shift): a packed matrix, or its mean over each image's rows
 
-template <typename T>
+template <typename S>
 struct Read {
-  const T* x;
+  using T = Compute<S>;
+
+  const S* x;
   int64_t x_row;
   Reader<T> read;
   int64_t columns;
   bool relu;
-  T* out;
+  S* out;
 
   template <int kBytes>
   static MEMDENSE_INLINE void run(const Read& k, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-      const T* x = k.x + r * k.x_row;
-      T* out = k.out + r * k.columns;
+      const S* x = k.x + r * k.x_row;
+      S* out = k.out + r * k.columns;
       for_columns<T, kBytes, 1>(
           0, k.columns, [&]<typename Vec, int>(int64_t c) MEMDENSE_INLINE_LAMBDA {
             const Vec v =
@@ -127,13 +136,15 @@ struct Read {
   }
 };
 
-template <typename T>
+template <typename S>
 struct ReadMean {
-  const T* x;
+  using T = Compute<S>;
+
+  const S* x;
   int64_t x_row;
   Reader<T> read;
   int64_t columns, pixels;
-  T* out;
+  S* out;
 
   // Images first..last; total [columns] is scratch.
   template <int kBytes>
@@ -155,7 +166,8 @@ struct ReadMean {
             }
           });
       for (int64_t c = 0; c < k.columns; ++c) {
-        k.out[n * k.columns + c] = static_cast<T>(total[c] / static_cast<double>(k.pixels));
+        const double mean = total[c] / static_cast<double>(k.pixels);
+        memdense::store(k.out[n * k.columns + c], static_cast<T>(mean));
       }
     }
   }
@@ -163,15 +175,15 @@ struct ReadMean {
 
 Tensor bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
                const MaybeTensor& beta, double eps, bool relu) {
-  return with_dtype(x, [&]<typename T>(T) {
+  return with_dtype(x, [&]<typename S>(S) {
     const int64_t rows = x.size(0), columns = x.size(1);
-    Tensor out = make<T>({rows, columns});
-    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
-    const Read<T> work{
-        matrix<const T>(x, rows, columns, "x"), x.stride(0), vectors.reader(), columns, relu,
-        static_cast<T*>(out.data_ptr())};
+    Tensor out = make<S>({rows, columns});
+    const auto vectors = norm<Compute<S>>(mean, var, gamma, beta, eps, columns);
+    const Read<S> work{
+        matrix<const S>(x, rows, columns, "x"), x.stride(0), vectors.reader(), columns, relu,
+        static_cast<S*>(out.data_ptr())};
     row_workers(rows, columns).run([&](int64_t, int64_t first, int64_t last) {
-      dispatch<Read<T>>(work, first, last);
+      dispatch<Read<S>>(work, first, last);
     });
     return out;
   });
@@ -179,22 +191,22 @@ Tensor bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const May
 
 Tensor bn_relu_mean(const Tensor& x, const Tensor& mean, const Tensor& var,
                     const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t images) {
-  return with_dtype(x, [&]<typename T>(T) {
+  return with_dtype(x, [&]<typename S>(S) {
     const int64_t rows = x.size(0), columns = x.size(1);
     STD_TORCH_CHECK(images > 0 && rows % images == 0, "memdense: expected the rows of ", images,
                     " whole images, got ", rows);
-    Tensor out = make<T>({images, columns});
-    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
-    const ReadMean<T> work{matrix<const T>(x, rows, columns, "x"),
+    Tensor out = make<S>({images, columns});
+    const auto vectors = norm<Compute<S>>(mean, var, gamma, beta, eps, columns);
+    const ReadMean<S> work{matrix<const S>(x, rows, columns, "x"),
                            x.stride(0),
                            vectors.reader(),
                            columns,
                            rows / images,
-                           static_cast<T*>(out.data_ptr())};
+                           static_cast<S*>(out.data_ptr())};
     const Workers workers(images);
     std::vector<double> total(workers.count * columns);
     workers.run([&](int64_t w, int64_t first, int64_t last) {
-      dispatch<ReadMean<T>>(work, first, last, &total[w * columns]);
+      dispatch<ReadMean<S>>(work, first, last, &total[w * columns]);
     });
     return out;
   });
@@ -202,13 +214,15 @@ Tensor bn_relu_mean(const Tensor& x, const Tensor& mean, const Tensor& var,
 
 // ---- their backwards: g += scale * dz, and the sums
 
-template <typename T, bool kRelu>
+template <typename S, typename G, bool kRelu>
 struct Answers {
-  const T* da;
+  using T = Compute<S>;
+
+  const S* da;
   int64_t da_row, da_shared;  // one row of da for the mean of so many rows of x
-  const T* x;
+  const S* x;
   int64_t x_row;
-  T* g;
+  G* g;
   int64_t g_row;
   bool add;
   Reader<T> read;
@@ -218,7 +232,7 @@ struct Answers {
 
   template <int kBytes>
   static MEMDENSE_INLINE void run(const Answers& k, int64_t first, int64_t last, double* sums) {
-    T shared[kColumns];
+    T tile[std::is_same_v<S, T> ? kColumns : kTileRows * kColumns];
     for (int64_t top = first, rows; top < last; top += rows) {
       // a tile lies in one image where its rows share a gradient
       const int64_t image = top / k.da_shared;
@@ -228,27 +242,37 @@ struct Answers {
       for (int64_t r = 0; r < rows; ++r) source[r] = top + r;
       for (int64_t c = 0; c < k.columns; c += kColumns) {
         const int64_t columns = std::min(kColumns, k.columns - c);
-        const T* da = k.da + image * k.da_row + c;
+        const S* given = k.da + image * k.da_row + c;
+        const T* da = tile;
+        int64_t da_row = 0;
         if (k.da_shared > 1) {
-          for (int64_t j = 0; j < columns; ++j) shared[j] = da[j] / k.da_shared;
-          da = shared;
+          for (int64_t j = 0; j < columns; ++j) tile[j] = load(given[j]) / k.da_shared;
+        } else if constexpr (std::is_same_v<S, T>) {
+          da = given, da_row = k.da_row;
+        } else {
+          da_row = kColumns;
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t j = 0; j < columns; ++j) {
+              tile[r * kColumns + j] = load(given[r * k.da_row + j]);
+            }
+          }
         }
-        const Answer<T, 1> answer{.rows = rows,
-                                  .source = source,
-                                  .pixels = {},
-                                  .da = da,
-                                  .da_row = k.da_shared > 1 ? 0 : k.da_row,
-                                  .x = k.x,
-                                  .x_row = k.x_row,
-                                  .g = k.g,
-                                  .g_row = k.g_row,
-                                  .add = k.add,
-                                  .read = k.read,
-                                  .dbeta = sums,
-                                  .dgamma = sums + k.columns,
-                                  .z = nullptr,
-                                  .z_row = 0};
-        answer_tile<T, kBytes, 1, kRelu>(answer, c, columns);
+        const Answer<S, G, 1> answer{.rows = rows,
+                                     .source = source,
+                                     .pixels = {},
+                                     .da = da,
+                                     .da_row = da_row,
+                                     .x = k.x,
+                                     .x_row = k.x_row,
+                                     .g = k.g,
+                                     .g_row = k.g_row,
+                                     .add = k.add,
+                                     .read = k.read,
+                                     .sums = sums,
+                                     .channels = k.columns,
+                                     .z = nullptr,
+                                     .z_row = 0};
+        answer_tile<S, G, kBytes, 1, kRelu>(answer, c, columns);
       }
     }
   }
@@ -259,30 +283,32 @@ std::tuple<Tensor, Tensor> answers(const Tensor& dout, int64_t shared, const Ten
                                    const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
                                    const MaybeTensor& beta, double eps, const Tensor& g, bool add,
                                    const MaybeTensor& sums) {
-  return with_dtype(x, [&]<typename T>(T) {
+  const auto run = [&]<typename S, typename G>(S, G) {
+    using T = Compute<S>;
     const int64_t rows = x.size(0), columns = x.size(1);
     Tensor dbeta = make<T>({columns}), dgamma = make<T>({columns});
     const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, columns);
-    const Answers<T, kRelu> work{matrix<const T>(dout, rows / shared, columns, "dout"),
-                                 dout.stride(0),
-                                 shared,
-                                 matrix<const T>(x, rows, columns, "x"),
-                                 x.stride(0),
-                                 matrix<T>(g, rows, columns, "g"),
-                                 g.stride(0),
-                                 add,
-                                 vectors.reader(),
-                                 columns};
+    const Answers<S, G, kRelu> work{matrix<const S>(dout, rows / shared, columns, "dout"),
+                                    dout.stride(0),
+                                    shared,
+                                    matrix<const S>(x, rows, columns, "x"),
+                                    x.stride(0),
+                                    matrix<G>(g, rows, columns, "g"),
+                                    g.stride(0),
+                                    add,
+                                    vectors.reader(),
+                                    columns};
     const TwoRows<T> credited(sums, columns, "sums");
     const Workers workers = row_workers(rows, columns);
-    std::vector<double> totals(2 * workers.count * columns);
+    std::vector<double> totals(kSums<G> * workers.count * columns);
     workers.run([&](int64_t w, int64_t first, int64_t last) {
-      dispatch<Answers<T, kRelu>>(work, first, last, &totals[2 * w * columns]);
+      dispatch<Answers<S, G, kRelu>>(work, first, last, &totals[kSums<G> * w * columns]);
     });
-    total_sums(totals.data(), workers.count, columns, work.read, credited,
-               static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
+    total_sums<G>(totals.data(), workers.count, columns, work.read, credited,
+                  static_cast<T*>(dbeta.data_ptr()), static_cast<T*>(dgamma.data_ptr()));
     return std::make_tuple(dbeta, dgamma);
-  });
+  };
+  return with_dtypes(x, g, run);
 }
 
 std::tuple<Tensor, Tensor> bn_relu_backward(const Tensor& dout, const Tensor& x, const Tensor& mean,

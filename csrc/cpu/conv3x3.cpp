@@ -22,10 +22,6 @@ namespace memdense {
 namespace conv3x3 {
 namespace {
 
-// float for bfloat16
-template <typename S>
-using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 template <typename T>
 constexpr ScalarType dtype_of = std::is_same_v<T, double>  ? ScalarType::Double
                                 : std::is_same_v<T, float> ? ScalarType::Float

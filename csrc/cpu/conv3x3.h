@@ -327,22 +327,6 @@ struct StoreTile {
   }
 };
 
-template <typename Vec, typename S>
-MEMDENSE_INLINE Vec load_as(const S* from) {
-  using T = std::remove_reference_t<decltype(Vec{}[0])>;
-  if constexpr (std::is_same_v<S, std::remove_const_t<T>>) return memdense::load<Vec>(from);
-  Vec values;
-  for (size_t i = 0; i < sizeof(Vec) / sizeof(T); ++i) values[i] = load(from[i]);
-  return values;
-}
-
-template <typename S, typename Vec>
-MEMDENSE_INLINE void store_as(S* to, const Vec& values) {
-  using T = std::remove_reference_t<decltype(Vec{}[0])>;
-  if constexpr (std::is_same_v<S, std::remove_const_t<T>>) return memdense::store(to, values);
-  for (size_t i = 0; i < sizeof(Vec) / sizeof(T); ++i) store(to[i], values[i]);
-}
-
 // dz = values * [scale * x + shift > 0], x_hat = (x - mean) * rstd: dbeta += dz, dgamma += dz *
 // x_hat, and out = dz, or out += scale * dz. Pointers begin at the line and the tile's first
 // channel.
@@ -378,15 +362,16 @@ struct AnswerTile {
             __builtin_prefetch(to + a.tile.columns, 1);
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) {
-              const Vec value = load_as<Vec>(pixel + v * kLanes);
+              const Vec value = memdense::load<Vec>(pixel + v * kLanes);
               const Vec z = value * scale[v] + shift[v];
               const Vec da = memdense::load<Vec>(a.tile.values + i * a.tile.row + c + v * kLanes);
               // not "z > 0": where z is NaN, PyTorch lets the gradient pass
               const Vec dz = z <= T{0} ? Vec{} : da;
               sum[v] += dz;
               product[v] += dz * (value - mean[v]);
-              store_as(to + v * kLanes,
-                       a.accumulate ? load_as<Vec>(to + v * kLanes) + scale[v] * dz : dz);
+              memdense::store(
+                  to + v * kLanes,
+                  a.accumulate ? memdense::load<Vec>(to + v * kLanes) + scale[v] * dz : dz);
             }
           }
 #pragma GCC unroll 2

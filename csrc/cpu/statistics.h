@@ -1,33 +1,9 @@
-// Values as kernels load them, and statistics of rows that come in pieces.
+// Statistics of rows that come in pieces.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 namespace memdense {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
-inline float load(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-inline void store(float& to, float value) { to = value; }
-inline void store(double& to, double value) { to = value; }
-// Rounds to nearest, ties to even; NaN stays NaN.
-inline void store(BFloat16& to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.bits = value != value ? 0x7fc0 : static_cast<uint16_t>(rounded);
-}
 
 struct Rows {
   int64_t rows, columns, row_stride;

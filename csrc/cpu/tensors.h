@@ -17,7 +17,9 @@ namespace memdense {
 
 template <typename T>
 constexpr ScalarType kScalarType =
-    std::is_same_v<std::remove_const_t<T>, double> ? ScalarType::Double : ScalarType::Float;
+    std::is_same_v<std::remove_const_t<T>, double>     ? ScalarType::Double
+    : std::is_same_v<std::remove_const_t<T>, BFloat16> ? ScalarType::BFloat16
+                                                       : ScalarType::Float;
 
 template <typename T, size_t kDims>
 Tensor make(const int64_t (&size)[kDims]) {
@@ -47,8 +49,17 @@ const T* vector(const MaybeTensor& t, int64_t size, const char* name) {
   return static_cast<const T*>(t->data_ptr());
 }
 
+// A weight or a parameter as kernels compute with it.
 template <typename T>
-std::vector<T> values(const MaybeTensor& t, int64_t size, const char* name, T missing) {
+Tensor as_computed(const Tensor& t) {
+  const bool narrow =
+      kScalarType<T> == ScalarType::Float && t.scalar_type() == ScalarType::BFloat16;
+  return narrow ? torch::stable::to(t, ScalarType::Float) : t;
+}
+
+template <typename T>
+std::vector<T> values(const MaybeTensor& given, int64_t size, const char* name, T missing) {
+  const MaybeTensor t = given ? MaybeTensor(as_computed<T>(*given)) : given;
   const T* found = vector<T>(t, size, name);
   return found ? std::vector<T>(found, found + size) : std::vector<T>(size, missing);
 }
@@ -88,16 +99,28 @@ inline void expect_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
                   h, " by ", w, " pixels, got ", rows, " rows");
 }
 
-// Calls f with a float or a double, as x is of.
+// Calls f with a value as x is of.
 template <typename F>
 auto with_dtype(const Tensor& x, const F& f) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0,
                   "memdense: expected a matrix x with at least one row and column, got ", shape(x));
   if (x.scalar_type() == ScalarType::Double) return f(double{});
+  if (x.scalar_type() == ScalarType::BFloat16) return f(BFloat16{});
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
-                  "memdense: expected x in Float or Double, got ",
+                  "memdense: expected x in Float, Double or BFloat16, got ",
                   torch::headeronly::toString(x.scalar_type()));
   return f(float{});
+}
+
+// Calls f with a value as x is of and one as its gradient g is, which may be what x's compute in.
+template <typename F>
+auto with_dtypes(const Tensor& x, const Tensor& g, const F& f) {
+  return with_dtype(x, [&]<typename S>(S value) {
+    if constexpr (!std::is_same_v<S, Compute<S>>) {
+      if (g.scalar_type() == kScalarType<S>) return f(value, value);
+    }
+    return f(value, Compute<S>{});
+  });
 }
 
 // The rows of a (2, channels) matrix; null where there is none.
@@ -113,22 +136,27 @@ struct TwoRows {
   }
 };
 
-// dbeta and dgamma from what `count` workers summed, in their order: sums [worker][2][channels].
-// The reader's share of them, s * dbeta and s * r * dgamma, is added to `credited`.
-template <typename T>
+// dbeta and dgamma from what `count` workers summed, in their order: sums
+// [worker][kSums][channels]. The reader's share of them, s * dbeta and s * r * dgamma, is added to
+// `credited`; where G rounds, that of what it took in.
+template <typename G, typename T>
 void total_sums(const double* sums, int64_t count, int64_t channels, const Reader<T>& read,
                 const TwoRows<T>& credited, T* dbeta, T* dgamma) {
   for (int64_t c = 0; c < channels; ++c) {
-    double total[2] = {0, 0};
+    double total[kSums<G>] = {};
     for (int64_t w = 0; w < count; ++w) {
-      total[0] += sums[(2 * w) * channels + c];
-      total[1] += sums[(2 * w + 1) * channels + c];
+      for (int64_t s = 0; s < kSums<G>; ++s) total[s] += sums[(kSums<G> * w + s) * channels + c];
     }
     dbeta[c] = static_cast<T>(total[0]);
     dgamma[c] = static_cast<T>(total[1] * read.rstd[c]);
     if (!credited.first) continue;
-    credited.first[c] += read.scale[c] * dbeta[c];
-    credited.second[c] += read.scale[c] * read.rstd[c] * dgamma[c];
+    if constexpr (kRounds<G>) {
+      credited.first[c] += static_cast<T>(total[2]);
+      credited.second[c] += static_cast<T>(total[3] * read.rstd[c]) * read.rstd[c];
+    } else {
+      credited.first[c] += read.scale[c] * dbeta[c];
+      credited.second[c] += read.scale[c] * read.rstd[c] * dgamma[c];
+    }
   }
 }
 

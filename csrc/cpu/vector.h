@@ -1,4 +1,5 @@
-// Vectors of any width, and one source compiled per instruction set with run-time dispatch.
+// Values as they are stored, vectors of any width, and one source compiled per instruction set with
+// run-time dispatch.
 //
 // A kernel is a struct with `template <int kBytes> static void run(...)`, kBytes the width of a
 // register. dispatch<Kernel>(...) runs it compiled for the machine's best instruction set. For
@@ -29,6 +30,33 @@
 
 namespace memdense {
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+inline double load(double value) { return value; }
+inline float load(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+inline void store(float& to, float value) { to = value; }
+inline void store(double& to, double value) { to = value; }
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store(BFloat16& to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = value != value ? 0x7fc0 : static_cast<uint16_t>(rounded);
+}
+
+// What kernels compute in.
+template <typename S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
 template <typename T, int kBytes>
 struct Simd {
   typedef T Vec __attribute__((vector_size(kBytes)));
@@ -51,6 +79,30 @@ template <typename Vec, typename T>
 MEMDENSE_INLINE void store(T* p, const Vec& v) {
   typedef Vec There __attribute__((aligned(alignof(T)), may_alias));
   *reinterpret_cast<There*>(p) = v;
+}
+
+// As many 16-bit values, and the bits of a float, as a vector of floats has lanes.
+template <typename Vec>
+struct Bits {
+  static constexpr int64_t kLanes = sizeof(Vec) / sizeof(float);
+  typedef uint16_t Short __attribute__((vector_size(2 * kLanes)));
+  typedef uint32_t Long __attribute__((vector_size(4 * kLanes)));
+};
+
+template <typename Vec>
+MEMDENSE_INLINE Vec load(const BFloat16* p) {
+  using Of = Bits<Vec>;
+  const auto bits = load<typename Of::Short>(&p->bits);
+  return (Vec)(__builtin_convertvector(bits, typename Of::Long) << 16);
+}
+
+template <typename Vec>
+MEMDENSE_INLINE void store(BFloat16* p, const Vec& v) {
+  using Of = Bits<Vec>;
+  const auto bits = (typename Of::Long)v;
+  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto kept = v != v ? typename Of::Long{} + 0x7fc0 : rounded;
+  store(&p->bits, __builtin_convertvector(kept, typename Of::Short));
 }
 
 // f.operator()<Vec, kCount>(column) for all columns: first kCount whole vectors at a time, then

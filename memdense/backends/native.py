@@ -1,10 +1,21 @@
-"""The primitives in C++ (csrc/cpu), float32 and float64 on the CPU; the rest is the reference's."""
+"""The primitives in C++ (csrc/cpu), float32, float64 and bfloat16 on the CPU; the rest is the
+reference's. bfloat16 is how values are stored; sums are taken in float32.
+"""
 
 import torch
 from torch import Tensor
 
 from .. import _extension  # noqa: F401  (loads the operations)
-from ..buffers import Geometry, Into, NormGradient, Reader, Share, Sums, mask_in_rows
+from ..buffers import (
+    Geometry,
+    Into,
+    NormGradient,
+    Reader,
+    Share,
+    Sums,
+    accumulator,
+    mask_in_rows,
+)
 from . import volumes
 from .reference import Reference
 
@@ -18,7 +29,7 @@ class Native(Reference):
     """Each method has its twin's contract; what its kernel does not take goes to the twin."""
 
     name = "native"
-    dtypes = torch.float32, torch.float64
+    dtypes = torch.float32, torch.float64, torch.bfloat16
 
     # ---- producing channels
 
@@ -75,7 +86,7 @@ class Native(Reference):
         share: Share | None,
         keep: tuple[Tensor, float] | None,
     ) -> Tensor:
-        if not (_fits(x, g) and mask_in_rows(keep)):
+        if not (_fits(x) and _beside(x, g) and mask_in_rows(keep)):
             return super().settle(g, x, share, keep)
         sums, mean = (None, None) if share is None else (share.sums, share.mean)
         return _ops.settle(g, x, sums, mean, *(keep or (None, 1.0)))
@@ -91,7 +102,8 @@ class Native(Reference):
         into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        if not _reads(x, read, dz, y, weight, into.g, behind and behind.read.weight):
+        wide = into.g, behind and behind.read.weight
+        if not (_reads(x, read, dz, y, weight) and _beside(x, *wide)):
             return super().bn_relu_conv1x1_backward(
                 dz, y, behind, weight, x, read, into, need_weight
             )
@@ -115,7 +127,8 @@ class Native(Reference):
         into: Into | None,
         need_weight: bool,
     ) -> tuple[Tensor | None, Sums, Tensor | None]:
-        if not _convolves(x, read, weight, dy, into and into.g):
+        # a G that rounds wants sums of what it took in, which the kernel does not take
+        if not _convolves(x, read, weight, dy, into and into.g) or (into and into.rounds):
             return super().bn_relu_conv3x3_backward(
                 dy, weight, dilation, x, read, geometry, into, need_weight
             )
@@ -126,7 +139,7 @@ class Native(Reference):
         dz = None if into else torch.empty_like(x, memory_format=torch.contiguous_format)
         target = into.start() if into else dz
         sums = Sums(torch.empty_like(read.mean), torch.empty_like(read.mean))
-        dweight = weight.new_empty(weight.shape) if need_weight else None
+        dweight = read.mean.new_empty(weight.shape) if need_weight else None
         _ops.bn_relu_conv3x3_backward(
             dy, weight, dilation, x, read.mean, read.var, read.weight, read.bias, read.eps,
             *geometry, target, *sums, dweight, into is not None,
@@ -156,7 +169,7 @@ class Native(Reference):
         into: Into,
         need_weight: bool,
     ) -> tuple[Sums, Tensor | None]:
-        if not _reads(x, read, dout, weight, into.g):
+        if not (_reads(x, read, dout, weight) and _beside(x, into.g)):
             return super().bn_relu_pool_conv1x1_backward(
                 dout, weight, x, read, geometry, into, need_weight
             )
@@ -177,7 +190,7 @@ class Native(Reference):
     def bn_relu_backward(
         self, dout: Tensor, x: Tensor, read: Reader, relu: bool, into: Into
     ) -> Sums:
-        if not _reads(x, read, dout, into.g):
+        if not (_reads(x, read, dout) and _beside(x, into.g)):
             return super().bn_relu_backward(dout, x, read, relu, into)
         return Sums(
             *_ops.bn_relu_backward(dout, x, *read.tensors, relu, into.g, into.seeded, into.sums)
@@ -191,7 +204,7 @@ class Native(Reference):
     def bn_relu_mean_backward(
         self, dout: Tensor, x: Tensor, read: Reader, geometry: Geometry, into: Into
     ) -> Sums:
-        if not _reads(x, read, dout, into.g):
+        if not (_reads(x, read, dout) and _beside(x, into.g)):
             return super().bn_relu_mean_backward(dout, x, read, geometry, into)
         return Sums(
             *_ops.bn_relu_mean_backward(dout, x, *read.tensors, into.g, into.seeded, into.sums)
@@ -235,24 +248,35 @@ class Native(Reference):
             )
 
 
-def _fits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take these: one dtype, on the CPU, unit column stride. Vectors that are
-    made of statistics always do.
+def _all(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> bool:
+    """Whether those that are there have one of the dtypes, are on the CPU and have unit column
+    stride.
     """
-    dtype = x.dtype
-    if dtype not in Native.dtypes or not x.numel():
-        return False
-    for t in (x, *others):
+    for t in tensors:
         if t is not None and not (
-            t.dtype == dtype and t.is_cpu and (t.stride(-1) == 1 or t.shape[-1] == 1)
+            t.dtype in dtypes and t.is_cpu and (t.stride(-1) == 1 or t.shape[-1] == 1)
         ):
             return False
     return True
 
 
+def _fits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take these, of one dtype. Vectors that are made of statistics they always
+    do.
+    """
+    return x.dtype in Native.dtypes and x.numel() > 0 and _all((x.dtype,), x, *others)
+
+
+def _beside(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take these, which may also be in what they compute x in: G, and a norm's
+    parameters.
+    """
+    return _all((x.dtype, accumulator(x.dtype)), *others)
+
+
 def _reads(x: Tensor, read: Reader, *others: Tensor | None) -> bool:
-    """Whether the kernels take these: a norm's parameters may have a dtype of their own."""
-    return _fits(x, read.weight, read.bias, *others)
+    """Whether the kernels take x through this norm, and what has its dtype."""
+    return _fits(x, *others) and _beside(x, read.weight, read.bias)
 
 
 def _convolves(x: Tensor, read: Reader, weight: Tensor, *others: Tensor | None) -> bool:
