@@ -92,9 +92,7 @@ def families(count: int) -> list[Family]:
         # a step's first ones are the forward pass, the others recompute in backward
         Family("1x1 forward", "^forward_1x1$", slice(count), False, read),
         Family("1x1 recompute", "^forward_1x1$", slice(count, None), True, read),
-        # the last is the stem's
-        Family("norm behind it", "^normalise_rows$", slice(-1), True,
-               lambda y: (6 * y.m * y.b, 0)),
+        Family("norm behind it", "^normalise_rows$", whole, True, lambda y: (6 * y.m * y.b, 0)),
         Family("1x1 gradients", "^gradients_1x1$", whole, True, walk),
         Family("3x3 forward", r"^forward_3x3$|convolve.*Mode\)1", whole, False,
                lambda y: window(y, 1), WINDOWS),

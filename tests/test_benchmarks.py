@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -515,6 +516,22 @@ def test_a_timelines_kernels_meet_their_layers() -> None:
             size, flop = family.cost(layer)
             time = 2e6 * max(size / bandwidth, flop / family.rate)
             kernels.append(timeline.Kernel(spelled[family.what], 0.0, time, None))
-    kernels.append(timeline.Kernel("normalise_rows", 0.0, 1e6, None))  # the stem's
     rows = list(timeline.shares(kernels, setting, bandwidth))
     assert len(rows) == 4 * len(spelled) and {row[-1] for row in rows} == {"50%"}
+
+
+def test_a_step_launches_every_family_of_a_timeline_once_a_layer() -> None:
+    """Others would be missing from the table."""
+    pytest.importorskip("triton")
+    import aot
+    import timeline
+
+    from memdense.backends.triton.launch import recorded
+
+    with recorded(dry=True) as launches, torch.no_grad():
+        aot.densenet121(torch.bfloat16)
+    names = [launch.plan.name for launch in launches]
+    layers = sum(variants.ARCHS["densenet121"].blocks)
+    for family in timeline.families(layers):
+        found = [name for name in names if re.search(family.pattern, name)][family.part]
+        assert len(found) == layers, family.what
