@@ -38,7 +38,7 @@ def without_extension(reason: object) -> None:
 
 
 def without_cuda(reason: object) -> None:
-    without("CUDA kernels", "CUDA tensors take PyTorch operations in their place.", reason)
+    without("CUDA kernels", "Triton's 3x3 and cuDNN's are used in their place.", reason)
 
 
 def cuda_directories(nvcc: Path) -> list[str]:
