@@ -269,6 +269,7 @@ def densenet121(
 
     Raises:
         ValueError, TypeError: for weights that are none of these.
+        RuntimeError: for a state dict of another network.
     """
     return _densenet("densenet121", weights, progress, **kwargs)
 

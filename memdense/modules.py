@@ -205,6 +205,7 @@ class DilatedConv2d(nn.Conv2d):
     Raises:
         ValueError: kernels other than 3x3, groups other than 1, a stride or dilation below 1, a
             negative padding, other than one or two of them, or a padding_mode other than zeros.
+        TypeError: a stride, padding or dilation of what is no integers.
         RuntimeError, TypeError: in forward, as :func:`memdense.functional.dilated_conv3x3`.
     """
 
