@@ -443,8 +443,8 @@ def plan(
     >>> print(plan("densenet264", 512, dtype="bf16", budget="24GiB", optimizer="adamw"))
 
     Args:
-        model: an architecture's name (see :func:`build`) or a network, in training mode, which may
-            be on the meta device.
+        model: an architecture's name (see :func:`build`) or a network, in training mode and with
+            float32 parameters, which may be on the meta device.
         image: side of the images, or (height, width); 224 by default, 32 for small inputs.
         batch: images of a step, on each device.
         dtype: of activations: "fp32", or "bf16" or "fp16" for autocast over float32 parameters.
@@ -605,6 +605,9 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"expected a memdense.DenseNet or an architecture's name, got {kind}")
     if not model.training:
         raise ValueError("expected a model in training mode: call model.train()")
+    for p in model.parameters():
+        if p.dtype != torch.float32:
+            raise ValueError(f"expected float32 parameters, got {p.dtype} (dtype= is for autocast)")
 
 
 def _describe(network: Network) -> str:

@@ -616,6 +616,9 @@ def test_models_that_cannot_be_planned() -> None:
         memdense.plan(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="training mode"):
         memdense.plan(build("bc22-8").eval())
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=rf"expected float32 parameters, got {dtype}"):
+            memdense.plan(build("bc22-8").to(dtype))
     model = build("bc22-8")
     model.features.denseblock2.denselayer1.norm1.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"of the model: .*norm1 carries a forward hook"):
