@@ -62,8 +62,11 @@ def test_float64_matches_the_reference(shape, count):
 
 
 @built
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("wide", [False, True], ids=["", "G in float32"])
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "bfloat16, G in float32"],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_errs_no_more_than_the_reference(shape, wide, dtype):
     # several draws where channels are few: a handful of errors says little
@@ -100,11 +103,12 @@ def test_statistics_of_packed_images(layout, mean):
 
 
 @built
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_repeats_bit_for_bit(count):
+def test_repeats_bit_for_bit(count, dtype):
     inputs = Inputs((3, 12, 13), 77, 48)
     with threads(count):
-        first, *others = (inputs.run(Native(), torch.float64) for _ in range(3))
+        first, *others = (inputs.run(Native(), dtype) for _ in range(3))
     for other in others:
         for name, value in first.items():
             assert torch.equal(other[name], value), name
@@ -114,7 +118,7 @@ def test_repeats_bit_for_bit(count):
 @pytest.mark.parametrize("capability", OLDER)
 def test_other_instruction_sets(capability):
     """The same tests with the code for older processors, where this one has newer."""
-    wanted = "test_float64_matches_the_reference or test_float32_errs"
+    wanted = "test_float64_matches_the_reference or test_errs_no_more"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, __file__],
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTEST_ADDOPTS": ""},
@@ -125,13 +129,14 @@ def test_other_instruction_sets(capability):
 
 
 @built
-def test_nan_goes_where_the_reference_sends_it():
-    inputs = Inputs((2, 6, 7), 20, 17)
+@pytest.mark.parametrize("dtype", Native.dtypes, ids=str)
+def test_nan_goes_where_the_reference_sends_it(dtype):
+    inputs = Inputs((2, 6, 7), 20, 17, dtype)
     inputs.x[5, 3] = inputs.x[40, 19] = torch.nan
     inputs.x[50, 0] = torch.inf
     inputs.dz[7, 2] = inputs.g[8, 8] = inputs.pooled[3, 4] = torch.nan
-    found = inputs.run(Native(), torch.float64)
-    for name, value in inputs.run(Reference(), torch.float64).items():
+    found = inputs.run(Native(), dtype)
+    for name, value in inputs.run(Reference(), dtype).items():
         same = value.isfinite() == found[name].isfinite()
         assert same.all(), name
 
