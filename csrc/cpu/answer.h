@@ -58,13 +58,14 @@ template <typename G>
 constexpr int64_t kSums = kRounds<G> ? 4 : 2;
 
 // A tile's rows, its incoming gradient, and where the answer goes.
-template <typename S, typename G, int kTaps>
+template <typename S, typename D, typename G, int kTaps>
 struct Answer {
   using T = Compute<S>;
+
   int64_t rows;
   const int64_t* source;  // each row's first pixel
   Pixels<kTaps> pixels;
-  const T* da;  // gradient of the tile's z, its first column being `first`
+  const D* da;  // gradient of the tile's z, its first column being `first`
   int64_t da_row;
   const S* x;
   int64_t x_row;
@@ -84,8 +85,8 @@ struct Answer {
 constexpr int64_t kSumRows = 16;
 
 // g (+)= scale * dz and both sums for columns first..first + columns.
-template <typename S, typename G, int kBytes, int kTaps, bool kRelu>
-MEMDENSE_INLINE void answer_tile(const Answer<S, G, kTaps>& a, int64_t first, int64_t columns) {
+template <int kBytes, bool kRelu, typename S, typename D, typename G, int kTaps>
+MEMDENSE_INLINE void answer_tile(const Answer<S, D, G, kTaps>& a, int64_t first, int64_t columns) {
   using T = Compute<S>;
   constexpr int kCount = Simd<T, kBytes>::kVectors;
   for_columns<T, kBytes, kCount>(

@@ -254,22 +254,22 @@ struct Backward {
                                    std::min(kDepth, a.outputs - k), da, panel, rows, columns,
                                    k > 0);
         }
-        const Answer<S, G, kTaps> answer{.rows = rows,
-                                         .source = source,
-                                         .pixels = a.pixels,
-                                         .da = da,
-                                         .da_row = panel,
-                                         .x = a.x,
-                                         .x_row = a.x_row,
-                                         .g = a.g,
-                                         .g_row = a.g_row,
-                                         .add = a.add,
-                                         .read = a.read,
-                                         .sums = sums,
-                                         .channels = a.channels,
-                                         .z = dweight ? z : nullptr,
-                                         .z_row = panel};
-        answer_tile<S, G, kBytes, kTaps, true>(answer, j, columns);
+        const Answer<S, T, G, kTaps> answer{.rows = rows,
+                                            .source = source,
+                                            .pixels = a.pixels,
+                                            .da = da,
+                                            .da_row = panel,
+                                            .x = a.x,
+                                            .x_row = a.x_row,
+                                            .g = a.g,
+                                            .g_row = a.g_row,
+                                            .add = a.add,
+                                            .read = a.read,
+                                            .sums = sums,
+                                            .channels = a.channels,
+                                            .z = dweight ? z : nullptr,
+                                            .z_row = panel};
+        answer_tile<kBytes, true>(answer, j, columns);
         if (!dweight) continue;
         panel_product<T, kBytes>(dy, 1, dy_row, z, rows, dweight + j, a.channels, a.outputs,
                                  columns, top > first);

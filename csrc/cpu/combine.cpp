@@ -232,7 +232,7 @@ struct Answers {
 
   template <int kBytes>
   static MEMDENSE_INLINE void run(const Answers& k, int64_t first, int64_t last, double* sums) {
-    T tile[std::is_same_v<S, T> ? kColumns : kTileRows * kColumns];
+    T shared[kColumns];
     for (int64_t top = first, rows; top < last; top += rows) {
       // a tile lies in one image where its rows share a gradient
       const int64_t image = top / k.da_shared;
@@ -242,37 +242,31 @@ struct Answers {
       for (int64_t r = 0; r < rows; ++r) source[r] = top + r;
       for (int64_t c = 0; c < k.columns; c += kColumns) {
         const int64_t columns = std::min(kColumns, k.columns - c);
-        const S* given = k.da + image * k.da_row + c;
-        const T* da = tile;
-        int64_t da_row = 0;
+        const auto answer = [&]<typename D>(const D* da, int64_t da_row) MEMDENSE_INLINE_LAMBDA {
+          const Answer<S, D, G, 1> tile{.rows = rows,
+                                        .source = source,
+                                        .pixels = {},
+                                        .da = da,
+                                        .da_row = da_row,
+                                        .x = k.x,
+                                        .x_row = k.x_row,
+                                        .g = k.g,
+                                        .g_row = k.g_row,
+                                        .add = k.add,
+                                        .read = k.read,
+                                        .sums = sums,
+                                        .channels = k.columns,
+                                        .z = nullptr,
+                                        .z_row = 0};
+          answer_tile<kBytes, kRelu>(tile, c, columns);
+        };
+        const S* da = k.da + image * k.da_row + c;
         if (k.da_shared > 1) {
-          for (int64_t j = 0; j < columns; ++j) tile[j] = load(given[j]) / k.da_shared;
-        } else if constexpr (std::is_same_v<S, T>) {
-          da = given, da_row = k.da_row;
+          for (int64_t j = 0; j < columns; ++j) shared[j] = load(da[j]) / k.da_shared;
+          answer(shared, 0);
         } else {
-          da_row = kColumns;
-          for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t j = 0; j < columns; ++j) {
-              tile[r * kColumns + j] = load(given[r * k.da_row + j]);
-            }
-          }
+          answer(da, k.da_row);
         }
-        const Answer<S, G, 1> answer{.rows = rows,
-                                     .source = source,
-                                     .pixels = {},
-                                     .da = da,
-                                     .da_row = da_row,
-                                     .x = k.x,
-                                     .x_row = k.x_row,
-                                     .g = k.g,
-                                     .g_row = k.g_row,
-                                     .add = k.add,
-                                     .read = k.read,
-                                     .sums = sums,
-                                     .channels = k.columns,
-                                     .z = nullptr,
-                                     .z_row = 0};
-        answer_tile<S, G, kBytes, 1, kRelu>(answer, c, columns);
       }
     }
   }
