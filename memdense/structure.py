@@ -184,12 +184,12 @@ def read_norm(module: nn.Module, name: str) -> NormModule:
         raise Unsupported(f"{name} has no {missing} among its parameters or buffers") from None
     if (mean is None) != (var is None):
         raise Unsupported(f"{name} has only one of running_mean and running_var")
-    training, running = module.training, None
+    training, running, count = module.training, None, buffers.get("num_batches_tracked")
     batch = training or mean is None
-    if training and module.track_running_stats and mean is not None:
-        running = Running(mean, var, buffers["num_batches_tracked"], module.momentum)
-        if running.count is None:
-            raise Unsupported(f"{name} has running statistics but no num_batches_tracked")
+    if training and module.track_running_stats and not (mean is None and count is None):
+        if mean is None or count is None:
+            raise Unsupported(f"{name} has only one of running statistics and num_batches_tracked")
+        running = Running(mean, var, count, module.momentum)
         if module.momentum is not None and not module.momentum >= 0:
             raise Unsupported(f"{name} has a momentum that is not 0 or more, {module.momentum}")
     if (weight is None) != (bias is None):

@@ -169,6 +169,16 @@ def exchange_statistics(features: nn.Module) -> None:
     reads.eval()
 
 
+def count_alone(features: nn.Module) -> None:
+    """Of batches, without running statistics."""
+    for norm in (features.norm0, features.denseblock1.denselayer2.norm2):
+        norm.running_mean = norm.running_var = None
+
+
+def delete_count(features: nn.Module) -> None:
+    del features.denseblock1.denselayer2.norm2.num_batches_tracked
+
+
 def biased(features: nn.Module) -> None:
     features.conv0.bias = nn.Parameter(torch.ones(8))
     features.eval()
@@ -204,6 +214,8 @@ UNUSUAL = {
     "a norm for volumes": set_to("norm0", nn.BatchNorm3d(8)),
     "shared variances": exchange_statistics,
     "no count": set_to("norm0.num_batches_tracked", None),
+    "a deleted count": delete_count,
+    "a count alone": count_alone,
     "no bias": set_to(LAYER + "norm2.bias", None),
     "no mean": set_to("norm0.running_mean", None),
     "a scripted convolution": scripted("conv0"),
@@ -231,6 +243,8 @@ def test_what_is_unusual_runs_as_its_modules_do(change: Callable[[nn.Module], An
                 outcomes[-1].append(net(x).detach())
             except Exception as error:
                 outcomes[-1].append((type(error), str(error)))
+            else:
+                outcomes[-1] += [buffer.clone() for buffer in net.buffers()]
     for found, expected in zip(*outcomes, strict=True):
         if isinstance(expected, Tensor):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
