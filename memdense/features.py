@@ -230,7 +230,7 @@ class Features(nn.Sequential):
         """Of the modules' activations: a convolution's output is channels last if its images or
         its weight are.
         """
-        outside = (child for child in self._modules.values() if not is_block(child))
+        outside = (child for child in self.children() if not is_block(child))
         # not by their name: a parametrization would compute them once more
         weights = (
             module._parameters.get("weight")
@@ -240,7 +240,7 @@ class Features(nn.Sequential):
         )
         given = [x, next(weights, None)]
         if given[1] is not None and len(given[1]) == 1:
-            ahead = next(c for c in self._modules.values() if is_block(c) or _convolves(c))
+            ahead = next(c for c in self.children() if is_block(c) or _convolves(c))
             if not is_block(ahead):
                 # PyTorch takes its output, of one channel, for contiguous: the next weight decides
                 given = [next(weights, None)]

@@ -40,26 +40,25 @@ class Step(NamedTuple):
     tail: str | None = None
 
 
-def is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module | None) -> bool:
     """Whether all children of ``module`` are built like dense layers."""
     return bool(_children(module)) and all(map(_is_layer, module._modules.values()))
 
 
 def _is_layer(module: nn.Module | None) -> bool:
-    if module is None:
-        return False
     children = _children(module)
     inner = module._modules["layers"] if "layers" in children else None
     return {"norm1", "conv1"} <= (children if inner is None else _children(inner))
 
 
-def is_transition(module: nn.Module) -> bool:
+def is_transition(module: nn.Module | None) -> bool:
     return {"norm", "conv"} <= _children(module)
 
 
-def _children(module: nn.Module) -> set[str]:
+def _children(module: nn.Module | None) -> set[str]:
     """Their names; a scripted module's are none of ours."""
-    return set() if isinstance(module, torch.jit.ScriptModule) else set(module._modules)
+    none = module is None or isinstance(module, torch.jit.ScriptModule)
+    return set() if none else set(module._modules)
 
 
 def steps_of(

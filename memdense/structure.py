@@ -161,6 +161,9 @@ def check_children(
     Sequential in the order that is known.
     """
     children = module._modules
+    for child, found in children.items():
+        if found is None:  # which some forwards skip, and a Sequential calls
+            raise Unsupported(f"{name}.{child} is None")
     ordered = [child for child in known if child in children]
     fits = needed <= set(children) and len(ordered) == len(children)
     if not fits or (isinstance(module, nn.Sequential) and ordered != list(children)):
@@ -313,10 +316,12 @@ class LayerModules(NamedTuple):
     dropout: Dropout
 
 
-def read_layer(module: nn.Module, name: str, types: frozenset[type]) -> LayerModules:
+def read_layer(module: nn.Module | None, name: str, types: frozenset[type]) -> LayerModules:
     """One dense layer: torchvision's, timm's, gpleiss's or memdense's children, or MONAI's
     ``layers`` with them.
     """
+    if module is None:
+        raise Unsupported(f"{name} is None")
     parts, own_name = module, name
     if set(module._modules) == {"layers"}:
         parts, name = module.layers, f"{name}.layers"
@@ -585,7 +590,8 @@ class Snapshot:
 
     def holds(self, roots: Sequence[nn.Module]) -> bool:
         """Whether reading these modules would find what it found."""
-        if not all(root is known() for root, known in zip(roots, self._roots, strict=True)):
+        pairs = zip(roots, self._roots, strict=True)
+        if not all(root is not None and root is known() for root, known in pairs):
             return False
         try:
             state, objects = self._look(roots)

@@ -217,6 +217,10 @@ UNUSUAL = {
     "a deleted count": delete_count,
     "a count alone": count_alone,
     "no bias": set_to(LAYER + "norm2.bias", None),
+    "no pool": set_to("transition1.pool", None),
+    "no ReLU": set_to("relu0", None),
+    "no layer": set_to("denseblock1.denselayer2", None),
+    "no block": set_to("denseblock2", None),
     "no mean": set_to("norm0.running_mean", None),
     "a scripted convolution": scripted("conv0"),
     "a scripted tail": scripted("transition1"),
@@ -230,12 +234,13 @@ def test_what_is_unusual_runs_as_its_modules_do(change: Callable[[nn.Module], An
     outcomes = []
     for efficient in (True, False):
         features = network_of_two().double().features
+        x = torch.randn(2, 3, 36, 36, generator=torch.Generator().manual_seed(2)).double()
+        features(x)
         change(features)
         for norm in features.modules():
             if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
                 norm.running_var.fill_(2.0)
         features.efficient = efficient
-        x = torch.randn(2, 3, 36, 36, generator=torch.Generator().manual_seed(2)).double()
         outcomes.append([])
         for net in (features[:6], features):
             torch.manual_seed(1)
