@@ -204,7 +204,8 @@ class DilatedConv2d(nn.Conv2d):
 
     Raises:
         ValueError: kernels other than 3x3, groups other than 1, a stride or dilation below 1, a
-            negative padding, other than one or two of them, or a padding_mode other than zeros.
+            negative padding, other than one or two of them, or a padding_mode other than zeros; in
+            forward too, of groups and a padding_mode that were set since.
         TypeError: a stride, padding or dilation of what is no integers.
         RuntimeError, TypeError: in forward, as :func:`memdense.functional.dilated_conv3x3`.
     """
@@ -227,10 +228,7 @@ class DilatedConv2d(nn.Conv2d):
     ) -> None:
         if kernel_size not in (3, (3, 3), [3, 3]):
             raise ValueError(f"DilatedConv2d: expected kernel_size 3, got {kernel_size!r}")
-        if groups != 1:
-            raise ValueError(f"DilatedConv2d: expected groups 1, got {groups}")
-        if padding_mode != "zeros":
-            raise ValueError(f"DilatedConv2d: expected padding_mode 'zeros', got {padding_mode!r}")
+        self._check(groups, padding_mode)
         for name, value, least in (
             ("stride", stride, 1),
             ("padding", 0 if isinstance(padding, str) else padding, 0),
@@ -242,7 +240,15 @@ class DilatedConv2d(nn.Conv2d):
             in_channels, out_channels, 3, stride, padding, dilation, 1, bias, "zeros", device, dtype
         )
 
+    @staticmethod
+    def _check(groups: int, padding_mode: str) -> None:
+        if groups != 1:
+            raise ValueError(f"DilatedConv2d: expected groups 1, got {groups}")
+        if padding_mode != "zeros":
+            raise ValueError(f"DilatedConv2d: expected padding_mode 'zeros', got {padding_mode!r}")
+
     def forward(self, input: Tensor) -> Tensor:
+        self._check(self.groups, self.padding_mode)  # some set them for all convolutions of a model
         return dilated_conv3x3(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation
         )

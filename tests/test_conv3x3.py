@@ -842,6 +842,16 @@ def test_module_refuses(arguments, message):
         DilatedConv2d(4, 4, **arguments)
 
 
+@pytest.mark.parametrize("attribute", [{"padding_mode": "circular"}, {"groups": 2}], ids=str)
+def test_module_refuses_what_was_set_since(attribute):
+    """As for seamless images, on every convolution of a model."""
+    module = DilatedConv2d(4, 4, padding=1)
+    module(torch.randn(1, 4, 5, 5))
+    vars(module).update(attribute)
+    with pytest.raises(ValueError, match="|".join(attribute)):
+        module(torch.randn(1, 4, 5, 5))
+
+
 # ---- the fused form
 
 
