@@ -47,7 +47,7 @@ def bn_relu_conv1x1(
         trace and in an export.
 
     Raises:
-        TypeError: an input that is no tensor.
+        TypeError: what is no tensor.
         ValueError: shapes, dtypes or devices that do not fit together, an empty input, no running
             statistics in evaluation, one value per channel in training, a negative eps or momentum,
             or no momentum where running statistics move.
@@ -73,13 +73,18 @@ def norm_relu_conv1x1(
     """:func:`bn_relu_conv1x1` that moves ``count``, num_batches_tracked, too; a momentum of None
     averages over it.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"bn_relu_conv1x1: expected input as a Tensor, got {type(input).__name__}")
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight,
+               "bias": bias}  # fmt: skip
+    present = {name: vector for name, vector in vectors.items() if vector is not None}
+    for name, value in {"input": input, "conv_weight": conv_weight, **present}.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"bn_relu_conv1x1: expected {name} as a Tensor, got {kind}")
     given, lost = (input, conv_weight), digits_lost(input)
     input, conv_weight = autocast(*given)
     written = written_down()
     if not written:  # where sizes are numbers
-        _check(input, running_mean, running_var, weight, bias, conv_weight, training, eps)
+        _check(input, present, conv_weight, training, eps)
     if training and running_mean is not None and momentum is None and count is None:
         raise ValueError("bn_relu_conv1x1: expected a momentum, got None")
     if momentum is not None and not momentum >= 0:
@@ -131,16 +136,7 @@ def _parts(
     return F.conv2d(F.relu(z), conv)
 
 
-def _check(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv: Tensor,
-    training: bool,
-    eps: float,
-) -> None:
+def _check(x: Tensor, vectors: dict[str, Tensor], conv: Tensor, training: bool, eps: float) -> None:
     def expect(right: bool, what: str, found: object) -> None:
         if not right:
             raise ValueError(f"bn_relu_conv1x1: expected {what}, got {found}")
@@ -156,19 +152,16 @@ def _check(
     expect(conv.shape[0] > 0, "a conv_weight that is not empty", tuple(conv.shape))
     expect(conv.dtype == x.dtype, f"conv_weight of input's dtype {x.dtype}", conv.dtype)
     expect(conv.device == x.device, f"conv_weight on {x.device}", conv.device)
-    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight,
-               "bias": bias}  # fmt: skip
     for name, vector in vectors.items():
-        if vector is not None:
-            expect(vector.shape == (channels,), f"{name} of shape ({channels},)",
-                   tuple(vector.shape))  # fmt: skip
-            expect(vector.device == x.device, f"{name} on {x.device}", vector.device)
-            expect(stands_beside(vector, x),
-                   f"{name} of input's dtype {x.dtype} (float32 too, if that has 16 bits)",
-                   vector.dtype)  # fmt: skip
-    expect((running_mean is None) == (running_var is None),
+        expect(vector.shape == (channels,), f"{name} of shape ({channels},)", tuple(vector.shape))
+        expect(vector.device == x.device, f"{name} on {x.device}", vector.device)
+        expect(stands_beside(vector, x),
+               f"{name} of input's dtype {x.dtype} (float32 too, if that has 16 bits)",
+               vector.dtype)  # fmt: skip
+    tracks = "running_mean" in vectors
+    expect(tracks == ("running_var" in vectors),
            "both of running_mean and running_var, or neither", "one")  # fmt: skip
-    expect(training or running_mean is not None, "running statistics in evaluation", None)
+    expect(training or tracks, "running statistics in evaluation", None)
     expect(0 <= eps < math.inf, "a finite eps of at least 0", eps)
     if training and x.numel() == channels:
         raise ValueError(

@@ -259,5 +259,10 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             bn_relu_conv1x1(x, *arguments)
-    with pytest.raises(TypeError, match="expected input as a Tensor, got ndarray"):
-        bn_relu_conv1x1(x.numpy(), *running, None, None, conv)
+
+
+@pytest.mark.parametrize("name", arguments(1, 1, 1, 1, 1))
+def test_what_is_no_tensor_is_named(name) -> None:
+    given = arguments(2, 4, 3, 2, 2)
+    with pytest.raises(TypeError, match=f"expected {name} as a Tensor, got ndarray"):
+        bn_relu_conv1x1(**given | {name: given[name].numpy()})
