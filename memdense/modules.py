@@ -18,9 +18,8 @@ from .functional import norm_relu_conv1x1
 from .spec import pair
 from .structure import Unsupported, axes_of, check_global_hooks, read_conv, read_norm
 
-# torch.fx's nodes of a traced network
+# torch.fx's node of a traced network
 torch.fx.wrap("dilated_conv3x3")
-torch.fx.wrap("norm_relu_conv1x1")
 
 
 class DenseLayer(nn.Module):
@@ -178,6 +177,8 @@ class BNReLUConv1x1(nn.Module):
 
     def _unusual(self, input: Tensor) -> str:
         """Why running the children one by one would do anything else."""
+        if isinstance(input, torch.fx.Proxy):
+            return "torch.fx writes down PyTorch's own operations"
         try:
             check_global_hooks()
             if read_norm(self.norm, "norm").group:

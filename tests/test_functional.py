@@ -132,6 +132,17 @@ def test_traced_module_is_its_parts() -> None:
         assert torch.allclose(a, b, rtol=1e-12), name
 
 
+def test_what_fx_writes_down_follows_its_mode() -> None:
+    module = memdense.BNReLUConv1x1(4, 5).double()
+    with pytest.warns(memdense.MemdenseWarning, match="torch.fx writes down"):
+        written = torch.fx.symbolic_trace(nn.Sequential(module))
+    x, found = torch.randn(2, 4, 3, 3, dtype=torch.float64), []
+    for training in (True, False):
+        found.append(module.train(training)(x))
+        torch.testing.assert_close(written.train(training)(x), found[-1])
+    assert not torch.allclose(*found)
+
+
 def test_autocast() -> None:
     given = arguments(2, 8, 16, 6, 6, torch.float32)
     expected = separate(**{k: v.double() for k, v in given.items()}, training=True)
