@@ -65,6 +65,16 @@ def test_agrees_with_separate_operations(backend, training, layout, shape) -> No
         assert_close(name, found, expected, floor=expected.detach().square().mean().sqrt().item())
 
 
+@pytest.mark.parametrize(("training", "momentum"), [(False, None), (True, 0)])
+def test_a_momentum_that_moves_nothing(training, momentum) -> None:
+    given = arguments(2, 4, 3, 2, 2)
+    expected = separate(**copy.deepcopy(given), training=training)
+    kept = copy.deepcopy(given)
+    found = bn_relu_conv1x1(**given, training=training, momentum=momentum)
+    assert_close("out", found, expected, floor=1.0)
+    assert all(torch.equal(given[name], kept[name]) for name in given)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_and_their_gradients(training, affine) -> None:
