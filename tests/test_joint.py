@@ -11,7 +11,7 @@ from exactness import assert_same_tensors, no_warnings, randomise
 from torch import Tensor, distributed, nn
 
 import memdense
-from memdense import joint
+from memdense import joint, ops
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
 
@@ -109,18 +109,25 @@ def converted(name: str) -> nn.Module:
 
 
 def refusals() -> list[str]:
-    """What is said of norms that do not all synchronise, and of second gradients."""
+    """What is said of norms that do not all synchronise; of second gradients and of many, a stage's
+    and the stem's.
+    """
     model = build("plain")
     block = nn.SyncBatchNorm.convert_sync_batchnorm(model.features.denseblock1)
     block.denselayer1.norm2 = nn.BatchNorm2d(8).double()
     said = [str(memdense.explain(model).rows[1].why)]
     model = nn.SyncBatchNorm.convert_sync_batchnorm(build("plain"))
     model.features.double_backward = True
-    x = data("plain")[0].requires_grad_()
-    try:
-        torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    except RuntimeError as error:
-        said.append(str(error))
+    parts = {"a block": model.features.denseblock1, "plain": model.features[:4]}
+    for name, module in parts.items():
+        x = data(name)[0].requires_grad_()
+        for kwargs in (dict(create_graph=True), dict(is_grads_batched=True)):
+            out = module(x)
+            answer = torch.ones_like(out)[None] if "is_grads_batched" in kwargs else out
+            try:
+                torch.autograd.grad(out, x, answer, **kwargs)
+            except RuntimeError as error:
+                said.append(str(error))
     return said
 
 
@@ -189,9 +196,9 @@ def test_each_channel_is_talked_of_once(results: list[dict]) -> None:
 
 def test_refusals(results: list[dict]) -> None:
     for result in results:
-        mixed, twice = result["refusals"]
+        mixed, *others = result["refusals"]
         assert mixed == "its norms do not all synchronise with the same processes"
-        assert "cannot be differentiated" in twice
+        assert others == [ops._JOINT] * 4
 
 
 def test_merged_in_their_group_and_in_float64(results: list[dict]) -> None:
