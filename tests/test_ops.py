@@ -55,8 +55,14 @@ def test_tail_alone(frozen: bool, pool: bool) -> None:
     opcheck(ops.stage_backward, (*answers, True, [True] * len(tensors)))
 
 
-def test_stage_backward() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stage_backward(dtype: torch.dtype) -> None:
     x, tensors, running, mask, spec, _ = stage_arguments("transition", True, 2)
+    x, tensors, running = (
+        x.to(dtype),
+        [t.to(dtype) for t in tensors],
+        [r.to(dtype) for r in running],
+    )
     out, features, statistics, bottlenecks = ops.stage(x, tensors, running, mask, spec, False)
     tensors = [t.detach() for t in tensors]
     need = [i % 2 == 0 for i in range(len(tensors))]
