@@ -261,7 +261,6 @@ def _tail_backward(
     """Into G; returns the sums of the tail's norm and its convolution's weight gradient."""
     x, geometry = X.matrix, X.geometry
     into = G.into(x.shape[1], read)
-    dout = dout.to(x.dtype)
     if tail.spec.kind == "pool":
         return backend.bn_relu_mean_backward(dout, x, read, geometry, into), None
     rows = as_rows(dout)
@@ -278,7 +277,7 @@ def as_rows(images: Tensor) -> Tensor:
     """(N, C, H, W), or volumes, as (M, C), each row's values side by side."""
     rows = images.movedim(1, -1).reshape(-1, images.shape[1])
     # of one image it may be a view whose columns are
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 class StemForward(NamedTuple):
@@ -346,7 +345,7 @@ def stem_backward(
     n, _, *size = convolved.shape
     geometry, rows = Geometry(n, *size), as_rows(convolved)
     read = reader(norm, *statistics[:, : rows.shape[1]])
-    dout = as_rows(dout.to(rows.dtype))
+    dout = as_rows(dout)
     sums = backend.bn_relu_maxpool_sums(dout, winner, rows, read, geometry)
     dx = dweight = None
     if need[0] or need[1]:
