@@ -83,6 +83,22 @@ def test_stage_backward(dtype: torch.dtype) -> None:
     )
 
 
+def test_a_tail_nobody_used() -> None:
+    """Its parameters get no gradient, not zeros; the others those of a block alone."""
+    x, tensors, running, mask, spec, _ = stage_arguments("transition", False, 2)
+    alone = stage_arguments("none", False, 2)[4]
+    found, expected = (
+        torch.autograd.grad(
+            ops.run_stage(x, given, running, mask, what, False, None)[1].sin().sum(),
+            [x, *given],
+            allow_unused=True,
+        )
+        for given, what in ((tensors, spec), (tensors[:-3], alone))
+    )
+    assert found[-3:] == (None,) * 3
+    assert all(map(torch.equal, found[:-3], expected))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_stem(recompute: bool, training: bool) -> None:
