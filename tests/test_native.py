@@ -152,6 +152,35 @@ def test_last_nan_wins_the_maxpool():
 
 
 @built
+def test_moments_in_bfloat16_are_of_what_is_stored():
+    """Of few rows, whose roundings do not cancel."""
+    geometry = Geometry(1, 2, 3)
+    x, read = torch.randn(6, 20).bfloat16(), reader_of(*(torch.randn(20).float() for _ in range(4)))
+    y, moments = torch.empty(6, 48).bfloat16(), torch.empty(2, 48).float()
+
+    def of_what_is_stored(y):
+        mean = y.double().mean(0)
+        return torch.stack((mean, (y.double() - mean).square().mean(0))).float()
+
+    stored = Native().bn_relu_conv1x1(x, read, torch.randn(48, 20).bfloat16(), moments)
+    torch.testing.assert_close(moments, of_what_is_stored(stored))
+    weight = torch.randn(48, 20, 3, 3).bfloat16()
+    Native().bn_relu_conv3x3(x, read, weight, (1, 1), geometry, y, None, moments)
+    torch.testing.assert_close(moments, of_what_is_stored(y))
+
+
+@built
+def test_every_nan_stays_one_in_bfloat16():
+    """Rounded like a number, one with all bits set would become 0."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    ones = torch.ones(3).float()
+    read = reader_of(ones, bits.view(torch.float32), ones, ones)
+    for rows in (1, 40):
+        x = torch.ones(rows, 3).bfloat16()
+        assert Native().bn_relu(x, read, True).isnan().all()
+
+
+@built
 def test_float16_takes_the_reference():
     x, weight = torch.randn(30, 8).half(), torch.randn(5, 8).half()
     read = reader_of(*(torch.randn(8).float() for _ in range(4)))
