@@ -1,7 +1,6 @@
 """Options of the suite, and the way from times that were taken side by side to pytest-benchmark."""
 
 import shlex
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -79,9 +78,8 @@ def give(benchmark: Any, pytestconfig: pytest.Config) -> Callable[..., None]:
         benchmark.group = group
         benchmark.extra_info |= {"variant": variant, **about, **facts}
         benchmark.pedantic(advance, rounds=len(record["times"]))
-        median = statistics.median(record["times"])
         pytestconfig.stash[RECORDS].append(
-            {"group": group, "seconds": median, **benchmark.extra_info}
+            report.record_of(group, record["times"], benchmark.extra_info)
         )
 
     return give

@@ -54,16 +54,15 @@ def load(path: Path) -> Results:
     return parse(json.loads(path.read_text()))
 
 
+def record_of(group: str, times: list[float], facts: dict[str, Any]) -> Record:
+    """A line of the tables."""
+    return {"group": group, "seconds": statistics.median(times), "rounds": len(times), **facts}
+
+
 def parse(data: dict[str, Any]) -> Results:
     """What pytest-benchmark, or step.py, wrote."""
     records = [
-        {
-            "group": b["group"],
-            "seconds": statistics.median(b["stats"]["data"]),
-            "rounds": len(b["stats"]["data"]),
-            **b["extra_info"],
-        }
-        for b in data["benchmarks"]
+        record_of(b["group"], b["stats"]["data"], b["extra_info"]) for b in data["benchmarks"]
     ]
     more = {key.replace(" ", "_"): value for key, value in data.get("memdense", {}).items()}
     return Results(data["machine_info"], records, **more)

@@ -459,8 +459,9 @@ def test_different_devices_are_not_compared_unless_asked(tmp_path, monkeypatch, 
 def test_the_suite_runs_and_gives_pytest_benchmark_its_interleaved_times(tmp_path) -> None:
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "results.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "--benchmark-only",
-               "--quick", "-q", "-k", "settle", f"--benchmark-json={path}"]  # fmt: skip
+    wanted = "(primitive and settle) or (test_step and bc100-12 and training)"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-q",
+               "-k", wanted, f"--benchmark-json={path}"]  # fmt: skip
     # a worker of xdist would be told not to measure
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     environment["PYTHONPATH"] = str(ROOT)
@@ -470,7 +471,9 @@ def test_the_suite_runs_and_gives_pytest_benchmark_its_interleaved_times(tmp_pat
     assert data["machine_info"]["torch"] == torch.__version__
     assert data["memdense"]["ceilings"]["bandwidth"] > 0
     assert "--quick" in data["memdense"]["command"]
-    by = {b["extra_info"]["variant"]: b for b in data["benchmarks"]}
+    step = {b["extra_info"]["variant"] for b in data["benchmarks"] if "step" in b["group"]}
+    assert {"torchvision", "memdense"} <= step
+    by = {b["extra_info"]["variant"]: b for b in data["benchmarks"] if "settle" in b["group"]}
     assert {"PyTorch, nchw", "PyTorch, channels last", "memdense, reference"} <= set(by)
     base = by["PyTorch, nchw"]["stats"]["data"]
     for b in by.values():
@@ -478,7 +481,7 @@ def test_the_suite_runs_and_gives_pytest_benchmark_its_interleaved_times(tmp_pat
         ratios = sorted(x / y for x, y in zip(b["stats"]["data"], base, strict=True))
         assert b["extra_info"]["ratio"] == pytest.approx(ratios[len(ratios) // 2], rel=1e-6)
         assert 0 < b["extra_info"]["floor"] < 1
-    assert "Primitives" in done.stdout
+    assert "Primitives" in done.stdout and "bc100-12 training step" in done.stdout
 
 
 def test_the_hosts_part_is_measured_without_a_gpu_too() -> None:
