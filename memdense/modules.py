@@ -193,8 +193,8 @@ class BNReLUConv1x1(nn.Module):
 
 class DilatedConv2d(nn.Conv2d):
     """``nn.Conv2d`` with a 3x3 kernel and any dilation, which gives the same bits every time: on
-    the extension where it is built, in 16 bits on a GPU by cuDNN's deterministic algorithms, the
-    faster ones on an H200.
+    the extension where it is built, or where they were the faster ones by PyTorch's: in 16 bits on
+    a GPU by cuDNN's deterministic algorithms, in bfloat16 on a CPU that has AMX.
 
     Takes and loads what ``nn.Conv2d(..., kernel_size=3)`` takes and loads.
 

@@ -160,6 +160,29 @@ def test_float64(case):
             assert error(a, b) <= 1e-12, (kind, name)
 
 
+@pytest.fixture(autouse=True)
+def ours_in_bfloat16(monkeypatch):
+    """Also where PyTorch's are faster."""
+    monkeypatch.setattr(convolution, "_AMX", None)
+
+
+@built
+@pytest.mark.parametrize("amx", [torch.bfloat16, None], ids=["AMX", "without"])
+def test_bfloat16_where_pytorch_has_amx(amx, monkeypatch):
+    """PyTorch's own convolution, and ours in float32."""
+    monkeypatch.setattr(convolution, "_AMX", amx)
+    names = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.randn(2, 8, 6, 6).to(dtype), torch.randn(8, 8, 3, 3).to(dtype)
+        x.requires_grad_()
+        out = dilated_conv3x3(x, weight, None, 1, 2, 2)
+        names.append(out.grad_fn.name())
+        if amx == dtype:
+            assert torch.equal(out, F.conv2d(x, weight, None, 1, 2, 2))
+    assert names[0] == "ConvolutionOverrideableBackward0"
+    assert names[1] == ("ConvolutionBackward0" if amx else names[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES[::3])
 def test_error_of_narrow_types(case, dtype):
