@@ -20,7 +20,10 @@ y's; keep [M, k] bool. With s = gamma / sqrt(var + eps), t = beta - mean * s:
 
     out = conv3x3(relu(s * y + t)) * keep * factor, stride 1, padded with `dilation` zeros
     dz = (conv3x3's input gradient of dy) * [s * y + t > 0]
-    dbeta = sum dz, dgamma = sum dz * (y - mean) / sqrt(var + eps)    of dz before it is rounded
+    dbeta = sum dz, dgamma = sum dz * (y - mean) / sqrt(var + eps)
+
+of dz as the CPU stores it, and before CUDA rounds it.
+
 
 moments [2, k] takes mean and biased variance of out as stored; dweight [k, C, 3, 3], contiguous.
 All of these, dbeta and dgamma are in the dtype of mean. With ``accumulate``, on the CPU only,

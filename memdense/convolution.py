@@ -1,5 +1,6 @@
 """The dilated 3x3 convolution as a PyTorch operation: on the extension, or else by F.conv2d."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -24,15 +25,24 @@ _DTYPES = {
     "cuda": (torch.float32,),
 }
 
-# where PyTorch has AMX its own in bfloat16 were twice as fast, on an Intel Xeon
-_AMX = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else None
 _OVERRIDEABLE = torch.ops.aten.convolution_overrideable.default
+
+
+def _multiplies_on_amx() -> bool:
+    """Whether oneDNN may: PyTorch's convolutions in bfloat16 were twice as fast as ours then."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    there = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
+    return there and ("AMX" in most or most == "DEFAULT")
+
+
+_AMX = _multiplies_on_amx()
 
 
 def _native(x: Tensor) -> bool:
     """Whether the extension's kernels take these images."""
     if x.is_cpu:
-        return x.dtype in _DTYPES["cpu"] and x.dtype != _AMX and _extension.available()
+        theirs = _AMX and x.dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled()
+        return x.dtype in _DTYPES["cpu"] and not theirs and _extension.available()
     return x.is_cuda and x.dtype in _DTYPES["cuda"] and _extension.cuda_runs_on(x.device)
 
 

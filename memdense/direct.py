@@ -63,15 +63,14 @@ def batched(*gradients: Tensor | None) -> bool:
     return transformed() or any(g is not None and legacy(g) for g in gradients)
 
 
-def _autocasts() -> bool:
-    """Whether autocast may be on; by a device's name that takes ten times as long to ask."""
-    return is_compiling() or _is_any_autocast_enabled()
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast may be on for x; by a device's name that takes ten times as long to ask."""
+    # what it asks of leaves some other devices out
+    return is_compiling() or not (x.is_cpu or x.is_cuda) or _is_any_autocast_enabled()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast has convolutions compute in on a device; None where it is off."""
-    if not _autocasts():
-        return None
     kind = device.type
     # Dynamo of torch 2.11 does not know how to ask
     available = kind in ("cpu", "cuda") or torch._C._is_autocast_available(kind)
@@ -90,7 +89,8 @@ def digits_lost(x: Tensor) -> str:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """A convolution's tensors as autocast would have it take them."""
-    dtype = autocast_dtype(tensors[0].device) if _autocasts() else None
+    x = tensors[0]
+    dtype = autocast_dtype(x.device) if _autocasts(x) else None
     if dtype is None:
         return tensors
     return tuple(

@@ -25,7 +25,7 @@ from memdense import DilatedConv2d, _extension, convolution, ops
 from memdense.backends import Native, Reference
 from memdense.buffers import Geometry, Reader
 from memdense.convolution import dilated_conv3x3
-from memdense.direct import watched
+from memdense.direct import _autocasts, autocast_dtype, watched
 from memdense.memory import peak_memory
 
 built = pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
@@ -139,6 +139,12 @@ def rms_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return (found.double() - exact.double()).square().mean().sqrt().item()
 
 
+@pytest.fixture(autouse=True)
+def ours_in_bfloat16(monkeypatch):
+    """Also where PyTorch's are faster."""
+    monkeypatch.setattr(convolution, "_AMX", False)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_float64(case):
     torch.manual_seed(0)
@@ -160,27 +166,40 @@ def test_float64(case):
             assert error(a, b) <= 1e-12, (kind, name)
 
 
-@pytest.fixture(autouse=True)
-def ours_in_bfloat16(monkeypatch):
-    """Also where PyTorch's are faster."""
-    monkeypatch.setattr(convolution, "_AMX", None)
-
-
 @built
-@pytest.mark.parametrize("amx", [torch.bfloat16, None], ids=["AMX", "without"])
-def test_bfloat16_where_pytorch_has_amx(amx, monkeypatch):
+@pytest.mark.parametrize("case", ["AMX", "AMX, oneDNN switched off", "no AMX"])
+def test_bfloat16_where_pytorch_has_amx(case, monkeypatch):
     """PyTorch's own convolution, and ours in float32."""
-    monkeypatch.setattr(convolution, "_AMX", amx)
-    names = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.randn(2, 8, 6, 6).to(dtype), torch.randn(8, 8, 3, 3).to(dtype)
-        x.requires_grad_()
-        out = dilated_conv3x3(x, weight, None, 1, 2, 2)
-        names.append(out.grad_fn.name())
-        if amx == dtype:
-            assert torch.equal(out, F.conv2d(x, weight, None, 1, 2, 2))
-    assert names[0] == "ConvolutionOverrideableBackward0"
-    assert names[1] == ("ConvolutionBackward0" if amx else names[0])
+    monkeypatch.setattr(convolution, "_AMX", case != "no AMX")
+    with torch.backends.mkldnn.flags(enabled=case != "AMX, oneDNN switched off"):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = torch.randn(2, 8, 6, 6).to(dtype), torch.randn(8, 8, 3, 3).to(dtype)
+            out = dilated_conv3x3(x.requires_grad_(), weight, None, 1, 2, 2)
+            theirs = out.grad_fn.name() == "ConvolutionBackward0"
+            assert theirs == (case == "AMX" and dtype == torch.bfloat16)
+            if theirs:
+                assert torch.equal(out, F.conv2d(x, weight, None, 1, 2, 2))
+
+
+def test_autocast_of_a_device_that_pytorch_counts_apart():
+    """Asked whether it is on for any device, PyTorch leaves a Mac's out."""
+    before = torch.is_autocast_enabled("mps")
+    torch.set_autocast_enabled("mps", True)
+    try:
+        assert autocast_dtype(torch.device("mps")) == torch.get_autocast_dtype("mps")
+        assert _autocasts(torch.empty(1, device="meta"))  # as for any tensor that is elsewhere
+    finally:
+        torch.set_autocast_enabled("mps", before)
+
+
+@pytest.mark.parametrize("most", [None, "default", "AVX512_CORE_AMX", "AVX512_CORE_BF16"])
+def test_amx_may_be_kept_from_onednn(most, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if most:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    there = torch.backends.mkldnn.is_available()
+    assert convolution._multiplies_on_amx() == (there and most != "AVX512_CORE_BF16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -356,8 +375,10 @@ def test_bfloat16_backward(size, accumulate):
     )  # fmt: skip
     wanted = before.double() + read.scale * dz_exact if accumulate else dz_exact
     assert error(dz, wanted) <= 4e-3
-    assert error(dbeta, dz_exact.sum(0)) <= 1e-5
-    assert error(dgamma, (dz_exact * (y.double() - read.mean) * read.rstd).sum(0)) <= 1e-5
+    # of what is stored, which is read beside them
+    summed = dz_exact if accumulate else dz.double()
+    assert error(dbeta, summed.sum(0)) <= 1e-5
+    assert error(dgamma, (summed * (y.double() - read.mean) * read.rstd).sum(0)) <= 1e-5
     assert error(dweight, exact_weight) <= 1e-5
 
 

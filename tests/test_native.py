@@ -173,11 +173,11 @@ def test_moments_in_bfloat16_are_of_what_is_stored():
 def test_every_nan_stays_one_in_bfloat16():
     """Rounded like a number, one with all bits set would become 0."""
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
-    ones = torch.ones(3).float()
-    read = reader_of(ones, bits.view(torch.float32), ones, ones)
-    for rows in (1, 40):
-        x = torch.ones(rows, 3).bfloat16()
-        assert Native().bn_relu(x, read, True).isnan().all()
+    ones = torch.ones(33).float()
+    read = reader_of(ones, bits.repeat(11).view(torch.float32), ones, ones)
+    x = torch.ones(40, 33).bfloat16()
+    assert Native().bn_relu(x, read, True).isnan().all()
+    assert Native().bn_relu_mean(x, read, Geometry(2, 4, 5)).isnan().all()
 
 
 @built

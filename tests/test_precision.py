@@ -396,3 +396,37 @@ def test_backward_with_16_bit_gradients(
         squares[name] += errors.square()
     ratios = {name: (a / b).sqrt().item() for name, (a, b) in squares.items()}
     assert max(ratios.values()) <= 1.5, ratios
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", KINDS[1:])
+def test_a_constant_gradient_of_features(backend: type[Reference]) -> None:
+    """What nobody settles rounds the same way at every pixel: a bottleneck's sums must be those of
+    what was stored.
+    """
+    block = memdense.DenseBlock(3, 16, 4, 8)
+    randomise(block, torch.Generator().manual_seed(4))
+    stage = read_stage(block, "", None, "", "", OWN_TYPES, keep_bottlenecks=True, alone=True).stage
+    x = torch.randn(8, 16, 48, 48).bfloat16()
+    kept = engine.forward(x, stage, None, Reference())
+
+    def run(dtype: torch.dtype, backend: Reference) -> list[Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        tensors = [t.detach().to(wide) for t in memdense.spec.flatten(stage)[0]]
+        return engine.backward(
+            None,
+            torch.ones_like(kept.features, dtype=dtype),
+            kept.features.to(dtype),
+            kept.statistics.to(wide),
+            [y.to(dtype) for y in kept.bottlenecks],
+            unflatten(memdense.spec.spec_of(stage), tensors),
+            None,
+            True,
+            [True] * len(tensors),
+            backend,
+        ).tensors
+
+    exact = run(torch.float64, Reference())
+    results = run(torch.bfloat16, backend()), run(torch.bfloat16, Reference())
+    for i, (mine, theirs, value) in enumerate(zip(*results, exact, strict=True)):
+        assert_as_exact(f"tensor {i}", mine, theirs, value)

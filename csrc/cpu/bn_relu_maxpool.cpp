@@ -72,7 +72,7 @@ struct MaxPool {
           }
           for (int64_t j = 0; j < columns; ++j) {
             const bool none = best[j] <= 0;
-            memdense::store(k.out[pixel * k.columns + c + j], none ? T{0} : best[j]);
+            store(k.out[pixel * k.columns + c + j], none ? T{0} : best[j]);
             k.winner[pixel * k.columns + c + j] =
                 static_cast<uint8_t>(none ? first_tap : winner[j]);
           }
@@ -156,7 +156,7 @@ struct Unpool {
               const T *b = k.b ? k.b + c : nullptr, *constant = k.b ? k.c + c : nullptr;
               normalise(at, scale, shift, k.a + c, b, constant, columns, da);
               S* out = k.out + row * k.out_row + c;
-              for (int64_t j = 0; j < columns; ++j) memdense::store(out[j], da[j]);
+              for (int64_t j = 0; j < columns; ++j) store(out[j], da[j]);
             } else {
               add_up(at, scale, shift, k.read.mean + c, columns, da, dbeta + c, dgamma + c);
             }

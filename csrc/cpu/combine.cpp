@@ -45,21 +45,19 @@ struct Settle {
       const G* g = k.g + r * k.g_row;
       const S* x = k.x + r * k.x_row;
       S* dy = k.dy + r * k.columns;
-      for_columns<T, kBytes, 1>(0, k.columns,
-                                [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
-                                  Vec v = load<Vec>(g + j);
-                                  if (k.p) {
-                                    v += load<Vec>(x + j) * load<Vec>(k.p + j);
-                                    v += load<Vec>(k.q + j);
-                                  }
-                                  store(dy + j, v);
-                                });
-      if (!k.keep) continue;
-      // a product, not a choice: what was infinite or NaN stays so, as with PyTorch's dropout
       const bool* keep = k.keep + r * k.keep_row;
-      for (int64_t j = 0; j < k.columns; ++j) {
-        memdense::store(dy[j], load(dy[j]) * (keep[j] ? k.factor : T{0}));
-      }
+      for_columns<T, kBytes, 1>(
+          0, k.columns, [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
+            Vec v = load<Vec>(g + j);
+            if (k.p) {
+              v += load<Vec>(x + j) * load<Vec>(k.p + j);
+              v += load<Vec>(k.q + j);
+            }
+            // a product, not a choice: what was infinite or NaN stays so,
+            // as with PyTorch's dropout
+            if (k.keep) v *= load_bools<Vec>(keep + j) != T{0} ? Vec{} + k.factor : Vec{};
+            store(dy + j, v);
+          });
     }
   }
 };
@@ -167,7 +165,7 @@ struct ReadMean {
           });
       for (int64_t c = 0; c < k.columns; ++c) {
         const double mean = total[c] / static_cast<double>(k.pixels);
-        memdense::store(k.out[n * k.columns + c], static_cast<T>(mean));
+        store(k.out[n * k.columns + c], static_cast<T>(mean));
       }
     }
   }

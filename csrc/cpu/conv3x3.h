@@ -328,8 +328,8 @@ struct StoreTile {
 };
 
 // dz = values * [scale * x + shift > 0], x_hat = (x - mean) * rstd: dbeta += dz, dgamma += dz *
-// x_hat, and out = dz, or out += scale * dz. Pointers begin at the line and the tile's first
-// channel.
+// x_hat, and out = dz, of which they sum what it stores, or out += scale * dz. Pointers begin at
+// the line and the tile's first channel.
 template <typename S, typename T>
 struct AnswerTile {
   Result<T> tile;
@@ -366,12 +366,17 @@ struct AnswerTile {
               const Vec z = value * scale[v] + shift[v];
               const Vec da = memdense::load<Vec>(a.tile.values + i * a.tile.row + c + v * kLanes);
               // not "z > 0": where z is NaN, PyTorch lets the gradient pass
-              const Vec dz = z <= T{0} ? Vec{} : da;
+              Vec dz = z <= T{0} ? Vec{} : da;
+              S* at = to + v * kLanes;
+              if (a.accumulate) {
+                memdense::store(at, memdense::load<Vec>(at) + scale[v] * dz);
+              } else {
+                memdense::store(at, dz);
+                // whoever takes the sums reads what was stored
+                if constexpr (!std::is_same_v<S, T>) dz = memdense::load<Vec>(at);
+              }
               sum[v] += dz;
               product[v] += dz * (value - mean[v]);
-              memdense::store(
-                  to + v * kLanes,
-                  a.accumulate ? memdense::load<Vec>(to + v * kLanes) + scale[v] * dz : dz);
             }
           }
 #pragma GCC unroll 2

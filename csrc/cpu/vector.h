@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__GNUC__) && !defined(__clang__)
 // Vectors wider than the baseline's only pass through functions that are inlined.
@@ -34,19 +35,19 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
-inline float load(BFloat16 value) {
+MEMDENSE_INLINE float load(float value) { return value; }
+MEMDENSE_INLINE double load(double value) { return value; }
+MEMDENSE_INLINE float load(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float result;
   std::memcpy(&result, &bits, sizeof(result));
   return result;
 }
 
-inline void store(float& to, float value) { to = value; }
-inline void store(double& to, double value) { to = value; }
+MEMDENSE_INLINE void store(float& to, float value) { to = value; }
+MEMDENSE_INLINE void store(double& to, double value) { to = value; }
 // Rounds to nearest, ties to even; NaN stays NaN.
-inline void store(BFloat16& to, float value) {
+MEMDENSE_INLINE void store(BFloat16& to, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -103,6 +104,18 @@ MEMDENSE_INLINE void store(BFloat16* p, const Vec& v) {
   const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const auto kept = v != v ? typename Of::Long{} + 0x7fc0 : rounded;
   store(&p->bits, __builtin_convertvector(kept, typename Of::Short));
+}
+
+template <int64_t kLanes>
+struct Bytes {
+  typedef uint8_t Vec __attribute__((vector_size(kLanes)));
+};
+
+// 0 or 1 of each.
+template <typename Vec>
+MEMDENSE_INLINE Vec load_bools(const bool* p) {
+  using Bools = typename Bytes<sizeof(Vec) / sizeof(std::declval<Vec>()[0])>::Vec;
+  return __builtin_convertvector(load<Bools>(reinterpret_cast<const uint8_t*>(p)), Vec);
 }
 
 // f.operator()<Vec, kCount>(column) for all columns: first kCount whole vectors at a time, then

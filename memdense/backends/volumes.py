@@ -1,7 +1,7 @@
 """Primitives of volumes (N, C, D, H, W), by a backend's own for images: those of their planes.
 
 Each is an identity; the specification is the reference's method of the same name. Memory of (M, 3k)
-is taken beside a bottleneck's (M, B).
+is taken beside a bottleneck's (M, B); forward in 16 bits, of another (M, B).
 """
 
 import torch
