@@ -16,7 +16,7 @@ from memdense import _extension, engine
 from memdense.backends import Native, Reference
 from memdense.buffers import Geometry, NormGradient, Reader, reader
 from memdense.modules import OWN_TYPES
-from memdense.spec import Norm, NormSpec, unflatten
+from memdense.spec import Norm, NormSpec, Stage, unflatten
 from memdense.structure import read_stage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -335,6 +335,31 @@ def per_reader_backward(
     return [g[:, :channels], *(t for part in reversed(found) for t in part)]
 
 
+def backward_in(
+    dtype: torch.dtype,
+    dout: Tensor | None,
+    dfeatures: Tensor | None,
+    kept: engine.Forward,
+    stage: Stage,
+    backend: Reference,
+) -> engine.Backward:
+    """All gradients of a stage, of what its forward kept, in ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = [t.detach().to(wide) for t in memdense.spec.flatten(stage)[0]]
+    return engine.backward(
+        dout if dout is None else dout.to(dtype),
+        dfeatures if dfeatures is None else dfeatures.to(dtype),
+        kept.features.to(dtype),
+        kept.statistics.to(wide),
+        [y.to(dtype) for y in kept.bottlenecks],
+        unflatten(memdense.spec.spec_of(stage), tensors),
+        None,
+        True,
+        [True] * len(tensors),
+        backend,
+    )
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("backend", "dtype"), [(k, d) for k, d in EACH if d != torch.float32], ids=str
@@ -365,20 +390,7 @@ def test_backward_with_16_bit_gradients(
     dout = dout.to(dtype)
 
     def ours(to: torch.dtype) -> list[Tensor]:
-        wide = torch.promote_types(to, torch.float32)
-        tensors = [t.detach().to(wide) for t in memdense.spec.flatten(stage)[0]]
-        result = engine.backward(
-            dout.to(to),
-            None,
-            kept.features.to(to),
-            kept.statistics.to(wide),
-            [y.to(to) for y in kept.bottlenecks],
-            unflatten(memdense.spec.spec_of(stage), tensors),
-            None,
-            True,
-            [True] * len(tensors),
-            backend(),
-        )
+        result = backward_in(to, dout, None, kept, stage, backend())
         dx = result.x.permute(0, 2, 3, 1).reshape(-1, 16)
         return [dx, *result.tensors]
 
@@ -411,20 +423,8 @@ def test_a_constant_gradient_of_features(backend: type[Reference]) -> None:
     kept = engine.forward(x, stage, None, Reference())
 
     def run(dtype: torch.dtype, backend: Reference) -> list[Tensor]:
-        wide = torch.promote_types(dtype, torch.float32)
-        tensors = [t.detach().to(wide) for t in memdense.spec.flatten(stage)[0]]
-        return engine.backward(
-            None,
-            torch.ones_like(kept.features, dtype=dtype),
-            kept.features.to(dtype),
-            kept.statistics.to(wide),
-            [y.to(dtype) for y in kept.bottlenecks],
-            unflatten(memdense.spec.spec_of(stage), tensors),
-            None,
-            True,
-            [True] * len(tensors),
-            backend,
-        ).tensors
+        ones = torch.ones_like(kept.features)
+        return backward_in(dtype, None, ones, kept, stage, backend).tensors
 
     exact = run(torch.float64, Reference())
     results = run(torch.bfloat16, backend()), run(torch.bfloat16, Reference())

@@ -53,8 +53,7 @@ struct Settle {
               v += load<Vec>(x + j) * load<Vec>(k.p + j);
               v += load<Vec>(k.q + j);
             }
-            // a product, not a choice: what was infinite or NaN stays so,
-            // as with PyTorch's dropout
+            // a product, not a choice: what was infinite or NaN stays so, as with PyTorch's dropout
             if (k.keep) v *= load_bools<Vec>(keep + j) != T{0} ? Vec{} + k.factor : Vec{};
             store(dy + j, v);
           });
