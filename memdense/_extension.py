@@ -20,15 +20,13 @@ y's; keep [M, k] bool. With s = gamma / sqrt(var + eps), t = beta - mean * s:
 
     out = conv3x3(relu(s * y + t)) * keep * factor, stride 1, padded with `dilation` zeros
     dz = (conv3x3's input gradient of dy) * [s * y + t > 0]
-    dbeta = sum dz, dgamma = sum dz * (y - mean) / sqrt(var + eps)
-
-of dz as the CPU stores it, and before CUDA rounds it.
-
+    dbeta = sum dz, dgamma = sum dz * (y - mean) / sqrt(var + eps)    of dz as stored
 
 moments [2, k] takes mean and biased variance of out as stored; dweight [k, C, 3, 3], contiguous.
 All of these, dbeta and dgamma are in the dtype of mean. With ``accumulate``, on the CPU only,
-s * dz is added to dz instead. On CUDA two launches forward (one without statistics), three backward
-(two without dweight). The same bits on the same device, or for the same number of threads.
+s * dz is added to dz instead, and the sums are of dz before anything is rounded. On CUDA two
+launches forward (one without statistics), three backward (two without dweight). The same bits on
+the same device, or for the same number of threads.
 
 `conv3x3_scratch(n, h, w, c, k, dilation, threads, backward) -> int`: bytes of the tensors that
 `bn_relu_conv3x3`, or its backward, takes in float32 on the CPU beside its results.

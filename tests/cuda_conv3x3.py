@@ -210,6 +210,12 @@ class Layer:
         error = (mean.cpu().double() - stored.mean(0)).abs()
         assert (error <= eps * (stored.mean(0).abs() + spread.sqrt())).all()
         assert ((var.cpu().double() - spread).abs() <= 4 * eps * spread).all()
+        dz = found[3].cpu().double()
+        rstd = (self.var.double() + self.eps).rsqrt()
+        x_hat = (self.y.cpu().double() - self.mean.double()) * rstd
+        for name, result, terms in (("dbeta", found[4], dz), ("dgamma", found[5], dz * x_hat)):
+            error = (result.cpu().double() - terms.sum(0)).abs()
+            assert (error <= eps * terms.abs().sum(0)).all(), name
         # nothing beside the slices
         for view in (out, found[3]):
             assert view._base.isnan().sum() == view._base.numel() - view.numel()

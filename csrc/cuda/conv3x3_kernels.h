@@ -673,6 +673,7 @@ MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column,
                                 const Eight<Value<K>>& y, const Vectors& norm, Sums& sums) {
   using V = Value<K>;
   const int count = a.columns - column < kEight ? a.columns - column : kEight;
+  [[maybe_unused]] float y_of[kEight];
   if constexpr (kMode == Mode::kPlain) {
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
@@ -688,29 +689,32 @@ MEMDENSE_DEVICE void finish_row(const Convolution& a, int64_t pixel, int column,
       }
     }
   } else {
-    float y_of[kEight];
     unpack_eight<V>(y, y_of);
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
-      const float z = fused_multiply_add(norm.scale[e], y_of[e], norm.shift[e]);
-      if (z <= 0.f) x[e] = 0.f;
-      sums.first[e] += x[e];
-      sums.second[e] = fused_multiply_add(x[e], y_of[e] - norm.mean[e], sums.second[e]);
+      if (fused_multiply_add(norm.scale[e], y_of[e], norm.shift[e]) <= 0.f) x[e] = 0.f;
     }
   }
   const Eight<V> stored = pack_eight<V>(x);
   store_eight<V>(static_cast<V*>(a.target) + pixel * a.target_row + column * a.target_column,
                  a.target_column, a.target_vectors, count, stored);
+  // whoever takes the sums reads what was stored
+  unpack_eight<V>(stored, x);
   if constexpr (kMode == Mode::kForward) {
     if (!a.statistics) return;
     sums.count += 1.f;
     const float share = quotient(1.f, sums.count);
-    unpack_eight<V>(stored, x);
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
       const float delta = x[e] - sums.first[e];
       sums.first[e] = fused_multiply_add(delta, share, sums.first[e]);
       sums.second[e] = fused_multiply_add(delta, x[e] - sums.first[e], sums.second[e]);
+    }
+  } else if constexpr (kMode == Mode::kGradient) {
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      sums.first[e] += x[e];
+      sums.second[e] = fused_multiply_add(x[e], y_of[e] - norm.mean[e], sums.second[e]);
     }
   }
 }
