@@ -142,6 +142,19 @@ def test_wide_gradient_of_16_bit_features():
     assert_no_worse(layer, dilation, wide=True)
 
 
+@pytest.mark.parametrize("gradient", ["random", "constant"])
+def test_sums_are_of_what_is_stored(gradient):
+    """Whoever reads dz subtracts its mean; where dz is nearly constant, it rounds one way."""
+    layer, dilation = layer_of((2, 9, 11, 20, 12, (1, 1)), torch.float16)
+    if gradient == "constant":
+        layer.dy.fill_(1)
+    found, read = run(Triton(), layer, dilation), layer.read
+    dz = found["dz"].double()
+    x_hat = (layer.x.double() - read.mean.double()) * read.rstd.double()
+    for name, terms in (("dbeta", dz), ("dgamma", dz * x_hat)):
+        assert rms_error(found[name], terms.sum(0)) <= 1.5 * running_error(terms), name
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 7, 48, 12, (1, 1)), (1, 4, 9, 20, 32, (2, 1))], ids=str)
 def test_layouts_give_the_same_bits(shape):
     """Of the weight, and of dY: packed, or with rows that reach to the next multiple of 16, over

@@ -138,8 +138,8 @@ def input_gradient_3x3(
     RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA = sum over taps of dY[m - shift] @ W[:, :, tap], dZ = dA*[s*X + t > 0], with INTO
-    G += s*dZ, else G = dZ, and each tile's sums at partial [2 or 4, C, tiles]; dY [M, K],
-    W [K, C, 3, 3], X, G [M, C].
+    G += s*dZ, else G = dZ, and each tile's sums at partial [2 or 4, C, tiles], without INTO of dZ
+    as stored; dY [M, K], W [K, C, 3, 3], X, G [M, C].
 
     That is a convolution by the turned kernel. A program owns BM rows and BC columns. CX, CG and CK
     columns of X, G and dY may be touched.
@@ -171,7 +171,9 @@ def input_gradient_3x3(
     else:
         wide = floats(values)
         dz = tl.where(inside & ~(wide * s[None, :] + t[None, :] <= 0.0), da, 0.0)
-        tl.store(at, dz.to(g.dtype.element_ty), inside)
+        stored = dz.to(g.dtype.element_ty)
+        tl.store(at, stored, inside)
+        dz = floats(stored)  # whoever takes the sums reads what was stored
         x_hat = tl.where(inside, (wide - mu[None, :]) * r[None, :], 0.0)
         dbeta = tl.sum(dz, 0)
         dgamma = tl.sum(dz * x_hat, 0)
