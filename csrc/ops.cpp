@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(memdense, m) {
-  // Of the widest registers that the CPU's kernels use.
+  // Of the widest registers that the CPU's kernels use; 1024 are AMX's tiles.
   m.def("register_bytes() -> int");
 
   m.def("channel_statistics(Tensor x) -> (Tensor mean, Tensor var)");
@@ -81,8 +81,11 @@ STABLE_TORCH_LIBRARY(memdense, m) {
       "Tensor var, Tensor? gamma, Tensor? beta, float eps, int n, int h, int w, Tensor(a!) dz, "
       "Tensor(b!) dbeta, Tensor(c!) dgamma, Tensor(d!)? dweight, bool accumulate=False, "
       "bool tf32=False) -> ()");
-  // Bytes of tensors that the CPU's kernels take for it beside their results, in float32.
+  // Bytes of tensors that the CPU's kernels take beside their results, in float32 or bfloat16.
+  m.def(
+      "conv1x1_scratch(int rows, int channels, int outputs, int threads, bool bfloat16, "
+      "bool backward) -> int");
   m.def(
       "conv3x3_scratch(int n, int h, int w, int c, int k, int[2] dilation, int threads, "
-      "bool backward) -> int");
+      "bool bfloat16, bool backward) -> int");
 }

@@ -28,8 +28,10 @@ s * dz is added to dz instead, and the sums are of dz before anything is rounded
 launches forward (one without statistics), three backward (two without dweight). The same bits on
 the same device, or for the same number of threads.
 
-`conv3x3_scratch(n, h, w, c, k, dilation, threads, backward) -> int`: bytes of the tensors that
-`bn_relu_conv3x3`, or its backward, takes in float32 on the CPU beside its results.
+`conv3x3_scratch(n, h, w, c, k, dilation, threads, bfloat16, backward) -> int`: bytes of the tensors
+that `bn_relu_conv3x3`, or its backward, takes in float32, or in bfloat16, on the CPU beside its
+results. `conv1x1_scratch(rows, channels, outputs, threads, bfloat16, backward) -> int`: the same of
+`bn_relu_conv1x1` and `bn_relu_pool_conv1x1`, of which ``rows`` are counted behind the pool.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ OPERATIONS = (
     "conv3x3_weight_gradient",
     "bn_relu_conv3x3",
     "bn_relu_conv3x3_backward",
+    "conv1x1_scratch",
     "conv3x3_scratch",
 )
 
@@ -140,9 +143,9 @@ def reason() -> str:
 def instructions() -> str:
     """What the CPU's kernels are compiled for on this machine; empty without them.
 
-    ATEN_CPU_CAPABILITY lowers it as it does PyTorch's: default, avx2.
+    ATEN_CPU_CAPABILITY lowers it as it does PyTorch's: default, avx2, avx512 (no AMX).
     """
-    names = {16: "baseline", 32: "AVX2", 64: "AVX-512"}
+    names = {16: "baseline", 32: "AVX2", 64: "AVX-512", 1024: "AVX-512, AMX in bfloat16"}
     return names[torch.ops.memdense.register_bytes()] if available() else ""
 
 

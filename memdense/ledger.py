@@ -391,7 +391,7 @@ class Efficient(Walk):
         rows = geometry.halves.rows if pool == 2 else geometry.rows
         out = self.ledger.new("handed on", rows * channels * self.a)
         if pool == 2:
-            scratch.pool_conv1x1(geometry, last)
+            scratch.pool_conv1x1(geometry, last, channels)
         else:
             scratch.conv1x1(rows, last, channels)
         return out
@@ -489,11 +489,9 @@ class FusedScratch:
 
 
 class NativeScratch(FusedScratch):
-    """csrc/cpu: packed weights and, per thread, a tile of rows and a partial weight gradient; in 16
-    bits also weights, and products of a tile, in 32; of the 3x3 its own word.
+    """csrc/cpu, of its own word: packed weights and, per thread, rows in work and a partial weight
+    gradient.
     """
-
-    TILE_ROWS = 96  # kTileRows there
 
     def __init__(self, ledger: Ledger, machine: Machine) -> None:
         super().__init__(ledger, machine)
@@ -503,22 +501,33 @@ class NativeScratch(FusedScratch):
     def close(self) -> None:
         self.reference.close()
 
-    def conv1x1(self, rows: int, channels: int, out: int, statistics: bool = True) -> None:
-        products = self.rounds * self.threads * self.TILE_ROWS * out
-        self.ledger.spike("scratch", ((1 + self.rounds) * channels * out + products) * WIDE)
+    def conv1x1(
+        self,
+        rows: int,
+        channels: int,
+        out: int,
+        statistics: bool = True,
+        backward: bool = False,
+    ) -> None:
+        size = torch.ops.memdense.conv1x1_scratch(
+            rows, channels, out, self.threads, self.rounds, backward
+        )
+        self.ledger.spike("scratch", size)
 
     def conv1x1_backward(self, rows: int, channels: int, out: int) -> None:
-        tile = self.TILE_ROWS * (out + 128)
-        weights = (self.threads + self.rounds) * channels * out  # packed, wide, and gradients
-        self.ledger.spike("scratch", (weights + self.threads * tile) * WIDE)
+        self.conv1x1(rows, channels, out, backward=True)
+
+    def pool_conv1x1(self, geometry: Geometry, channels: int, out: int) -> None:
+        self.conv1x1(geometry.halves.rows, channels, out)
 
     def pool_conv1x1_backward(self, geometry: Geometry, channels: int, out: int) -> None:
-        self.conv1x1_backward(geometry.rows, channels, out)
+        self.conv1x1(geometry.halves.rows, channels, out, backward=True)
 
     def conv3x3(self, conv: Conv3x3, backward: bool = False) -> None:
         size = torch.ops.memdense.conv3x3_scratch(
-            *conv.geometry, conv.channels, conv.growth, conv.dilation, self.threads, backward
-        )
+            *conv.geometry, conv.channels, conv.growth, conv.dilation, self.threads, self.rounds,
+            backward,
+        )  # fmt: skip
         self.ledger.spike("scratch", size)
 
     def conv3x3_backward(self, conv: Conv3x3, into_g: bool) -> None:
@@ -664,7 +673,7 @@ class ReferenceScratch(FusedScratch):
         self.answer(values)
         self.add_into(values)
 
-    def pool_conv1x1(self, geometry: Geometry, channels: int) -> None:
+    def pool_conv1x1(self, geometry: Geometry, channels: int, out: int) -> None:
         values = self.pixels(geometry, channels, 2) * channels
         self.read(values)
         self.ledger.spike("scratch", values // 4 * self.a)  # pooled

@@ -6,6 +6,7 @@ import torch
 from exactness import into_of, reader_of
 from torch import Tensor
 
+from memdense import _extension
 from memdense.backends import Reference
 from memdense.buffers import (
     CHANNELS_LAST,
@@ -35,6 +36,8 @@ SHAPES = [
 ]
 # what ATEN_CPU_CAPABILITY may ask for that differs from what runs anyway
 OLDER = [c for c in ("default", "avx2") if c.upper() != torch.backends.cpu.get_cpu_capability()]
+# whether bfloat16 is multiplied on tiles, in the process that looks
+AMX = "AMX" in _extension.instructions()
 
 
 def poisoned(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exactness import Calls, into_of, reader_of
-from inputs import BACKWARD_REFUSALS, OLDER, PLAIN_REFUSALS, REFUSALS, plain, second_half
+from inputs import AMX, BACKWARD_REFUSALS, OLDER, PLAIN_REFUSALS, REFUSALS, plain, second_half
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -85,8 +85,9 @@ def sample_large(seed: int) -> dict:
 
 
 def kernels(case: dict, dtype: torch.dtype) -> str | None:
-    """Which run. The Winograd kernels are seen from the rounding of their transformed weights:
-    those below a center of 1 are too large to be averaged with it. None where no pixel tells.
+    """Which run. AMX takes a number below the smallest normal one for 0. The Winograd kernels are
+    seen from the rounding of their transformed weights: those below a center of 1 are too large to
+    be averaged with it. None where no pixel tells.
     """
     size = case["x"][2:]
     pixel = []
@@ -98,11 +99,20 @@ def kernels(case: dict, dtype: torch.dtype) -> str | None:
         pixel.append((y, y - p + d))
     (y, row), (x, column) = pixel
     image, weight = torch.zeros(case["x"], dtype=dtype), torch.zeros(case["weight"], dtype=dtype)
-    image[:, 0, row, column] = 1
+    steps = case["stride"], case["padding"], case["dilation"]
+    out = F.conv2d(image, weight, None, *steps)
+
+    def outputs(value: float) -> torch.Tensor:
+        image[:, 0, row, column] = value
+        torch.ops.memdense.conv3x3(image, weight, None, *steps, out)
+        return out[:, :, y, x]
+
     weight[:, :, 1, 1] = 1
-    weight[:, :, 0, 1] = 2 / torch.finfo(dtype).eps
-    out = dilated_conv3x3(image, weight, None, case["stride"], case["padding"], case["dilation"])
-    return "winograd" if (out[:, :, y, x] != 1).all() else "direct"
+    if (outputs(torch.finfo(dtype).tiny / 4) == 0).all():
+        return "amx"
+    # bfloat16 is transformed in float32
+    weight[:, :, 0, 1] = 2 / torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return "winograd" if (outputs(1) != 1).all() else "direct"
 
 
 CASES = [pytest.param(sample(seed), id=str(seed)) for seed in range(84)]
@@ -232,29 +242,30 @@ def test_error_of_narrow_types(case, dtype):
 
 @built
 @pytest.mark.parametrize(
-    ("case", "expected"),
+    ("case", "vectors", "tiles"),
     [
         # little work
-        (((1, 16, 31, 33), (24, 16, 3, 3), 1, 1, 1), "direct"),
-        (((4, 128, 2, 60), (32, 128, 3, 3), 1, 1, 1), "winograd"),
-        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 1, 1), "winograd"),
+        (((1, 16, 31, 33), (24, 16, 3, 3), 1, 1, 1), "direct", "direct"),
+        (((4, 128, 2, 60), (32, 128, 3, 3), 1, 1, 1), "winograd", "amx"),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 1, 1), "winograd", "amx"),
         # few taps inside
-        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 3, 3), "direct"),
-        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 4, 4), "direct"),
-        (((4, 128, 28, 28), (32, 128, 3, 3), 1, 4, 4), "winograd"),
-        (((4, 128, 28, 28), (32, 128, 3, 3), 2, 1, 1), "direct"),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 3, 3), "direct", "amx"),
+        (((4, 128, 7, 7), (64, 128, 3, 3), 1, 4, 4), "direct", "direct"),
+        (((4, 128, 28, 28), (32, 128, 3, 3), 1, 4, 4), "winograd", "amx"),
+        (((4, 128, 28, 28), (32, 128, 3, 3), 2, 1, 1), "direct", "direct"),
         # few channels
-        (((4, 15, 60, 60), (32, 15, 3, 3), 1, 1, 1), "direct"),
-        (((9, 128, 40, 40), (7, 128, 3, 3), 1, 1, 1), "direct"),
+        (((4, 15, 60, 60), (32, 15, 3, 3), 1, 1, 1), "direct", "direct"),
+        (((9, 128, 40, 40), (7, 128, 3, 3), 1, 1, 1), "direct", "direct"),
     ],
 )
-def test_which_kernels_run(case, expected):
+def test_which_kernels_run(case, vectors, tiles):
     sizes = {"x": case[0], "weight": case[1]}
     steps = {
         name: (v, v) for name, v in zip(("stride", "padding", "dilation"), case[2:], strict=True)
     }
     for dtype in (torch.float32, torch.float64):
-        assert kernels(sizes | steps, dtype) == expected
+        assert kernels(sizes | steps, dtype) == vectors
+    assert kernels(sizes | steps, torch.bfloat16) == (tiles if AMX else vectors)
 
 
 @built
@@ -355,22 +366,26 @@ def test_bfloat16_backward(size, accumulate):
     assert found == ("winograd" if size == 40 else "direct")
     y, dy = torch.randn(rows, c).bfloat16(), torch.randn(rows, k).bfloat16()
     weight = torch.randn(k, c, 3, 3).bfloat16()
-    mean, var, gamma, beta = torch.rand(4, c) + 0.5
-    read = Reader(mean.double(), var.double(), gamma.double(), beta.double(), 1e-5, True)
+    # of few bits, so that z is exact in float32
+    mean, gamma, beta = (torch.randint(4, 12, (3, c)) / 8).unbind()
+    var = torch.ones(c)
+    read = Reader(mean.double(), var.double(), gamma.double(), beta.double(), 0.0, True)
     z = y.double() * read.scale + read.shift
     y[z.abs() < 0.02] = 3  # away from the kink
     z = (y.double() * read.scale + read.shift).relu()
+    # AMX multiplies what is rounded, as PyTorch does
+    multiplied = z.bfloat16().double() if AMX else z
     images = Geometry(n, size, size).images
     da, exact_weight, _ = torch.ops.aten.convolution_backward(
-        images(dy.double()), images(z), weight.double(), None, (1, 1), d, d, False, (0, 0), 1,
-        (True, True, False),
+        images(dy.double()), images(multiplied), weight.double(), None, (1, 1), d, d, False, (0, 0),
+        1, (True, True, False),
     )  # fmt: skip
     dz_exact = da.permute(0, 2, 3, 1).flatten(0, 2) * (z > 0)
     before = torch.randn(rows, c).bfloat16() if accumulate else torch.full((rows, c), torch.nan)
     dz = before.bfloat16().clone()
     dbeta, dgamma, dweight = torch.zeros(c), torch.zeros(c), torch.full((k, c, 3, 3), torch.nan)
     torch.ops.memdense.bn_relu_conv3x3_backward(
-        dy, weight, d, y, mean, var, gamma, beta, 1e-5, n, size, size, dz, dbeta, dgamma, dweight,
+        dy, weight, d, y, mean, var, gamma, beta, 0.0, n, size, size, dz, dbeta, dgamma, dweight,
         accumulate,
     )  # fmt: skip
     wanted = before.double() + read.scale * dz_exact if accumulate else dz_exact
@@ -827,12 +842,15 @@ def test_empty_batch():
 
 
 @built
-@pytest.mark.parametrize("capability", OLDER)
+@pytest.mark.parametrize("capability", [*OLDER, *["avx512"] * AMX])
 def test_other_instruction_sets(capability):
     """A few cases by what older machines run; the variable is read once, so in a process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    wanted = "layer_in_float64 or repeatable"
+    if capability == "avx512":  # what bfloat16 is left with
+        wanted = "bfloat16 or narrow or which_kernels"
     done = subprocess.run(
-        [*command, "-k", "layer_in_float64 or repeatable"],
+        [*command, "-k", wanted],
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 """The C++ primitives against the reference's, and the choice between the two."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from exactness import assert_same_step, into_of, randomise, reader_of, twins
-from inputs import OLDER, SHAPES, Inputs, assert_errs_no_more, poisoned, rms
+from inputs import AMX, OLDER, SHAPES, Inputs, assert_errs_no_more, poisoned, rms
 
 import memdense
 from memdense import _extension
@@ -115,10 +116,12 @@ def test_repeats_bit_for_bit(count, dtype):
 
 
 @built
-@pytest.mark.parametrize("capability", OLDER)
+@pytest.mark.parametrize("capability", [*OLDER, *["avx512"] * AMX])
 def test_other_instruction_sets(capability):
     """The same tests with the code for older processors, where this one has newer."""
     wanted = "test_float64_matches_the_reference or test_errs_no_more"
+    if capability == "avx512":  # what bfloat16 is left with
+        wanted = "bfloat16 and (test_errs_no_more or scratch)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, __file__],
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTEST_ADDOPTS": ""},
@@ -435,6 +438,7 @@ def test_backward_runs_where_forward_was_chosen_to(monkeypatch):
 
 @built
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "dilation"),
     [
@@ -447,22 +451,59 @@ def test_backward_runs_where_forward_was_chosen_to(monkeypatch):
     ],
     ids=str,
 )
-def test_scratch_is_what_is_allocated(shape, dilation, count):
+def test_scratch_is_what_is_allocated(shape, dilation, dtype, count):
     n, h, w, c, k = shape
     op = torch.ops.memdense
     norm = torch.rand(4, c).float() + 0.5
-    y, dz, dy, out = (torch.rand(n * h * w, columns).float() for columns in (c, c, k, k))
-    weight, sums = torch.rand(k, c, 3, 3).float(), norm[:2].clone()
-    dweight = torch.empty_like(weight)
+    y, dz, dy, out = (torch.rand(n * h * w, columns).to(dtype) for columns in (c, c, k, k))
+    weight, sums = torch.rand(k, c, 3, 3).to(dtype), norm[:2].clone()
+    dweight = torch.empty(weight.shape, dtype=torch.float32)
     forward = y, *norm, 1e-5, weight, dilation, n, h, w, None, 1.0, out, None
     backward = dy, weight, dilation, y, *norm, 1e-5, n, h, w, dz, *sums, dweight
+    narrow = dtype == torch.bfloat16
     with threads(count):
         for call, arguments, back in (
             (op.bn_relu_conv3x3, forward, False),
             (op.bn_relu_conv3x3_backward, backward, True),
         ):
             found = peak_memory(call, *arguments, device=CPU).peak
-            assert found == op.conv3x3_scratch(n, h, w, c, k, dilation, count, back) > 0
+            assert found == op.conv3x3_scratch(n, h, w, c, k, dilation, count, narrow, back) > 0
+
+
+@built
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("pooled", "size", "channels", "outputs"),
+    [(False, (2, 14, 14), 96, 128), (False, (1, 1, 5), 600, 12), (True, (3, 9, 8), 33, 17)],
+)
+def test_scratch_of_a_1x1_is_what_is_allocated(pooled, size, channels, outputs, dtype, count):
+    op = torch.ops.memdense
+    rows = math.prod(size)
+    products = Geometry(*size).halves.rows if pooled else rows
+    norm = *(torch.rand(4, channels).float() + 0.5).unbind(), 1e-5
+    x, dz = torch.rand(rows, channels).to(dtype), torch.rand(products, outputs).to(dtype)
+    weight, g = torch.rand(outputs, channels).to(dtype), torch.rand(rows, channels).float()
+    if pooled:
+        forward = op.bn_relu_pool_conv1x1, x, *norm, weight, *size
+        backward = (
+            op.bn_relu_pool_conv1x1_backward, dz, weight, x, *norm, g, True, None, *size, True,
+        )  # fmt: skip
+    else:
+        nothing = None, None, None, None, 0.0, None, None
+        forward = op.bn_relu_conv1x1, x, *norm, weight, None
+        backward = (
+            op.bn_relu_conv1x1_backward, dz, *nothing, weight, x, *norm, g, True, None, True,
+        )  # fmt: skip
+    narrow = dtype == torch.bfloat16
+    with threads(count):
+        for call, back in ((forward, False), (backward, True)):
+            results = call[0](*call[1:])
+            made = results if back else [results]
+            beside = sum(t.numel() * t.element_size() for t in made)
+            found = peak_memory(*call, device=CPU).peak
+            expected = op.conv1x1_scratch(products, channels, outputs, count, narrow, back)
+            assert found == beside + expected
 
 
 @built
@@ -474,4 +515,7 @@ def test_scratch_of_what_is_no_layer():
         ((2**40, 2**30, 8, 8, 8, (1, 1), 1), r"expected sizes and threads below 2\^31"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.memdense.conv3x3_scratch(*wrong, False)
+            torch.ops.memdense.conv3x3_scratch(*wrong, False, False)
+    for wrong in ((0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)):
+        with pytest.raises(RuntimeError, match="expected sizes and threads of at least 1"):
+            torch.ops.memdense.conv1x1_scratch(*wrong, False, False)

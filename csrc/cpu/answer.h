@@ -29,10 +29,10 @@ struct Pixels {
 };
 
 // z[r][j] = mean over taps of relu(scale * x + shift) at columns first + j, for `rows` rows.
-template <typename S, typename T, int kBytes, int kTaps>
+template <typename S, typename T, int kBytes, int kTaps, typename Z>
 MEMDENSE_INLINE void read_tile(const S* x, int64_t x_row, const int64_t* source,
                                Pixels<kTaps> pixels, Reader<T> read, int64_t first, int64_t columns,
-                               int64_t rows, T* z, int64_t z_row) {
+                               int64_t rows, Z* z, int64_t z_row) {
   for (int64_t r = 0; r < rows; ++r, z += z_row) {
     for_columns<T, kBytes, 1>(0, columns, [&]<typename Vec, int>(int64_t j) MEMDENSE_INLINE_LAMBDA {
       const int64_t c = first + j;
@@ -58,7 +58,7 @@ template <typename G>
 constexpr int64_t kSums = kRounds<G> ? 4 : 2;
 
 // A tile's rows, its incoming gradient, and where the answer goes.
-template <typename S, typename D, typename G, int kTaps>
+template <typename S, typename D, typename G, int kTaps, typename Z = Compute<S>>
 struct Answer {
   using T = Compute<S>;
 
@@ -77,7 +77,7 @@ struct Answer {
   // in place of dz: whoever totals them multiplies with rstd
   double* sums;
   int64_t channels;
-  T* z;  // where z is wanted, like da
+  Z* z;  // where z is wanted, like da
   int64_t z_row;
 };
 
@@ -85,8 +85,9 @@ struct Answer {
 constexpr int64_t kSumRows = 16;
 
 // g (+)= scale * dz and both sums for columns first..first + columns.
-template <int kBytes, bool kRelu, typename S, typename D, typename G, int kTaps>
-MEMDENSE_INLINE void answer_tile(const Answer<S, D, G, kTaps>& a, int64_t first, int64_t columns) {
+template <int kBytes, bool kRelu, typename S, typename D, typename G, int kTaps, typename Z>
+MEMDENSE_INLINE void answer_tile(const Answer<S, D, G, kTaps, Z>& a, int64_t first,
+                                 int64_t columns) {
   using T = Compute<S>;
   constexpr int kCount = Simd<T, kBytes>::kVectors;
   for_columns<T, kBytes, kCount>(

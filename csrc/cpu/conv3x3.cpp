@@ -1,5 +1,5 @@
-// The dilated 3x3 convolution on the CPU: operations around the kernels of conv3x3.h (direct) and
-// winograd3x3.h.
+// The dilated 3x3 convolution on the CPU: operations around the kernels of conv3x3.h (direct),
+// winograd3x3.h and amx3x3.h.
 //
 // Tasks own a fixed share of the work and their own scratch, sums and partial gradients; what they
 // leave is merged in their order, so the same number of threads gives the same bits.
@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "../conv3x3_arguments.h"
+#include "amx3x3.h"
 #include "conv3x3_operations.h"
 #include "memory.h"
 #include "norm.h"
@@ -113,11 +114,16 @@ struct Scratch {
 int64_t aligned(int64_t values) { return (values + 15) / 16 * 16; }
 
 // f(walk) with the kernels for the geometry: of outputs, or `backward` of the inputs' gradient.
-template <typename T, typename F>
+template <typename S, typename F>
 auto with_walk(const Geometry& g, bool backward, int64_t tasks, const F& f) {
+  using T = Compute<S>;
   const auto axis = backward ? Axis::backward : Axis::forward;
   const auto paired = backward ? winograd::PairedAxis::backward : winograd::PairedAxis::forward;
   const int64_t channels = backward ? g.k : g.c, columns = backward ? g.c : g.k;
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (amx_pays(g, channels, columns))
+      return f(AmxWalk(axis(g, 0), axis(g, 1), channels, columns, g.n, tasks));
+  }
   if (winograd::pays(g)) {
     const bool padded = winograd::padded(g);
     return f(winograd::Walk<T>(paired(g, 0, padded), paired(g, 1, padded), channels, columns, g.n,
@@ -208,7 +214,7 @@ void forward(const Geometry& g, const Images<const S>& x, Reading<Compute<S>> re
              const Images<S>& out, Compute<S>* mean, Compute<S>* var) {
   using T = Compute<S>;
   const int64_t tasks = worker_count(g.n * g.out[0]);
-  with_walk<T>(g, false, tasks, [&](const auto& walk) {
+  with_walk<S>(g, false, tasks, [&](const auto& walk) {
     const Outputs<S, T> outputs(walk.blocks, bias, mask, static_cast<T>(factor), out,
                                 mean != nullptr);
     std::vector<Outputs<S, T>> emits(tasks, outputs);
@@ -306,7 +312,7 @@ void input_gradient(const Geometry& g, const Images<const S>& dy, const Tensor& 
                     bool accumulate, Compute<S>* dbeta, Compute<S>* dgamma) {
   using T = Compute<S>;
   const int64_t channels = x.data ? g.c : 0, tasks = worker_count(g.n * g.in[0]);
-  with_walk<T>(g, true, tasks, [&](const auto& walk) {
+  with_walk<S>(g, true, tasks, [&](const auto& walk) {
     const std::vector<double> zeros(channels);
     const Gradients<S, T> gradients{walk.blocks, x, read, dx, accumulate, zeros, zeros};
     std::vector<Gradients<S, T>> emits(tasks, gradients);
@@ -422,8 +428,12 @@ void run_weight_walks(const std::vector<Walk>& walks, int64_t step, int64_t task
 }
 
 // f(walks, step) with the kernels for the geometry, as run_weight_walks() takes them.
-template <typename T, typename F>
+template <typename S, typename F>
 auto with_weight_walks(const Geometry& g, int64_t tasks, const F& f) {
+  using T = Compute<S>;
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (amx_pays(g, g.c, g.k)) return f(std::vector{AmxWeightWalk(g, tasks)}, 0);
+  }
   if (!winograd::pays(g)) return f(std::vector{WeightWalk<T>(g, tasks)}, 0);
   using Walk = winograd::WeightWalk<T>;
   const bool padded = winograd::padded(g);
@@ -444,7 +454,7 @@ template <typename S>
 void weight_gradient(const Geometry& g, const Images<const S>& dy, const Images<const S>& x,
                      Reading<Compute<S>> read, Compute<S>* dweight) {
   const int64_t tasks = worker_count(g.n * g.out[0]);
-  with_weight_walks<Compute<S>>(g, tasks, [&](const auto& walks, int64_t step) {
+  with_weight_walks<S>(g, tasks, [&](const auto& walks, int64_t step) {
     run_weight_walks<S>(walks, step, tasks, g, dy, x, read, dweight);
   });
 }
@@ -500,23 +510,26 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
 
 // ---- memory
 
-// Bytes of tensors that a layer's second half takes beside its results, in float32 on so many
-// threads: its forward, or the larger of its two gradients.
+// Bytes of tensors that a layer's second half takes beside its results on so many threads: its
+// forward, or the larger of its two gradients.
 int64_t conv3x3_scratch(int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, const Ints& dilation,
-                        int64_t threads, bool backward) {
+                        int64_t threads, bool bfloat16, bool backward) {
   STD_TORCH_CHECK(std::min({n, h, w, c, k, threads}) >= 1,
                   "conv3x3_scratch: expected sizes and threads of at least 1");
   STD_TORCH_CHECK(std::max({n, h, w, threads}) < kLimit,
                   "conv3x3_scratch: expected sizes and threads below 2^31");
   const Geometry g = geometry(n, h, w, c, k, dilation);
   const int64_t tasks = worker_count(n * h, threads);
-  const int64_t walk = with_walk<float>(
-      g, backward, tasks, [&](const auto& walk) { return WalkMemory(walk).values(tasks); });
-  const int64_t weight =
-      !backward ? 0 : with_weight_walks<float>(g, tasks, [&](const auto& walks, int64_t) {
-        return WeightMemory(walks, tasks / static_cast<int64_t>(walks.size())).values(tasks);
-      });
-  return std::max(walk, weight) * static_cast<int64_t>(sizeof(float));
+  const auto values = [&]<typename S>(S) -> int64_t {
+    const int64_t walk = with_walk<S>(
+        g, backward, tasks, [&](const auto& walk) { return WalkMemory(walk).values(tasks); });
+    if (!backward) return walk;
+    return std::max(
+        walk, with_weight_walks<S>(g, tasks, [&](const auto& walks, int64_t) {
+          return WeightMemory(walks, tasks / static_cast<int64_t>(walks.size())).values(tasks);
+        }));
+  };
+  return (bfloat16 ? values(BFloat16{}) : values(float{})) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace

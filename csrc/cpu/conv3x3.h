@@ -74,6 +74,13 @@ struct Gather {
   static MEMDENSE_INLINE void run(const Gather& a) {
     constexpr int kBytesOf8 = std::min<int>(kBytes, 8 * sizeof(T));
     const Weights<T>& w = a.weights;
+    const auto transposed = [](const T* from, int64_t column, int64_t rows, int64_t columns, T* out,
+                               int64_t out_row) MEMDENSE_INLINE_LAMBDA {
+      if constexpr (std::is_same_v<T, BFloat16>)
+        transpose<uint16_t, kBytesOf8>(&from->bits, column, rows, columns, &out->bits, out_row);
+      else
+        transpose<T, kBytesOf8>(from, column, rows, columns, out, out_row);
+    };
     if (w.column == 1) {
       for (int64_t r = a.begin; r < a.end; ++r) {
         for (int64_t tap = 0; tap < 9; ++tap) {
@@ -83,15 +90,14 @@ struct Gather {
       }
     } else if (w.channel == 1) {
       for (int64_t tap = 0; tap < 9; ++tap) {
-        transpose<T, kBytesOf8>(&w.at(a.begin, tap, a.first), w.column, a.end - a.begin, a.count,
-                                a.out + tap * a.out_tap, a.out_channel);
+        transposed(&w.at(a.begin, tap, a.first), w.column, a.end - a.begin, a.count,
+                   a.out + tap * a.out_tap, a.out_channel);
       }
     } else {
       const int64_t last = w.taps[1] < 0 ? 8 : 0;  // the tap that is first in memory
       for (int64_t r = a.begin; r < a.end; ++r) {
-        transpose<T, kBytesOf8>(&w.at(r, last, a.first), w.column, 9, a.count,
-                                a.out + (r - a.begin) * a.out_channel + last * a.out_tap,
-                                w.taps[1] * a.out_tap);
+        transposed(&w.at(r, last, a.first), w.column, 9, a.count,
+                   a.out + (r - a.begin) * a.out_channel + last * a.out_tap, w.taps[1] * a.out_tap);
       }
     }
   }
@@ -192,13 +198,14 @@ struct Blocks {
   int lanes;
   int64_t columns, vectors, count;
 
-  explicit Blocks(int64_t columns)
+  // `most` vectors in a block
+  explicit Blocks(int64_t columns, int most = tile_kernels<T>().max_vectors)
       : kernels(tile_kernels<T>()),
         lanes(kernels.lanes),
         columns(columns),
         vectors((columns + lanes - 1) / lanes),
         // two vectors each; a last odd one joins the block before it where registers allow
-        count(std::max<int64_t>(1, (vectors + 3 - kernels.max_vectors) / 2)) {}
+        count(std::max<int64_t>(1, (vectors + 3 - most) / 2)) {}
 
   int64_t start(int64_t block) const { return block * 2 * lanes; }
   int vectors_of(int64_t block) const {
@@ -212,25 +219,31 @@ struct Blocks {
 
   // Channels [begin, end) of a block's weights, columns padded with zeros, to
   // out[channel][tap][column] by the strides given.
-  template <typename S>
-  void gather(const Weights<S>& w, int64_t begin, int64_t end, int64_t block, T* out,
+  template <typename S, typename O>
+  void gather(const Weights<S>& w, int64_t begin, int64_t end, int64_t block, O* out,
               int64_t out_channel, int64_t out_tap) const {
     const int64_t real = columns_of(block), first = start(block);
     for (int64_t i = 0; real < width(block) && i < 9 * (end - begin); ++i) {
-      T* row = out + i / 9 * out_channel + i % 9 * out_tap;
-      std::fill(row + real, row + width(block), T{0});
+      O* row = out + i / 9 * out_channel + i % 9 * out_tap;
+      std::fill(row + real, row + width(block), O{});
     }
-    if constexpr (std::is_same_v<S, T>) {
-      if (Gather<T>::fits(w)) {
-        memdense::dispatch<Gather<T>>(
-            Gather<T>{w, begin, end, first, real, out, out_channel, out_tap});
+    if constexpr (std::is_same_v<S, O>) {
+      if (Gather<O>::fits(w)) {
+        memdense::dispatch<Gather<O>>(
+            Gather<O>{w, begin, end, first, real, out, out_channel, out_tap});
         return;
       }
     }
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t tap = 0; tap < 9; ++tap) {
-        T* to = out + (r - begin) * out_channel + tap * out_tap;
-        for (int64_t j = 0; j < real; ++j) to[j] = load(w.at(r, tap, first + j));
+        O* to = out + (r - begin) * out_channel + tap * out_tap;
+        for (int64_t j = 0; j < real; ++j) {
+          const S& value = w.at(r, tap, first + j);
+          if constexpr (std::is_same_v<S, O>)
+            to[j] = value;
+          else
+            to[j] = load(value);
+        }
       }
     }
   }

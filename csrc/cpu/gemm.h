@@ -14,8 +14,6 @@ constexpr int64_t kMicroRows = 6;
 // How many k a micro-kernel sums before c takes them: 256 by a panel of b stay in L2.
 constexpr int64_t kDepth = 256;
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // c[i][j] (+)= sum_k a[i * a_row + k * a_depth] * b[k * kPanel + j] for 6 rows, kVectors vectors.
 template <typename T, int kBytes, int kVectors>
 MEMDENSE_INLINE void micro_product(const T* a, int64_t a_row, int64_t a_depth, const T* b,

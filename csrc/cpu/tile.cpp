@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "amx.h"
 #include "vector.h"
 
 namespace memdense {
@@ -64,7 +65,7 @@ template const TileKernels<double>& tile_kernels<double>();
 
 namespace {
 
-int64_t widest() { return register_bytes(); }
+int64_t widest() { return amx::available() ? 1024 : register_bytes(); }
 
 }  // namespace
 }  // namespace memdense

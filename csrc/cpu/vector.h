@@ -13,6 +13,12 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MEMDENSE_X86 1
+#else
+#define MEMDENSE_X86 0
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__)
 // Vectors wider than the baseline's only pass through functions that are inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -30,6 +36,8 @@
 #endif
 
 namespace memdense {
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct BFloat16 {
   uint16_t bits;
@@ -91,10 +99,23 @@ struct Bits {
 };
 
 template <typename Vec>
-MEMDENSE_INLINE Vec load(const BFloat16* p) {
+MEMDENSE_INLINE typename Bits<Vec>::Long widen(const BFloat16* p) {
   using Of = Bits<Vec>;
-  const auto bits = load<typename Of::Short>(&p->bits);
-  return (Vec)(__builtin_convertvector(bits, typename Of::Long) << 16);
+  typedef typename Of::Short There __attribute__((aligned(alignof(BFloat16)), may_alias));
+  const There& bits = *reinterpret_cast<const There*>(p);
+#if MEMDENSE_X86 && !defined(__clang__)
+  if constexpr (sizeof(Vec) == 64) {
+    typename Of::Long wide;  // GCC 12 does it by halves
+    __asm__("vpmovzxwd %1, %0" : "=v"(wide) : "m"(bits));
+    return wide;
+  }
+#endif
+  return __builtin_convertvector(bits, typename Of::Long);
+}
+
+template <typename Vec>
+MEMDENSE_INLINE Vec load(const BFloat16* p) {
+  return (Vec)(widen<Vec>(p) << 16);
 }
 
 template <typename Vec>
@@ -146,7 +167,8 @@ MEMDENSE_INLINE void transpose(typename Simd<T, kBytes>::Square& rows) {
     }
   }
 #else
-  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t,
+                                   std::conditional_t<sizeof(T) == 2, int16_t, int32_t> >;
   typename Simd<Index, kBytes>::Vec low, high;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
@@ -191,12 +213,6 @@ MEMDENSE_INLINE void transpose(const T* from, int64_t from_column, int64_t rows,
     }
   }
 }
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MEMDENSE_X86 1
-#else
-#define MEMDENSE_X86 0
-#endif
 
 // Register width to use. ATEN_CPU_CAPABILITY lowers it as it does PyTorch's: default, avx2.
 inline int register_bytes() {
