@@ -135,6 +135,51 @@ CHANGES = {
 }
 
 
+CHILDREN = {
+    "c": lambda: nn.Conv2d(6, 6, 1),
+    "n": lambda: nn.BatchNorm2d(6),
+    "r": nn.ReLU,
+    "p": lambda: nn.MaxPool2d(3, 2, 1),
+    "d": nn.Dropout,
+    "b": lambda: memdense.DenseBlock(1, 6, 2, 4),
+    "t": lambda: memdense.Transition(10, 6),
+    "x": lambda: nn.Sequential(memdense.modules.DenseLayer(6, 6, 2), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize(
+    ("children", "expected"),
+    [
+        # a stem alone, as a slice, and one whose norm has its ReLU inside
+        (["cnrp"], ["stem"]),
+        (["cnp"], ["stem"]),
+        (["cnrp", "d", "b"], ["stem", "module", "stage"]),
+        (["cnp", "d", "b"], ["stem", "module", "stage"]),
+        # what stands in its place is told of
+        (["cnr", "b"], ["stem", "stage"]),
+        (["crp", "b"], ["stem", "stage"]),
+        (["cnrd", "b"], ["stem", "stage"]),
+        # others are no business of ours
+        ([*"crdcr", "b"], ["module"] * 5 + ["stage"]),
+        ([*"cr", "b"], ["module", "module", "stage"]),
+        ([*"nrp", "b"], ["module"] * 3 + ["stage"]),
+        ([*"cnr"], ["module"] * 3),
+        ([*"cnrd"], ["module"] * 4),
+        # a layer and something else make no block
+        (["x", "bt"], ["module", "stage"]),
+        (["b", "n", "bn"], ["stage", "module", "stage"]),
+    ],
+    ids=str,
+)
+def test_what_runs_together(children: list[str], expected: list[str]) -> None:
+    features = memdense.Features(*(CHILDREN[kind]() for kind in "".join(children)))
+    steps = features.steps("norm")
+    assert [(step.kind, len(step.names)) for step in steps] == list(
+        zip(expected, map(len, children), strict=True)
+    )
+    assert [name for step in steps for name in step.names] == list(features._modules)
+
+
 @pytest.mark.filterwarnings("ignore::memdense.MemdenseWarning")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_changes_between_calls_is_seen(change: Callable[[nn.Module], Any]) -> None:
@@ -289,6 +334,15 @@ def test_momenta_of_several_types_move_once(momentum: Any) -> None:
         each(x)
     for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_what_did_not_change_is_read_once() -> None:
+    """For each kind of call, one after the other."""
+    module, readings = nn.ReLU(), WeakKeyDictionary()
+    first, other, again = (
+        read_once(readings, module, (kind,), [module], object) for kind in (1, 2, 1)
+    )
+    assert again is first and other is not first
 
 
 def test_several_threads_forget_what_was_replaced() -> None:
