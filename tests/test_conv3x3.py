@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +211,10 @@ def test_amx_may_be_kept_from_onednn(most, monkeypatch):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
     there = torch.backends.mkldnn.is_available()
     assert convolution._multiplies_on_amx() == (there and most != "AVX512_CORE_BF16")
+    for lacking in ((torch.cpu, "_is_amx_tile_supported"), (torch.backends.mkldnn, "is_available")):
+        with monkeypatch.context() as machine:
+            machine.setattr(*lacking, lambda: False)
+            assert not convolution._multiplies_on_amx()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -758,14 +763,28 @@ def test_on_pytorchs_own_kernels(layout, repeats, monkeypatch):
     assert dilated_conv3x3(x.detach(), of_channels_last).is_contiguous(memory_format=layout)
 
 
-def test_cudnn_is_held_to_its_deterministic_algorithms(monkeypatch):
+@pytest.mark.parametrize("before", [False, True])
+def test_cudnn_is_held_to_its_deterministic_algorithms(before, monkeypatch):
+    """And where the user holds it, it stays so."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     x = SimpleNamespace(is_cuda=True)
-    before = torch.backends.cudnn.deterministic
-    with pytest.raises(ZeroDivisionError), convolution._repeatable(x):
-        assert torch.backends.cudnn.deterministic
-        raise ZeroDivisionError
-    assert torch.backends.cudnn.deterministic == before
+    with torch.backends.cudnn.flags(deterministic=before):
+        with pytest.raises(ZeroDivisionError), convolution._repeatable(x):
+            assert torch.backends.cudnn.deterministic
+            raise ZeroDivisionError
+        assert torch.backends.cudnn.deterministic == before
+
+
+def test_another_thread_does_not_take_ours_for_the_users(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    x, found = SimpleNamespace(is_cuda=True), []
+    other = Thread(target=lambda: found.append(convolution._repeats(x)))
+    with torch.backends.cudnn.flags(deterministic=False):
+        with convolution._repeatable(x):
+            other.start()
+            other.join(0.2)  # without a lock it would be done
+        other.join()
+    assert found == [False]
 
 
 def test_a_bias_out_of_a_stack():
