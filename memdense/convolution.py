@@ -168,7 +168,7 @@ def _shape(
 ) -> tuple[int, int, int, int]:
     """The output's; RuntimeError where there is none."""
     images, kernels = x.shape, weight.shape
-    if len(images) != 4 or len(kernels) != 4 or kernels[2:] != (3, 3):
+    if len(images) != 4 or kernels[2:] != (3, 3):
         raise RuntimeError(
             "dilated_conv3x3: expected images (N, C, H, W) and weight (k, C, 3, 3), "
             f"got {tuple(images)} and {tuple(kernels)}"
@@ -206,9 +206,11 @@ def layout_of(x: Tensor) -> torch.memory_format:
     c, step = x.shape[1], x.stride(1)
     if c > 1 and step > 1 and x.is_contiguous():
         return torch.contiguous_format
-    last = c > 1 and step == 1 and x.stride(3) == c and x.stride(0) > x.stride(2)
-    if last and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
+    if c > 1 and step == 1 and x.dim() == 4:
+        # not by is_contiguous(), which does not look at the stride of an axis of length 1
+        image, _, row, pixel = x.stride()
+        if pixel == c and row >= x.shape[3] * pixel and image >= x.shape[2] * row:
+            return torch.channels_last
     return suggest_memory_format(x)
 
 

@@ -531,9 +531,11 @@ def test_many_gradients_at_once(convolve, batched):
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 3, 1, 1), (1, 4, 5, 1), (1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_layout_of_ambiguous_images(shape, layout):
+@pytest.mark.parametrize("turned", [False, True])
+def test_layout_of_ambiguous_images(shape, layout, turned):
     """Where one layout may pass for the other, the output has the one that F.conv2d's has."""
     x = torch.empty(shape).to(memory_format=layout).normal_()
+    x = x.transpose(2, 3) if turned else x
     weight = torch.randn(6, shape[1], 3, 3)
     found = dilated_conv3x3(x, weight, None, 1, 2, 1)
     assert (
@@ -542,6 +544,16 @@ def test_layout_of_ambiguous_images(shape, layout):
     )
     suggested = torch._prims_common.suggest_memory_format(x)
     assert found.is_contiguous(memory_format=suggested)
+
+
+def test_layouts_are_those_that_pytorch_suggests():
+    """Of images with any strides, which those of an axis of length 1 may be."""
+    memory = torch.empty(200)
+    for shape in itertools.product((1, 2, 3), repeat=4):
+        for strides in itertools.product((1, 2, 3, 6, 18), repeat=4):
+            x = memory.as_strided(shape, strides)
+            suggested = torch._prims_common.suggest_memory_format(x)
+            assert convolution.layout_of(x) is suggested, (shape, strides)
 
 
 def test_nothing_watches():
@@ -658,6 +670,7 @@ def test_without_the_extension(monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize(
     ("x", "weight", "geometry", "message"),
     [
@@ -678,7 +691,9 @@ def test_without_the_extension(monkeypatch):
         ((2, 3, 8, 4), (4, 3, 3, 3), (1, 0, 2), "an image 4 long with padding 0 is smaller"),
     ],
 )
-def test_bad_input(x, weight, geometry, message):
+def test_bad_input(x, weight, geometry, message, ours, monkeypatch):
+    if not ours:
+        monkeypatch.setattr(convolution, "_native", lambda x: False)
     with pytest.raises(RuntimeError, match=message):
         dilated_conv3x3(torch.randn(x), torch.randn(weight), None, *geometry)
 
