@@ -43,7 +43,9 @@ def penalised(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kwargs", [{}, dict(drop_rate=0.3), dict(bn_size=None)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, dict(drop_rate=0.3), dict(drop_rate=1), dict(bn_size=None)], ids=str
+)
 def test_gradients_can_be_differentiated(kwargs: dict, training: bool) -> None:
     found, expected = pair(**kwargs, double_backward=True)
     assert_same_step(found.train(training), expected.train(training), images(), penalised)
