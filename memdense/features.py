@@ -240,7 +240,7 @@ class Features(nn.Sequential):
         )
         given = [x, next(weights, None)]
         if given[1] is not None and len(given[1]) == 1:
-            ahead = next(c for c in self.children() if is_block(c) or _convolves(c))
+            ahead = next(c for c in self.children() if _convolves(c))
             if not is_block(ahead):
                 # PyTorch takes its output, of one channel, for contiguous: the next weight decides
                 given = [next(weights, None)]
@@ -256,9 +256,6 @@ class Features(nn.Sequential):
         for step in steps:
             for part, found, reason in self.parts(step):
                 modules = [self._modules[name] for name in part.names]
-                if part.kind == "module":
-                    x = modules[0](_laid(x, layout))
-                    continue
                 if not isinstance(x, Tensor):
                     found = None  # as a pool's indices beside its output: modules say what is wrong
                 if found is not None:

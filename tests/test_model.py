@@ -412,8 +412,9 @@ def test_dropout_and_format_are_torchvisions(name: str, rate: float, first: int)
 
 @pytest.mark.parametrize("model", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("images", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("ahead", [[], [nn.Identity()]], ids=str)
 def test_dropout_before_a_convolution_of_one_channel(
-    images: torch.memory_format, model: torch.memory_format
+    ahead: list[nn.Module], images: torch.memory_format, model: torch.memory_format
 ) -> None:
     """The mask of a block depends on what is ahead of it, not on a head behind."""
     torch.manual_seed(0)
@@ -421,7 +422,7 @@ def test_dropout_before_a_convolution_of_one_channel(
         memdense.DenseBlock(2, 6, 2, 4, drop_rate=0.3),
         memdense.Transition(14, 1, pool=False),
     )
-    features = memdense.Features(OrderedDict(block=block, head=head)).double()
+    features = memdense.Features(*ahead, block, head).double()
     features.to(memory_format=model)
     x = torch.randn(2, 6, 5, 4, dtype=torch.float64).to(memory_format=images)
     found = []
