@@ -231,7 +231,7 @@ def _draw_mask(
     masks = []
     for layer in stage.layers:
         weight = layer.conv1 if layer.conv2 is None else layer.conv2
-        last = not channels and format_last in (layout, layout_of(weight))
+        last = format_last in (layout, layout_of(weight))  # of whole channels either is the same
         new = torch.empty(
             (n, layer.growth, *([1] * len(size) if channels else size)),
             dtype=x.dtype, device=x.device,
