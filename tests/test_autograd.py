@@ -77,6 +77,24 @@ def test_frozen_norms_can_be_differentiated_twice() -> None:
     assert_same_step(found, expected, images(), penalised)
 
 
+def test_norms_without_weights_can_be_differentiated_twice() -> None:
+    found, expected = pair(double_backward=True)
+    for model in (found, expected):
+        for part in (model.features, model.features.denseblock1.denselayer2):
+            name = next(name for name, m in part.named_children() if isinstance(m, nn.BatchNorm2d))
+            channels = getattr(part, name).num_features
+            setattr(part, name, nn.BatchNorm2d(channels, affine=False).double())
+    assert_same_step(found, expected, images(), penalised)
+
+
+def test_any_subset_can_be_differentiated_twice() -> None:
+    found, expected = pair(double_backward=True)
+    for model in (found, expected):
+        for i, p in enumerate(model.parameters()):
+            p.requires_grad_(i % 3 == 0)
+    assert_same_step(found, expected, images(), penalised)
+
+
 def test_differentiating_twice_moves_running_statistics_once() -> None:
     found, _ = pair(double_backward=True)
     penalised(found, images().requires_grad_())

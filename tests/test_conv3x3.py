@@ -327,10 +327,13 @@ def test_registration(memory_format):
         opcheck(torch.ops.memdense.dilated_conv3x3.default, (*tensors, *geometry))
     out = dilated_conv3x3(x, weight, bias, *geometry)
     assert out.is_contiguous(memory_format=memory_format)
-    opcheck(
-        torch.ops.memdense.dilated_conv3x3_backward.default,
-        (torch.randn_like(out), x, weight, *geometry, [True, True, True]),
-    )
+    backward = torch.ops.memdense.dilated_conv3x3_backward.default
+    dy = torch.randn_like(out)
+    opcheck(backward, (dy, x, weight, *geometry, [True, True, True]))
+    for dtype in (torch.float64, torch.bfloat16):
+        tensors = [t.to(dtype) for t in (dy, x, weight)]
+        for needs in itertools.product((False, True), repeat=3):
+            opcheck(backward, (*tensors, *geometry, list(needs)), test_utils="test_faketensor")
 
 
 @built
@@ -454,6 +457,20 @@ def test_both_ways_agree(bias):
         assert torch.equal(a, b)
     for a, b in zip(direct, results_of(F.conv2d, bias), strict=True):
         assert error(a, b) <= 1e-12
+
+
+def test_an_operation_that_is_not_ours_is_differentiated_twice():
+    """By PyTorch's, to the same bits."""
+    tensors = [torch.randn(s).half() for s in ((2, 3, 6, 5), (4, 3, 3, 3), (4,))]
+    found = []
+    for convolve in (torch.ops.memdense.dilated_conv3x3, F.conv2d):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = convolve(*leaves, (1, 2), (1, 0), (2, 1))
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.sum() for g in first), leaves)
+        found.append([out, *first, *second])
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
 
 
 def test_a_mode_sees_one_operation():

@@ -237,9 +237,12 @@ def test_notes_on_an_input():
         return [n for n in memdense.explain(model, x).notes if n not in without]
 
     assert notes(torch.randn(2, 3, 32, 32)) == []
-    assert notes(torch.randn(0, 3, 32, 32)) == [
-        "features: with this input all run as plain modules: torch.float32 of shape (0, 3, 32, 32)"
-    ]
+    for x, why in (
+        (torch.randn(0, 3, 32, 32), "torch.float32 of shape (0, 3, 32, 32)"),
+        (torch.ones(1, 3, 32, 32).long(), "torch.int64 of shape (1, 3, 32, 32)"),
+        (torch.ones(1, 3, 32, 32).to_sparse(), "a tensor of layout torch.sparse_coo"),
+    ):
+        assert notes(x) == [f"features: with this input all run as plain modules: {why}"]
     backend = ops.backend_for(torch.device("cpu")).name
     for dtype, name in ((torch.bfloat16, backend), (torch.float16, "reference")):
         with torch.autocast("cpu", dtype=dtype):
