@@ -407,7 +407,9 @@ def test_outputs_of_blocks_that_follow_each_other(middle: str) -> None:
     expected = first, net[2](net[1](first))
     for efficient in (True, False):
         net.efficient = efficient
-        for a, b in zip(net.block_outputs(x), expected, strict=True):
+        with no_warnings(MemdenseWarning):
+            outputs = net.block_outputs(x)
+        for a, b in zip(outputs, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -432,6 +434,13 @@ def test_a_class_of_ones_own_around_a_block() -> None:
         assert type(copy.deepcopy(block)) is type(block)
     assert stages_run(found.features.denseblock1, images(2, 8, 6, 6)) == 1
     assert_same_step(found, plain, images())
+
+
+def test_a_block_of_a_class_that_was_not_checked_stays_what_it_is() -> None:
+    kind = type("Mine", (memdense.DenseBlock,), {})
+    features = memdense.Features(kind(2, 6, 2, 4), memdense.DenseBlock(2, 14, 2, 4))
+    features.let_blocks_run_alone()
+    assert type(features[0]) is kind and type(features[1]) is not memdense.DenseBlock
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
