@@ -141,10 +141,12 @@ def read_once(
 
 
 def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
-    """Why modules must run that could do without: a parameter that carries out operations itself;
-    an x of which modules would keep more digits than autocast leaves a convolution.
+    """Why modules must run that could do without: a parameter or an x that carries out operations
+    itself; an x of which modules would keep more digits than autocast leaves a convolution.
     """
     stem = isinstance(found, StemModules)
+    if foreign(x):  # made of such a parameter, ahead of here
+        return f"what comes in is {article(type(x).__name__)}, which carries out operations itself"
     for t in (found.weight, *found.norm[1:]) if stem else found.tensors:
         if foreign(t):
             return (

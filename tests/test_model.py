@@ -709,6 +709,17 @@ def test_tensors_that_carry_out_operations_themselves(parameters: bool) -> None:
     assert ("a parameter is a Shard: plain modules" in str(memdense.explain(model))) == parameters
 
 
+@pytest.mark.parametrize("name", ["conv0.weight", "norm0.bias", "transition1.conv.weight"])
+def test_one_parameter_that_carries_out_operations_itself(name: str) -> None:
+    model, x = memdense.DenseNet(**NET).eval(), torch.randn(2, 3, 40, 40)
+    expected = model.features(x)
+    shard = nn.Parameter(Shard(model.features.get_parameter(name).detach()), False)
+    model.features.load_state_dict({name: shard}, strict=False, assign=True)
+    with torch.no_grad(), pytest.warns(memdense.MemdenseWarning, match="a parameter is a Shard"):
+        found = model.features(x)
+    torch.testing.assert_close(found.inner, expected)
+
+
 def test_features_take_their_input_by_name() -> None:
     features, x = memdense.DenseNet(**NET).features.eval(), torch.randn(2, 3, 40, 40)
     assert torch.equal(features(input=x), features(x))
