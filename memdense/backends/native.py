@@ -1,5 +1,6 @@
 """The primitives in C++ (csrc/cpu), float32, float64 and bfloat16 on the CPU; the rest is the
-reference's. bfloat16 is how values are stored; sums are taken in float32.
+reference's. bfloat16 is how values are stored, and multiplied where the CPU has AMX; sums are taken
+in float32.
 """
 
 import torch
