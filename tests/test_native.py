@@ -507,6 +507,14 @@ def test_scratch_of_a_1x1_is_what_is_allocated(pooled, size, channels, outputs, 
 
 
 @built
+def test_weight_of_another_dtype_is_refused():
+    norm = *(torch.rand(4, 6).float() + 0.5).unbind(), 1e-5
+    x, weight = torch.rand(9, 6).bfloat16(), torch.rand(5, 6).float()
+    with pytest.raises(RuntimeError, match=r"expected weight in BFloat16 of shape \(5, 6\)"):
+        torch.ops.memdense.bn_relu_conv1x1(x, *norm, weight, None)
+
+
+@built
 def test_scratch_of_what_is_no_layer():
     for wrong, message in (
         ((0, 1, 1, 1, 1, (1, 1), 1), "expected sizes and threads of at least 1"),
@@ -518,4 +526,9 @@ def test_scratch_of_what_is_no_layer():
             torch.ops.memdense.conv3x3_scratch(*wrong, False, False)
     for wrong in ((0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)):
         with pytest.raises(RuntimeError, match="expected sizes and threads of at least 1"):
+            torch.ops.memdense.conv1x1_scratch(*wrong, False, False)
+    for wrong in ((2**48, 1, 1, 1), (1, 2**20, 1, 1), (1, 1, 2**20, 1), (1, 1, 1, 2**16)):
+        with pytest.raises(
+            RuntimeError, match=r"rows below 2\^48, channels below 2\^20 and threads"
+        ):
             torch.ops.memdense.conv1x1_scratch(*wrong, False, False)

@@ -27,8 +27,8 @@ bool available() {
     constexpr unsigned kRounding = 1u << 5;            // of vectors to bfloat16: cpuid 7.1, eax
     constexpr long kRequest = 0x1023, kTileData = 18;  // ask Linux for tiles
     unsigned eax = 0, ebx, ecx, edx = 0;
-    const auto cpuid = [&](unsigned leaf) {
-      return __get_cpuid_count(7, leaf, &eax, &ebx, &ecx, &edx);
+    const auto cpuid = [&](unsigned subleaf) {
+      return __get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx);
     };
     return register_bytes() == 64 && !std::getenv("ATEN_CPU_CAPABILITY") && cpuid(0) &&
            (edx & kTiles) == kTiles && cpuid(1) && (eax & kRounding) &&
@@ -57,7 +57,8 @@ MEMDENSE_AMX_TARGET void release() { _tile_release(); }
 // Tiles 0 to 3 hold sums, 4 and 5 a's, 6 and 7 b's.
 template <int kRows, int kColumns>
 MEMDENSE_AMX_TARGET void multiply(const Product& p) {
-  constexpr int64_t kValue = sizeof(BFloat16), kB = kDepth * kValue;
+  constexpr int64_t kValue = sizeof(BFloat16), kTileRow = kDepth * kValue;
+  __asm__ volatile("" ::: "memory");  // the intrinsics do not say that they read what was stored
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -69,8 +70,8 @@ MEMDENSE_AMX_TARGET void multiply(const Product& p) {
       const BFloat16* b = p.segments[s].b + step * p.b_step;
       _tile_loadd(4, a, a_row);
       if constexpr (kRows == 2) _tile_loadd(5, a + p.a_tile, a_row);
-      _tile_loadd(6, b, kB);
-      if constexpr (kColumns == 2) _tile_loadd(7, b + p.b_tile, kB);
+      _tile_loadd(6, b, kTileRow);
+      if constexpr (kColumns == 2) _tile_loadd(7, b + p.b_tile, kTileRow);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kColumns == 2) _tile_dpbf16ps(1, 4, 7);
       if constexpr (kRows == 2) _tile_dpbf16ps(2, 5, 6);
@@ -88,10 +89,10 @@ MEMDENSE_AMX_TARGET void multiply(const Product& p) {
   }
   // short chains round less
   alignas(64) float sums[4][kSide * kSide];
-  _tile_stored(0, sums[0], kB);
-  if constexpr (kColumns == 2) _tile_stored(1, sums[1], kB);
-  if constexpr (kRows == 2) _tile_stored(2, sums[2], kB);
-  if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, sums[3], kB);
+  _tile_stored(0, sums[0], kTileRow);
+  if constexpr (kColumns == 2) _tile_stored(1, sums[1], kTileRow);
+  if constexpr (kRows == 2) _tile_stored(2, sums[2], kTileRow);
+  if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, sums[3], kTileRow);
   for (int64_t i = 0; i < kSide; ++i) {
     for (int m = 0; m < kRows; ++m) {
       for (int n = 0; n < kColumns; ++n) {

@@ -15,7 +15,7 @@ constexpr int64_t kDepth = 32;             // products that an instruction adds 
 constexpr int64_t kTile = kSide * kDepth;  // values in a tile of a or b
 constexpr int64_t kSquare = 2 * kSide;     // rows and columns of a product
 
-// Has the processor got them, and does ATEN_CPU_CAPABILITY ask for nothing less?
+// Has the processor got them, and is ATEN_CPU_CAPABILITY, which may ask for less, not set?
 bool available();
 
 // What tiles multiply: a bfloat16, of which those below 2^-126 need not be kept.
@@ -56,13 +56,13 @@ struct Product {
   int64_t b_tile, b_step;         // to the next 16 columns and 32 rows
   float* out;
   int64_t out_row, out_tile;
-  bool accumulate;
+  bool accumulate;  // of tiles of 16 rows
 };
 
 void multiply(int64_t row_tiles, int64_t column_tiles, const Product& product);
 
-// How many tiles of so many, starting with `first`, a product takes.
-inline int64_t tiles(int64_t first, int64_t count) { return count - first > kSide ? 2 : 1; }
+// How many tiles a product takes of rows, or columns, first..last.
+inline int64_t tiles(int64_t first, int64_t last) { return last - first > kSide ? 2 : 1; }
 
 // A kernel's run<64>: where there are tiles, there are registers of 64 bytes.
 template <typename Kernel, typename... Args>

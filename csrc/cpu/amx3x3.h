@@ -4,7 +4,8 @@
 // Lines are staged one behind the other, zeros between them, so that a tap of any run of pixels
 // begins a fixed distance from it. Outputs, and inputs' gradients, are products of [pixel, channel]
 // by [channel, column], tap after tap. For the gradient of the weight, [channel, pixel] by [pixel,
-// column], the inputs lie transposed, and a tap moves the outputs' gradients along the pixels.
+// column], the inputs lie transposed, and a tap moves the outputs' gradients along the pixels. The
+// zeros are multiplied: an infinity at a border becomes NaN by taps that do not read it, too.
 #pragma once
 
 #include <algorithm>
@@ -190,7 +191,7 @@ struct AmxWalk {
       for (int64_t y = band.begin, count; y < band.end; y += count) {
         const bool two = tiles == 1 && y + 1 < band.end && inside(y) == inside(y + 1);
         count = two ? 2 : 1;
-        run_lines(y, count, block, staged + (left - low * pitch) * amx::kDepth, weights, results);
+        run_lines(y, count, block, low, staged, weights, results);
         for (int64_t i = 0; i < count; ++i) {
           float* values = results + i * pixels * width;
           emit.results(
@@ -217,7 +218,7 @@ struct AmxWalk {
   }
 
   // Line y in pairs of tiles, or the lines y and y + 1 of one tile each.
-  void run_lines(int64_t y, int64_t count, int64_t block, const BFloat16* staged,
+  void run_lines(int64_t y, int64_t count, int64_t block, int64_t low, const BFloat16* staged,
                  const BFloat16* weights, float* results) const {
     const int64_t width = blocks.width(block);
     for (int64_t tile = 0, taken; tile < tiles; tile += taken) {
@@ -229,7 +230,7 @@ struct AmxWalk {
         if (y < row.first || y >= row.last) continue;
         for (const Tap& column : horizontal.phases[0].tap) {
           if (column.first >= next + tile_pixels || x >= column.last) continue;
-          const int64_t from = (y + row.shift) * pitch + x + column.shift;
+          const int64_t from = left + (y + row.shift - low) * pitch + x + column.shift;
           taps[used++] = {staged + from * amx::kDepth,
                           weights + (row.index * 3 + column.index) * tap_values(block)};
         }
@@ -265,9 +266,9 @@ struct AmxWeightWalk {
   int64_t pitch;              // pixels from a line to the next, of both
   int64_t group;              // lines that are transposed at a time
   Bands bands;
-  int64_t z_row, dy_pixels;  // of a channel
+  int64_t z_row, dy_pixels;  // of a channel: values of z, padded, and pixels of dy
 
-  static constexpr int64_t kChunk = 16;  // tiles of pixels whose z and dy stay in L1
+  static constexpr int64_t kChunk = 16;  // steps of 32 pixels, whose z and dy stay near
   static constexpr int64_t kGroup = 64;  // pixels
 
   AmxWeightWalk(const Geometry& g, int64_t tasks)
@@ -456,6 +457,7 @@ struct AmxWeightWalk {
           const int64_t to = std::min({all, chunk + kChunk, deep(last * pitch)});
           if (first >= last || from >= to) continue;
           for (const Tap& column : horizontal.phases[0].tap) {
+            if (!column.reads()) continue;
             const int64_t pixel =
                 before + from * amx::kDepth + column.shift + (band.begin + row.shift - low) * pitch;
             const int64_t tap = row.index * 3 + column.index;

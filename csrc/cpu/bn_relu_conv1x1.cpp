@@ -342,7 +342,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(
 int64_t conv1x1_scratch(int64_t rows, int64_t channels, int64_t outputs, int64_t threads,
                         bool bfloat16, bool backward) {
   STD_TORCH_CHECK(std::min({rows, channels, outputs, threads}) >= 1,
-                  "memdense: conv1x1_scratch: expected sizes and threads of at least 1");
+                  "conv1x1_scratch: expected sizes and threads of at least 1");
+  STD_TORCH_CHECK(
+      rows < int64_t{1} << 48 && std::max(channels, outputs) < 1 << 20 && threads < 1 << 16,
+      "conv1x1_scratch: expected rows below 2^48, channels below 2^20 and threads "
+      "below 2^16");
   const auto bytes = [&]<typename Products>() -> int64_t {
     const Products products(outputs, channels, !backward);
     const int64_t workers = worker_count((rows + Products::kUnit - 1) / Products::kUnit, threads);

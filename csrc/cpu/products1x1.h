@@ -1,9 +1,10 @@
 // The products of a 1x1 convolution and its backward, of a tile of rows at a time: by gemm.h's
 // panels in what sums are taken in, or on amx.h's tiles in bfloat16.
 //
-// Both offer a Value, what both sides of a product are stored as; forward(); and for the backward
-// their Buffers, incoming(), da() and dweight(). Scratch is zero at first, and counted in what they
-// sum in.
+// Both are made for a weight's shape and then pack() it. They offer a Value, what both sides of a
+// product are stored as; the rows of a tile and of its units; run(), which calls a kernel;
+// forward(); and for the backward their Buffers, incoming(), da() and dweight(). Scratch is zero at
+// first, and counted in what they sum in.
 #pragma once
 
 #include <algorithm>
@@ -40,9 +41,9 @@ class ByPanels {
         transposed(forward) {}
 
   void pack(const Tensor& weight) {
+    matrix<const S>(weight, outputs(), channels(), "weight");
     const Tensor exact = as_computed<T>(weight);
-    const T* w = transposed ? matrix<const T>(exact, columns, depth, "weight")
-                            : matrix<const T>(exact, depth, columns, "weight");
+    const T* w = static_cast<const T*>(exact.data_ptr());
     const int64_t row = exact.stride(0);
     packed = make<T>({packed_values()});
     b = static_cast<T*>(packed.data_ptr());
@@ -144,6 +145,8 @@ class ByPanels {
   static int64_t panel() {
     return (register_bytes() == 64 ? 4 : 2) * register_bytes() / static_cast<int64_t>(sizeof(T));
   }
+  int64_t outputs() const { return transposed ? columns : depth; }
+  int64_t channels() const { return transposed ? depth : columns; }
   int64_t panels() const { return (columns + panel() - 1) / panel(); }
   int64_t packed_values() const { return panels() * panel() * depth; }
 
@@ -166,8 +169,7 @@ class OnTiles {
         transposed(forward) {}
 
   void pack(const Tensor& weight) {
-    const BFloat16* w = transposed ? matrix<const BFloat16>(weight, columns, depth, "weight")
-                                   : matrix<const BFloat16>(weight, depth, columns, "weight");
+    const BFloat16* w = matrix<const BFloat16>(weight, outputs(), channels(), "weight");
     packed = make<BFloat16>({column_tiles() * b_tile()});
     b = static_cast<BFloat16*>(packed.data_ptr());
     const Pack work{w, weight.stride(0), depth, columns, transposed};
@@ -192,7 +194,6 @@ class OnTiles {
     Value* z = reinterpret_cast<Value*>(sums + amx::kSquare * width());
     read(0, depth, z, row());
     for (int64_t i = 0; i < rows; i += amx::kSquare) {
-      // all columns before any is read: what a tile has stored is slow to come back
       for (int64_t j = 0; j < columns; j += amx::kSquare) {
         product(z, i, rows, j, columns, sums + j, width());
       }
@@ -228,8 +229,8 @@ class OnTiles {
   };
 
   template <int kBytes>
-  MEMDENSE_INLINE void incoming(const Buffers<kBytes>& at, int64_t rows, bool transposed) const {
-    if (!transposed) return;
+  MEMDENSE_INLINE void incoming(const Buffers<kBytes>& at, int64_t rows, bool for_weight) const {
+    if (!for_weight) return;
     amx::pair_rows<kBytes>(at.dy, dy_row(), rows, round_up(rows, amx::kDepth), depth,
                            at.dy_transposed, kRowTiles);
     for (int64_t i = 0; i < depth; i += amx::kSide) {
@@ -334,6 +335,8 @@ class OnTiles {
                    .accumulate = false});
   }
 
+  int64_t outputs() const { return transposed ? columns : depth; }
+  int64_t channels() const { return transposed ? depth : columns; }
   int64_t column_tiles() const { return (columns + amx::kSide - 1) / amx::kSide; }
 
   int64_t depth, columns;
