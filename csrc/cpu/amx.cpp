@@ -37,7 +37,7 @@ bool available() {
   return yes;
 }
 
-MEMDENSE_AMX_TARGET Tiles::Tiles(int64_t rows) {
+MEMDENSE_AMX_TARGET Configuration::Configuration(int64_t rows) {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
@@ -106,7 +106,7 @@ MEMDENSE_AMX_TARGET void multiply(const Product& p) {
 
 }  // namespace
 
-Tiles::~Tiles() { release(); }
+Configuration::~Configuration() { release(); }
 
 void multiply(int64_t row_tiles, int64_t column_tiles, const Product& product) {
   if (row_tiles == 2) {
@@ -119,8 +119,8 @@ void multiply(int64_t row_tiles, int64_t column_tiles, const Product& product) {
 #else
 
 bool available() { return false; }
-Tiles::Tiles(int64_t) {}
-Tiles::~Tiles() {}
+Configuration::Configuration(int64_t) {}
+Configuration::~Configuration() {}
 void multiply(int64_t, int64_t, const Product&) {}
 
 #endif

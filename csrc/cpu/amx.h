@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tile.h"
 #include "vector.h"
 
 namespace memdense {
@@ -34,17 +35,14 @@ MEMDENSE_INLINE void store(Value* p, const Vec& v) {
 }
 
 // This thread's tiles, while it lives: those of a and of sums have `rows` rows.
-struct Tiles {
-  explicit Tiles(int64_t rows = kSide);
-  ~Tiles();
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+struct Configuration {
+  explicit Configuration(int64_t rows = kSide);
+  ~Configuration();
+  Configuration(const Configuration&) = delete;
+  Configuration& operator=(const Configuration&) = delete;
 };
 
-struct Segment {
-  const BFloat16* a;
-  const BFloat16* b;
-};
+using Segment = memdense::Segment<BFloat16>;
 
 // out (+)= sum over steps and segments of a @ b, for one or two tiles of rows by one or two of
 // columns. A tile of a has rows of 32 values, a_row apart. A tile of b is dense: 16 rows of 16
@@ -62,7 +60,7 @@ struct Product {
 void multiply(int64_t row_tiles, int64_t column_tiles, const Product& product);
 
 // How many tiles a product takes of rows, or columns, first..last.
-inline int64_t tiles(int64_t first, int64_t last) { return last - first > kSide ? 2 : 1; }
+inline int64_t tile_count(int64_t first, int64_t last) { return last - first > kSide ? 2 : 1; }
 
 // A kernel's run<64>: where there are tiles, there are registers of 64 bytes.
 template <typename Kernel, typename... Args>

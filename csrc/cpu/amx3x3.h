@@ -34,7 +34,7 @@ inline bool amx_pays(const Geometry& g, int64_t channels, int64_t columns) {
 }
 
 // Scratch is counted in floats.
-inline int64_t floats(int64_t values) { return (values + 1) / 2; }
+inline int64_t floats(int64_t values) { return pieces(values, 2); }
 
 // z of a line's pixels, to [32 channels][pixel][channel], `block` from 32 channels to the next;
 // channels beyond the last are 0.
@@ -102,10 +102,10 @@ struct AmxWalk {
       : vertical(v),
         horizontal(h),
         channels(channels),
-        depth((channels + amx::kDepth - 1) / amx::kDepth),
+        depth(pieces(channels, amx::kDepth)),
         blocks(columns, 2),
-        tiles((h.destination + amx::kSide - 1) / amx::kSide),
-        tile_pixels((h.destination + tiles - 1) / tiles) {
+        tiles(pieces(h.destination, amx::kSide)),
+        tile_pixels(pieces(h.destination, tiles)) {
     const auto [low, high] = h.reach(0, h.destination);
     left = std::max<int64_t>(0, -low);
     pitch = h.source + std::max(left, high - h.source);
@@ -157,7 +157,7 @@ struct AmxWalk {
   template <typename S, typename Emit>
   void run(int64_t begin, int64_t end, const Images<const S>& source, const Reading<float>& read,
            const float* packed, float* scratch, Emit& emit) const {
-    const amx::Tiles configured(tile_pixels);
+    const amx::Configuration configured(tile_pixels);
     for (int64_t i = begin; i < end; ++i) run_band(bands[i], source, read, packed, scratch, emit);
   }
 
@@ -277,7 +277,7 @@ struct AmxWeightWalk {
         horizontal(Axis::backward(g, 1)),
         depth(deep(g.c)),
         dy_depth(deep(g.k)),
-        tiles((g.c + amx::kSide - 1) / amx::kSide),
+        tiles(pieces(g.c, amx::kSide)),
         blocks(g.k, 2) {
     const auto [low, high] = horizontal.reach(0, g.in[1]);
     const int64_t left = round_up(std::max<int64_t>(0, -low), 2);
@@ -316,7 +316,7 @@ struct AmxWeightWalk {
   template <typename S>
   void run(int64_t begin, int64_t end, const Images<const S>& dy, const Images<const S>& x,
            const Reading<float>& read, float* scratch, float* partial) const {
-    const amx::Tiles configured;
+    const amx::Configuration configured;
     amx::Value* staged = reinterpret_cast<amx::Value*>(scratch + line_values());
     BFloat16* z = staged + staged_values();
     BFloat16* d = z + z_values();
@@ -343,7 +343,7 @@ struct AmxWeightWalk {
   }
 
  private:
-  static int64_t deep(int64_t values) { return (values + amx::kDepth - 1) / amx::kDepth; }
+  static int64_t deep(int64_t values) { return pieces(values, amx::kDepth); }
 
   // [pixel][32 channels], transposed: 32 rows of as many pixels
   struct Transpose {

@@ -89,7 +89,7 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& var, const May
                       static_cast<S*>(y.data_ptr())};
 
     if (rows == 0) return y;
-    const Workers workers((rows + kUnit - 1) / kUnit);
+    const Workers workers(pieces(rows, kUnit));
     const int64_t size = products.forward_scratch();
     Tensor scratch = make<T>({workers.count * size});
     const TwoRows<T> statistics(moments, outputs, "moments");
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dz, const Behind& behi
       for (Tensor* t : {&dbeta, &dgamma, &dweight}) torch::stable::zero_(*t);
       return std::make_tuple(dbeta, dgamma, dweight);
     }
-    const Workers workers((rows + kUnit - 1) / kUnit);
+    const Workers workers(pieces(rows, kUnit));
     const int64_t size = products.backward_scratch();
     Tensor scratch = make<T>({workers.count * size});
     Tensor partial = make<T>({need_weight ? (workers.count - 1) * outputs * channels : 0});
@@ -349,7 +349,7 @@ int64_t conv1x1_scratch(int64_t rows, int64_t channels, int64_t outputs, int64_t
       "below 2^16");
   const auto bytes = [&]<typename Products>() -> int64_t {
     const Products products(outputs, channels, !backward);
-    const int64_t workers = worker_count((rows + Products::kUnit - 1) / Products::kUnit, threads);
+    const int64_t workers = worker_count(pieces(rows, Products::kUnit), threads);
     const int64_t each = backward ? products.backward_scratch() : products.forward_scratch();
     const int64_t partial = backward ? (workers - 1) * outputs * channels : 0;
     return products.packed_bytes() +

@@ -22,8 +22,7 @@ namespace memdense {
 // Rows of tiles of nearly equal size, each but the last a multiple of Products' unit.
 template <typename Products>
 int64_t tile_rows(int64_t rows) {
-  const int64_t tiles = (rows + Products::kTileRows - 1) / Products::kTileRows;
-  return round_up((rows + tiles - 1) / tiles, Products::kUnit);
+  return round_up(pieces(rows, pieces(rows, Products::kTileRows)), Products::kUnit);
 }
 
 template <typename S>
@@ -147,7 +146,7 @@ class ByPanels {
   }
   int64_t outputs() const { return transposed ? columns : depth; }
   int64_t channels() const { return transposed ? depth : columns; }
-  int64_t panels() const { return (columns + panel() - 1) / panel(); }
+  int64_t panels() const { return pieces(columns, panel()); }
   int64_t packed_values() const { return panels() * panel() * depth; }
 
   int64_t depth, columns;
@@ -183,7 +182,7 @@ class OnTiles {
 
   template <typename Kernel, typename... Args>
   static void run(const Args&... args) {
-    const amx::Tiles tiles;
+    const amx::Configuration tiles;
     amx::run<Kernel>(args...);
   }
 
@@ -259,10 +258,10 @@ class OnTiles {
       for (int64_t c = 0; c < count; c += amx::kSquare) {
         const amx::Segment segment{at.dy_transposed + i / amx::kSide * kRowTiles,
                                    at.z_pairs + c / amx::kSide * kRowTiles};
-        amx::multiply(amx::tiles(i, depth), amx::tiles(c, count),
+        amx::multiply(amx::tile_count(i, depth), amx::tile_count(c, count),
                       {.segments = &segment,
                        .count = 1,
-                       .steps = (rows + amx::kDepth - 1) / amx::kDepth,
+                       .steps = pieces(rows, amx::kDepth),
                        .a_row = amx::kDepth,
                        .a_tile = kRowTiles,
                        .a_step = amx::kTile,
@@ -314,16 +313,16 @@ class OnTiles {
 
   // Values from a row of a to the next: whole steps, and an odd number of them, since rows a power
   // of two apart would share cache sets.
-  int64_t row() const { return ((depth + amx::kDepth - 1) / amx::kDepth | 1) * amx::kDepth; }
+  int64_t row() const { return (pieces(depth, amx::kDepth) | 1) * amx::kDepth; }
 
   // out = a @ b, rows i.. up to `rows` of a by columns j.. up to `last` of b, a square at most.
   MEMDENSE_INLINE void product(const BFloat16* a, int64_t i, int64_t rows, int64_t j, int64_t last,
                                float* out, int64_t out_row) const {
     const amx::Segment segment{a + i * row(), b + j / amx::kSide * b_tile()};
-    amx::multiply(amx::tiles(i, rows), amx::tiles(j, last),
+    amx::multiply(amx::tile_count(i, rows), amx::tile_count(j, last),
                   {.segments = &segment,
                    .count = 1,
-                   .steps = (depth + amx::kDepth - 1) / amx::kDepth,
+                   .steps = pieces(depth, amx::kDepth),
                    .a_row = row(),
                    .a_tile = amx::kSide * row(),
                    .a_step = amx::kDepth,
@@ -337,7 +336,7 @@ class OnTiles {
 
   int64_t outputs() const { return transposed ? columns : depth; }
   int64_t channels() const { return transposed ? depth : columns; }
-  int64_t column_tiles() const { return (columns + amx::kSide - 1) / amx::kSide; }
+  int64_t column_tiles() const { return pieces(columns, amx::kSide); }
 
   int64_t depth, columns;
   bool transposed;

@@ -37,7 +37,8 @@
 
 namespace memdense {
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t pieces(int64_t n, int64_t of) { return (n + of - 1) / of; }
+constexpr int64_t round_up(int64_t n, int64_t to) { return pieces(n, to) * to; }
 
 struct BFloat16 {
   uint16_t bits;
