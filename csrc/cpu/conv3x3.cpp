@@ -111,7 +111,7 @@ struct Scratch {
         data(static_cast<T*>(tensor.mutable_data_ptr())) {}
 };
 
-int64_t aligned(int64_t values) { return (values + 15) / 16 * 16; }
+int64_t aligned(int64_t values) { return round_up(values, 16); }
 
 // f(walk) with the kernels for the geometry: of outputs, or `backward` of the inputs' gradient.
 template <typename S, typename F>

@@ -203,7 +203,7 @@ struct Blocks {
       : kernels(tile_kernels<T>()),
         lanes(kernels.lanes),
         columns(columns),
-        vectors((columns + lanes - 1) / lanes),
+        vectors(pieces(columns, lanes)),
         // two vectors each; a last odd one joins the block before it where registers allow
         count(std::max<int64_t>(1, (vectors + 3 - most) / 2)) {}
 

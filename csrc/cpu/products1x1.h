@@ -25,22 +25,31 @@ int64_t tile_rows(int64_t rows) {
   return round_up(pieces(rows, pieces(rows, Products::kTileRows)), Products::kUnit);
 }
 
+// Of products with W^T, forward, or with W of a weight W [outputs, channels].
+struct RightSide {
+  int64_t outputs, channels, depth, columns;
+  bool transposed;
+
+  RightSide(int64_t outputs, int64_t channels, bool forward)
+      : outputs(outputs),
+        channels(channels),
+        depth(forward ? channels : outputs),
+        columns(forward ? outputs : channels),
+        transposed(forward) {}
+};
+
 template <typename S>
-class ByPanels {
+class ByPanels : RightSide {
   using T = Compute<S>;
 
  public:
   using Value = T;
   static constexpr int64_t kUnit = kMicroRows, kTileRows = 96;
 
-  // For products with W^T, forward, or with W of a weight W [outputs, channels].
-  ByPanels(int64_t outputs, int64_t channels, bool forward)
-      : depth(forward ? channels : outputs),
-        columns(forward ? outputs : channels),
-        transposed(forward) {}
+  using RightSide::RightSide;
 
   void pack(const Tensor& weight) {
-    matrix<const S>(weight, outputs(), channels(), "weight");
+    matrix<const S>(weight, outputs, channels, "weight");
     const Tensor exact = as_computed<T>(weight);
     const T* w = static_cast<const T*>(exact.data_ptr());
     const int64_t row = exact.stride(0);
@@ -144,31 +153,24 @@ class ByPanels {
   static int64_t panel() {
     return (register_bytes() == 64 ? 4 : 2) * register_bytes() / static_cast<int64_t>(sizeof(T));
   }
-  int64_t outputs() const { return transposed ? columns : depth; }
-  int64_t channels() const { return transposed ? depth : columns; }
   int64_t panels() const { return pieces(columns, panel()); }
   int64_t packed_values() const { return panels() * panel() * depth; }
 
-  int64_t depth, columns;
-  bool transposed;
   Tensor packed;
   T* b;
 };
 
-class OnTiles {
+class OnTiles : RightSide {
   static constexpr int64_t kPanel = 64;
 
  public:
   using Value = amx::Value;
   static constexpr int64_t kUnit = amx::kSquare, kTileRows = 192;
 
-  OnTiles(int64_t outputs, int64_t channels, bool forward)
-      : depth(forward ? channels : outputs),
-        columns(forward ? outputs : channels),
-        transposed(forward) {}
+  using RightSide::RightSide;
 
   void pack(const Tensor& weight) {
-    const BFloat16* w = matrix<const BFloat16>(weight, outputs(), channels(), "weight");
+    const BFloat16* w = matrix<const BFloat16>(weight, outputs, channels, "weight");
     packed = make<BFloat16>({column_tiles() * b_tile()});
     b = static_cast<BFloat16*>(packed.data_ptr());
     const Pack work{w, weight.stride(0), depth, columns, transposed};
@@ -334,12 +336,8 @@ class OnTiles {
                    .accumulate = false});
   }
 
-  int64_t outputs() const { return transposed ? columns : depth; }
-  int64_t channels() const { return transposed ? depth : columns; }
   int64_t column_tiles() const { return pieces(columns, amx::kSide); }
 
-  int64_t depth, columns;
-  bool transposed;
   Tensor packed;
   BFloat16* b;
 };
