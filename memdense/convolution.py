@@ -1,6 +1,7 @@
 """The dilated 3x3 convolution as a PyTorch operation: on the extension, or else by F.conv2d."""
 
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -32,9 +33,10 @@ def _multiplies_on_amx() -> bool:
     """Whether oneDNN may: PyTorch's convolutions in bfloat16 are about as fast as ours then, and
     faster where channels are many or few.
     """
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return False  # elsewhere not even the question is safe: emulated ARM dies of it
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    there = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
-    return there and ("AMX" in most or most == "DEFAULT")
+    return torch.cpu._is_amx_tile_supported() and ("AMX" in most or most == "DEFAULT")
 
 
 _AMX = _multiplies_on_amx()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -205,6 +206,7 @@ def test_autocast_of_a_device_that_pytorch_counts_apart():
 
 @pytest.mark.parametrize("most", [None, "default", "AVX512_CORE_AMX", "AVX512_CORE_BF16"])
 def test_amx_may_be_kept_from_onednn(most, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if most:
@@ -215,6 +217,9 @@ def test_amx_may_be_kept_from_onednn(most, monkeypatch):
         with monkeypatch.context() as machine:
             machine.setattr(*lacking, lambda: False)
             assert not convolution._multiplies_on_amx()
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", None)  # not even asked
+    assert not convolution._multiplies_on_amx()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -440,7 +440,8 @@ struct AmxWeightWalk {
 
   bool odd_taps() const {
     const auto odd = [](const Tap& tap) { return tap.shift % 2 != 0; };
-    return std::ranges::any_of(horizontal.phases[0].tap, odd);
+    const auto& taps = horizontal.phases[0].tap;
+    return std::any_of(std::begin(taps), std::end(taps), odd);
   }
 
   void run_band(const Band& band, const BFloat16* z, const BFloat16* d, float* partial) const {
