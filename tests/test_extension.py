@@ -205,7 +205,7 @@ def test_every_instruction_set_is_inside():
     """And we choose, not the loader, whom ATEN_CPU_CAPABILITY does not reach."""
     out = subprocess.run(["nm", LIBRARY], capture_output=True, text=True, check=True).stdout
     symbols = [line.split()[-2:] for line in out.splitlines()]
-    for way in ("run_v3", "run_v4"):
+    for way in ("run_avx2", "run_avx512"):
         kernels = [name for _, name in symbols if way in name and "TakeTile" in name]
         assert len(kernels) == 3, (way, kernels)  # one a dtype
     assert not [name for kind, name in symbols if kind == "i"]

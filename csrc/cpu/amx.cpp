@@ -19,7 +19,7 @@ namespace amx {
 
 #if MEMDENSE_AMX
 
-#define MEMDENSE_AMX_TARGET __attribute__((target("arch=x86-64-v4,amx-tile,amx-bf16")))
+#define MEMDENSE_AMX_TARGET __attribute__((target(MEMDENSE_AVX512 ",amx-tile,amx-bf16")))
 
 bool available() {
   static const bool yes = [] {

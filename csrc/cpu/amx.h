@@ -66,7 +66,7 @@ inline int64_t tile_count(int64_t first, int64_t last) { return last - first > k
 template <typename Kernel, typename... Args>
 void run(const Args&... args) {
 #if MEMDENSE_X86
-  run_v4<Kernel, Args...>(args...);
+  run_avx512<Kernel, Args...>(args...);
 #endif
 }
 

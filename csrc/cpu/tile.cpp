@@ -31,8 +31,9 @@ constexpr int kVectorBytes = 16, kMaxVectors = 2, kMaxRows[] = {0, 6, 6, 0};
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MEMDENSE_X86_TILES
 
+// as MEMDENSE_AVX2 and MEMDENSE_AVX512, which pragmas do not take
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("avx2,fma,bmi2")
 namespace avx2 {
 constexpr int kVectorBytes = 32, kMaxVectors = 2, kMaxRows[] = {0, 6, 6, 0};
 #include "tile.inc"
@@ -40,7 +41,7 @@ constexpr int kVectorBytes = 32, kMaxVectors = 2, kMaxRows[] = {0, 6, 6, 0};
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
+#pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
 // 28 sums, 2 columns and a broadcast value are in 32 registers; so are 27, 3 and one
 namespace avx512 {
 constexpr int kVectorBytes = 64, kMaxVectors = 3, kMaxRows[] = {0, 14, 14, 9};

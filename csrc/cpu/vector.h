@@ -222,8 +222,13 @@ inline int register_bytes() {
     const char* name = std::getenv("ATEN_CPU_CAPABILITY");
     const bool baseline = name && !std::strcmp(name, "default");
     const bool avx2 = name && !std::strcmp(name, "avx2");
-    if (__builtin_cpu_supports("x86-64-v4") && !baseline && !avx2) return 64;
-    if (__builtin_cpu_supports("x86-64-v3") && !baseline) return 32;
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("bmi2");
+    const bool has_avx512 =
+        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && !baseline && !avx2) return 64;
+    if (has_avx2 && !baseline) return 32;
 #endif
     return 16;
   }();
@@ -231,12 +236,17 @@ inline int register_bytes() {
 }
 
 #if MEMDENSE_X86
+// What register_bytes() asks for. Names of whole levels, like x86-64-v3, are too new for many
+// compilers.
+#define MEMDENSE_AVX2 "avx2,fma,bmi2"
+#define MEMDENSE_AVX512 MEMDENSE_AVX2 ",avx512f,avx512bw,avx512dq,avx512vl"
+
 template <typename Kernel, typename... Args>
-__attribute__((target("arch=x86-64-v4"))) void run_v4(const Args&... args) {
+__attribute__((target(MEMDENSE_AVX512))) void run_avx512(const Args&... args) {
   Kernel::template run<64>(args...);
 }
 template <typename Kernel, typename... Args>
-__attribute__((target("arch=x86-64-v3"))) void run_v3(const Args&... args) {
+__attribute__((target(MEMDENSE_AVX2))) void run_avx2(const Args&... args) {
   Kernel::template run<32>(args...);
 }
 #endif
@@ -244,8 +254,8 @@ __attribute__((target("arch=x86-64-v3"))) void run_v3(const Args&... args) {
 template <typename Kernel, typename... Args>
 void dispatch(const Args&... args) {
 #if MEMDENSE_X86
-  if (register_bytes() == 64) return run_v4<Kernel, Args...>(args...);
-  if (register_bytes() == 32) return run_v3<Kernel, Args...>(args...);
+  if (register_bytes() == 64) return run_avx512<Kernel, Args...>(args...);
+  if (register_bytes() == 32) return run_avx2<Kernel, Args...>(args...);
 #endif
   Kernel::template run<16>(args...);
 }
