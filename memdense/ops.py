@@ -19,7 +19,7 @@ from . import engine, plain
 from .backends import Reference, backend_for, chosen, unless_chosen
 from .buffers import CHANNELS_LAST, StatisticsTable, accumulator, row_stride
 from .convolution import layout_of
-from .direct import batched, learns, watched
+from .direct import batched, is_compiling, learns, watched
 from .spec import Norm, Stage, StageSpec, StemSpec, output_length, unflatten
 
 Update = Callable[[Tensor], None]  # of running statistics, by a stage's or the stem's own
@@ -294,7 +294,7 @@ stage.register_autograd(_backward, setup_context=_setup)
 
 
 class _Stage(torch.autograd.Function):
-    """memdense::stage, without the dispatcher."""
+    """memdense::stage, by ``run``: itself, or without the dispatcher."""
 
     @staticmethod
     def forward(
@@ -305,10 +305,11 @@ class _Stage(torch.autograd.Function):
         spec: str,
         double_backward: bool,
         update: Update | None,
+        run: Callable[..., tuple],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         inputs = x, tensors, running, mask, spec, double_backward
-        output = _stage(*inputs)
+        output = run(*inputs)
         # before anything is saved: there a checkpoint may stop what it runs again
         if update is not None:
             update(output[2])
@@ -318,8 +319,8 @@ class _Stage(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dfeatures: Tensor | None, *_: Any) -> tuple:
         need_x, *need = ctx.needs_input_grad
-        dx, dtensors = _gradients(ctx, dout, dfeatures, need_x, need[5:])
-        return dx, None, None, None, None, None, *dtensors
+        dx, dtensors = _gradients(ctx, dout, dfeatures, need_x, need[6:])
+        return dx, *(None,) * 6, *dtensors
 
 
 def run_stage(
@@ -335,10 +336,10 @@ def run_stage(
     its statistics, once.
     """
     inputs = x, tensors, running, mask, spec, double_backward
-    seen = watched(x, mask, *tensors, *running)
-    if not seen and learns(x, *tensors):
-        return _Stage.apply(x, running, mask, spec, double_backward, update, *tensors)[:2]
-    out, features, statistics, _ = (stage if seen else _stage)(*inputs)
+    run = stage if watched(x, mask, *tensors, *running) else _stage
+    if learns(x, *tensors) and not is_compiling():
+        return _Stage.apply(x, running, mask, spec, double_backward, update, run, *tensors)[:2]
+    out, features, statistics, _ = run(*inputs)
     if update is not None:
         update(statistics)
     return out, features
@@ -470,12 +471,12 @@ stem.register_autograd(_backward_stem, setup_context=_setup_stem)
 
 
 class _Stem(torch.autograd.Function):
-    """memdense::stem, without the dispatcher."""
+    """memdense::stem, by ``run``: itself, or without the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *inputs, update = inputs
-        output = _stem(*inputs)
+        *inputs, update, run = inputs
+        output = run(*inputs)
         if update is not None:
             update(output[3])
         _setup_stem(ctx, inputs, output)
@@ -483,17 +484,17 @@ class _Stem(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *rest: Any) -> tuple:
-        return *_backward_stem(ctx, dout, *rest), None
+        return *_backward_stem(ctx, dout, *rest), None, None
 
 
 def run_stem(x: Tensor, *tensors: Tensor | None, spec: str, update: Update | None) -> Tensor:
     """The output of :func:`stem`, which it calls where something watches; ``update`` is given its
     statistics, once. ``tensors``: weight to var.
     """
-    seen = watched(x, *tensors)
-    if not seen and learns(x, *tensors):
-        return _Stem.apply(x, *tensors, spec, update)[0]
-    out, _, _, statistics = (stem if seen else _stem)(x, *tensors, spec)
+    run = stem if watched(x, *tensors) else _stem
+    if learns(x, *tensors) and not is_compiling():
+        return _Stem.apply(x, *tensors, spec, update, run)[0]
+    out, _, _, statistics = run(x, *tensors, spec)
     if update is not None:
         update(statistics)
     return out

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ import torchvision.models as tv
 from exactness import BACKENDS, assert_same_step, no_warnings, randomise
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import memdense
 
@@ -432,11 +437,22 @@ def test_dropout_before_a_convolution_of_one_channel(
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-def test_statistics_move_alike_where_recomputation_stops_early() -> None:
-    """As in the modules, twice, once a forward; all of them."""
-    model = memdense.DenseNet(**NET)
-    out = checkpoint(model.features, torch.randn(2, 3, 40, 40), use_reentrant=False)
-    out.square().sum().backward()
+def _stop_early_on_request() -> tuple:
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+@pytest.mark.parametrize("watched", ["", "a device by default", "a policy"])
+def test_statistics_move_alike_where_recomputation_stops_early(watched: str) -> None:
+    """As in the modules, twice, once a forward; all of them. Also where operations go through the
+    dispatcher since something watches them.
+    """
+    model, x = memdense.DenseNet(**NET), torch.randn(2, 3, 40, 40)
+    device = torch.device("cpu") if watched == "a device by default" else nullcontext()
+    contexts = {"context_fn": _stop_early_on_request} if watched == "a policy" else {}
+    with device:
+        for part in (model.features[:5], model.features[5:]):
+            x = checkpoint(part, x, use_reentrant=False, **contexts)
+        x.square().sum().backward()
     counts = {int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")}
     assert counts == {2}
 
