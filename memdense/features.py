@@ -2,7 +2,7 @@
 run so where they are called alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from inspect import signature
@@ -29,7 +29,7 @@ from .stage import (
     rectified_mean,
     run_modules,
     run_stage,
-    stem_or_modules,
+    run_stem,
     steps_of,
 )
 from .structure import (
@@ -189,8 +189,8 @@ class Features(nn.Sequential):
         x = input
         if not self._switches.run_efficiently(_ALL, x):
             return super().forward(x)
-        layout, steps = self._layout(x), self.steps("norm")
-        out, outputs = self._run(x, steps, layout)
+        steps = self.steps("norm")
+        out, outputs, layout = self._run(x, steps)
         out = _laid(out, layout)
         # behind an Identity in place of the last norm models rectify what a block keeps
         kept = outputs and out is outputs[-1] and steps[-1].kind == "module"
@@ -201,7 +201,7 @@ class Features(nn.Sequential):
         if self._switches.run_efficiently(_ALL, x):
             steps = self.steps("pool")
             if steps and steps[-1].tail == "pool":
-                return self._run(x, steps, self._layout(x))[0]
+                return self._run(x, steps)[0]
         return rectified_mean(self(x))
 
     def block_outputs(self, x: Tensor) -> list[Tensor]:
@@ -211,7 +211,7 @@ class Features(nn.Sequential):
         """
         steps = [part for step in self.steps(None) for part in apart(step)]
         if self._switches.run_efficiently(_ALL, x):
-            return self._run(x, steps, self._layout(x))[1]
+            return self._run(x, steps)[1]
         outputs = []
         for step in steps:
             for name in step.names:
@@ -230,14 +230,7 @@ class Features(nn.Sequential):
         """Of the modules' activations: a convolution's output is channels last if its images or
         its weight are.
         """
-        outside = (child for child in self.children() if not is_block(child))
-        # not by their name: a parametrization would compute them once more
-        weights = (
-            module._parameters.get("weight")
-            for child in outside
-            for module in child.modules()
-            if isinstance(module, CONVOLUTIONS) and not isinstance(module, LazyModuleMixin)
-        )
+        weights = self._weights_outside()
         given = [x, next(weights, None)]
         if given[1] is not None and len(given[1]) == 1:
             ahead = next(c for c in self.children() if _convolves(c))
@@ -248,11 +241,33 @@ class Features(nn.Sequential):
         last = CHANNELS_LAST[x.dim()]
         return last if last in formats else torch.contiguous_format
 
+    def _layout_behind(self, x: Any, layout: torch.memory_format) -> torch.memory_format:
+        """Of what follows modules that made ``x``, some of which choose a memory format."""
+        if not isinstance(x, Tensor) or x.dim() not in CHANNELS_LAST:
+            return layout
+        weight = next(self._weights_outside(), None)
+        formats = [layout_of(t) for t in (x, weight) if t is not None]
+        last = CHANNELS_LAST[x.dim()]
+        return last if last in formats else torch.contiguous_format
+
+    def _weights_outside(self) -> Iterator[Tensor | None]:
+        """Of convolutions outside dense blocks."""
+        # not by their name: a parametrization would compute them once more
+        return (
+            module._parameters.get("weight")
+            for child in self.children()
+            if not is_block(child)
+            for module in child.modules()
+            if isinstance(module, CONVOLUTIONS) and not isinstance(module, LazyModuleMixin)
+        )
+
     def _run(
-        self, x: Tensor, steps: Iterable[Step], layout: torch.memory_format
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The last step's output, and what each dense block gave."""
-        outputs = []
+        self, x: Tensor, steps: Iterable[Step]
+    ) -> tuple[Tensor, list[Tensor], torch.memory_format]:
+        """The last step's output, what each dense block gave, and the memory format that modules
+        would have given the former.
+        """
+        outputs, layout, ours = [], self._layout(x), False
         for step in steps:
             for part, found, reason in self.parts(step):
                 modules = [self._modules[name] for name in part.names]
@@ -264,17 +279,23 @@ class Features(nn.Sequential):
                     warn_plain(" and ".join(part.names), reason, self._switches.said)
                     found = None
                 if part.kind == "stem":
-                    x = stem_or_modules(x, found, modules, self.recompute_stem)
-                    continue
-                if found is None or not fits(x, found):
-                    # modules see, and draw dropout in, the layout the caller's images have
-                    x = _laid(x, layout)
-                    x, features = run_modules(x, modules, part)
-                else:
+                    made = found and run_stem(x, found, self.recompute_stem)
+                    if made is None:
+                        for module in modules:
+                            x = module(x)
+                    x, ours = (x, False) if made is None else (made, True)
+                elif found is not None and fits(x, found):
                     x, features = run_stage(x, found, self.double_backward, layout)
+                    ours = True
+                else:
+                    # modules see, and draw dropout in, the layout that modules ahead would give it
+                    x, features = run_modules(_laid(x, layout) if ours else x, modules, part)
+                    ours = False
+                if not ours:
+                    layout = self._layout_behind(x, layout)
                 if part.kind == "stage":
                     outputs.append(features)
-        return x, outputs
+        return x, outputs, layout
 
     def parts(self, step: Step) -> list[tuple[Step, StageModules | StemModules | None, str]]:
         """A step as it runs now, with what was read of it, or why it runs as modules. A block and

@@ -259,27 +259,22 @@ def _update(moving: Moving, statistics: Tensor, starts: list[int], rows: int, gr
         ops.move_running_statistics(means, variances, counts, statistics, starts, momenta, rows)
 
 
-def stem_or_modules(
-    x: Tensor, found: StemModules | None, modules: Sequence[nn.Module], recompute: bool
-) -> Tensor:
-    """The stem's output."""
-    if found is not None:
-        weight = found.weight
-        size = list(map(output_length, x.shape[2:], weight.shape[2:], *found.geometry))
-        rows = x.shape[0] * prod(size)
-        if (
-            x.dim() == weight.dim()
-            and x.shape[1] == weight.shape[1]
-            and x.device == weight.device
-            and convolution_dtype_fits(x, [weight])
-            and min(size) > 0
-            and not (rows == 1 and found.norm.spec.batch and not found.group)
-        ):
-            (x,) = autocast(x)
-            return _run_stem(x, found, recompute, rows)
-    for module in modules:
-        x = module(x)
-    return x
+def run_stem(x: Tensor, found: StemModules, recompute: bool) -> Tensor | None:
+    """The stem's output; None where the modules must run, which say why."""
+    weight = found.weight
+    size = list(map(output_length, x.shape[2:], weight.shape[2:], *found.geometry))
+    rows = x.shape[0] * prod(size)
+    if (
+        x.dim() != weight.dim()
+        or x.shape[1] != weight.shape[1]
+        or x.device != weight.device
+        or not convolution_dtype_fits(x, [weight])
+        or min(size) <= 0
+        or (rows == 1 and found.norm.spec.batch and not found.group)
+    ):
+        return None
+    (x,) = autocast(x)
+    return _run_stem(x, found, recompute, rows)
 
 
 def _run_stem(x: Tensor, found: StemModules, recompute: bool, rows: int) -> Tensor:

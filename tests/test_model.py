@@ -437,6 +437,40 @@ def test_dropout_before_a_convolution_of_one_channel(
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+class _Rows(nn.Module):
+    """As what ends in a view of rows does, whatever came in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("images", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "name, module",
+    [
+        ("transition1.norm", nn.InstanceNorm2d(14)),  # contiguous, whatever came in
+        ("transition1.relu", _Rows()),
+        ("pool0", nn.Sequential(nn.MaxPool2d(2), _Rows())),
+        ("pool0", nn.Sequential(nn.MaxPool2d(2), nn.InstanceNorm2d(6))),
+        ("norm5", _Rows()),
+        ("norm5", nn.InstanceNorm2d(15)),
+    ],
+)
+def test_dropout_and_format_behind_a_module_that_chooses_one(
+    name: str, module: nn.Module, images: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    model = memdense.DenseNet(**NET, drop_rate=0.3).double()
+    model.features.set_submodule(name, module)
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64).to(memory_format=images)
+    found = []
+    for model.features.efficient in (False, True):
+        torch.manual_seed(1)
+        found.append(model.features(x).detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert found[0].stride() == found[1].stride()
+
+
 def _stop_early_on_request() -> tuple:
     return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
 
