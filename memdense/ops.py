@@ -206,6 +206,7 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Of x and of the stage's tensors."""
     features, statistics, mask, x, *rest = ctx.saved_tensors
+    statistics = statistics.contiguous()  # which hooks of saved tensors need not hand back
     bottlenecks, tensors = rest[: ctx.kept], rest[ctx.kept :]
     spec = StageSpec.decode(ctx.spec)
     # the answers to empty outputs
@@ -440,6 +441,8 @@ def _setup_stem(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward_stem(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
     x, weight, gamma, beta, convolved, winner, statistics = ctx.saved_tensors
+    # which hooks of saved tensors need not hand back
+    winner, statistics = winner.contiguous(), statistics.contiguous()
     need = list(ctx.needs_input_grad[:4])
     rest = (None,) * 3
     if dout is None:

@@ -3,6 +3,7 @@
 import copy
 import threading
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -361,12 +362,19 @@ def test_checkpointing_the_whole_model(kwargs: dict) -> None:
     assert_same_step(found, expected, images(), step)
 
 
-def test_saved_tensor_hooks_see_everything() -> None:
-    """Gradients come from what the hooks hand back: nothing hides on the node."""
+@pytest.mark.parametrize(
+    "pack",
+    [lambda t: t.detach().clone(), lambda t: torch.stack([t.detach()] * 2, -1)[..., 1]],
+    ids=["alike", "strided"],
+)
+def test_saved_tensor_hooks_see_everything(pack: Callable[[Tensor], Tensor]) -> None:
+    """Gradients come from what the hooks hand back, whatever its strides: nothing hides on the
+    node.
+    """
     found, expected = pair(keep_bottlenecks=True, drop_rate=0.2)
 
     def step(model: nn.Module, x: Tensor) -> Tensor:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = model(x)
         out.square().sum().backward()
         return out
