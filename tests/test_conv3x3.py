@@ -1054,6 +1054,18 @@ def test_what_the_kernels_do_not_take(what):
         assert error(a, b) <= 1e-12
 
 
+@pytest.mark.parametrize("dilation", [(1, 1), (3, 2)], ids=str)
+def test_bands_with_halos(dilation, monkeypatch):
+    """Of as many lines as an image is wide, too."""
+    torch.manual_seed(0)
+    layer = random_layer(3, 11, 5, 16, 12, torch.float64)
+    expected = run_layer(Reference(), layer, dilation, layer.keep)
+    for lines in (1, 4, 5, 9, 22):
+        monkeypatch.setattr(Reference, "CPU_BAND_BYTES", lines * 5 * 16 * 8)
+        for a, b in zip(run_layer(Reference(), layer, dilation, layer.keep), expected, strict=True):
+            assert error(a, b) <= 1e-12, lines
+
+
 LAYERS = [
     (2, 14, 14, 48, 12, (1, 1)),
     (3, 7, 7, 128, 32, (1, 1)),

@@ -85,6 +85,72 @@ def test_errs_no_more_than_the_reference(shape, wide, dtype):
     assert_errs_no_more(run(Native(), dtype, poisoned), reference, exact)
 
 
+BANDS = [
+    # (N, H, W) by 4 channels, the bytes of a band, a unit of lines, images and lines it then holds
+    ((3, 7, 5), torch.float32, 1, 1, 1, 1),
+    ((3, 7, 5), torch.float32, 159, 1, 1, 1),
+    ((3, 7, 5), torch.bfloat16, 160, 1, 1, 2),
+    ((3, 7, 5), torch.float64, 320, 1, 1, 2),
+    ((3, 7, 5), torch.float32, 80, 2, 1, 2),
+    ((3, 7, 5), torch.float32, 479, 2, 1, 4),
+    ((3, 7, 5), torch.float32, 560, 2, 1, 7),
+    ((3, 7, 5), torch.float32, 1119, 1, 1, 7),
+    ((3, 7, 5), torch.float32, 1120, 1, 2, 7),
+    ((2, 3, 7, 5), torch.float32, 1679, 1, 1, 2),
+]
+
+
+@pytest.mark.parametrize(("device", "limit"), [("cpu", "CPU_BAND_BYTES"), ("meta", "BAND_BYTES")])
+@pytest.mark.parametrize(("size", "dtype", "most", "unit", "images", "lines"), BANDS, ids=str)
+def test_bands_are_as_large_as_fits(
+    size, dtype, most, unit, images, lines, device, limit, monkeypatch
+):
+    """In the accumulator's dtype; a line, or a unit of them, at least."""
+    monkeypatch.setattr(Reference, "CPU_BAND_BYTES", 3)
+    monkeypatch.setattr(Reference, limit, most)
+    geometry = Geometry(*size)
+    x = torch.empty(geometry.rows, 4, dtype=dtype, device=device)
+    assert list(Reference().image_bands(x, geometry, unit)) == [
+        (slice(n, min(n + images, geometry.n)), slice(h, min(h + lines, geometry.lines)))
+        for n in range(0, geometry.n, images)
+        for h in range(0, geometry.lines, lines)
+    ]
+    rows = max(1, most // (4 * (8 if dtype == torch.float64 else 4)))
+    assert list(Reference().row_bands(x)) == [
+        slice(m, min(m + rows, len(x))) for m in range(0, len(x), rows)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+# beside an odd number of bfloat16 values oneDNN, on AMX, reads one more, and multiplies it by 0
+@pytest.mark.parametrize("shape", [((2, 11, 5), 12, 8), ((3, 9, 4, 5), 12, 8)], ids=str)
+def test_bands_change_no_value(shape, dtype, monkeypatch):
+    """Of some lines, where the last band of an image has fewer, and of several images."""
+    inputs = Inputs(*shape, dtype)
+    size, channels, _ = shape
+    line = math.prod(size[2:]) * channels * (8 if dtype == torch.float64 else 4)
+    exact = inputs.run(Reference(), torch.float64)
+    whole = inputs.run(Reference(), dtype)
+    for lines in (1, 4, 2 * size[1]):
+        monkeypatch.setattr(Reference, "CPU_BAND_BYTES", lines * line)
+        found = inputs.run(Reference(), dtype, poisoned)
+        if dtype != torch.float64:
+            assert_errs_no_more(found, whole, exact)
+            continue
+        for name, value in exact.items():
+            off = (found[name].double() - value.double()).abs().max()
+            assert off <= 1e-12 * max(rms(value), 1), (lines, name)
+
+
+def test_moments_of_bands_are_merged_in_float64(monkeypatch):
+    """Of a row each, whose mean is the row and whose variance is 0."""
+    x, moments = (1000 + torch.randn(500, 12)).float(), torch.empty(2, 12).float()
+    monkeypatch.setattr(Reference, "CPU_BAND_BYTES", 1)
+    Reference().statistics(x, moments)
+    var, mean = torch.var_mean(x.double(), 0, correction=0)
+    assert torch.equal(moments, torch.stack((mean, var)).float())
+
+
 @built
 @pytest.mark.parametrize("mean", [0, 10, 1000])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

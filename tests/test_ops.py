@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 import memdense
 from memdense import ops
+from memdense.buffers import accumulator
 from memdense.direct import watched
 from memdense.modules import OWN_TYPES
 from memdense.spec import flatten, spec_of
@@ -148,6 +149,35 @@ def test_update_running_statistics(dtype: torch.dtype) -> None:
         torch.testing.assert_close(means[i], mean)
         torch.testing.assert_close(variances[i], var)
         assert counts[i] == count
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_running_statistics_round_once_a_step(dtype: torch.dtype, counted: bool) -> None:
+    """By numbers that float32 computes exactly; the last norm runs twice in a step."""
+    momenta = [0.375, -1.0 if counted else 0.625, 0.375, 0.375]
+    table = torch.arange(1, 17).view(2, 8).to(accumulator(dtype)) / 16
+    starts, rows = [0, 6, 2, 4], 5
+    for norms in ([0, 1], [0, 1, 2, 2]):
+        means = [(1 + torch.arange(3) / 128)[:2].to(dtype) for _ in range(3)]
+        variances = [(1.5 + torch.arange(3) / 128)[:2].to(dtype) for _ in range(3)]
+        counts = [torch.tensor(3) for _ in range(3)]
+        wanted = [(mean.clone(), var.clone()) for mean, var in zip(means, variances, strict=True)]
+        for i, start, momentum in zip(norms, starts, momenta, strict=False):
+            m = 0.25 if momentum < 0 else momentum
+            batch = table[:, start : start + 2].double() * torch.tensor([[1], [rows / (rows - 1)]])
+            wanted[i] = tuple(
+                ((1 - m) * old.double() + m * new).to(dtype)
+                for old, new in zip(wanted[i], batch, strict=True)
+            )
+        ops.move_running_statistics(
+            [means[i] for i in norms], [variances[i] for i in norms],
+            [counts[i] for i in norms] if counted else [],
+            table, starts[: len(norms)], momenta[: len(norms)], rows,
+        )  # fmt: skip
+        for mean, var, both in zip(means, variances, wanted, strict=True):
+            assert torch.equal(mean, both[0]) and torch.equal(var, both[1])
+        assert counts == [3 + norms.count(i) * counted for i in range(3)]
 
 
 def test_compiling_warns_of_nothing_and_breaks_no_graph() -> None:

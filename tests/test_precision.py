@@ -184,6 +184,16 @@ def test_tails(kind: type[Reference], dtype: torch.dtype) -> None:
 
 
 @each
+def test_means_round_once(kind: type[Reference], dtype: torch.dtype) -> None:
+    """Of whole numbers, whose sums 16 bits do not hold."""
+    geometry = Geometry(2, 20, 20)
+    x = torch.randint(0, 8, (geometry.rows, 12)).to(dtype)
+    read = Reader(torch.zeros(12), torch.ones(12), None, None, 0.0, False)
+    expected = (x.float().view(2, 400, 12).sum(1) / 400).to(dtype)
+    assert torch.equal(kind().bn_relu_mean(x, read, geometry), expected)
+
+
+@each
 def test_bn_relu_maxpool(kind: type[Reference], dtype: torch.dtype) -> None:
     p = Problem(dtype, 20, Geometry(2, 9, 12))
     backend, read = kind(), p.reader()

@@ -195,7 +195,7 @@ class Reference:
         """(images, lines) that cover them all; several images with all their lines, or one with a
         multiple of unit. Of a volume they are planes.
         """
-        lines = max(1, self._band_values(x) // (x.shape[-1] * geometry.line))
+        lines = self._band_values(x) // (x.shape[-1] * geometry.line)
         images = max(1, lines // geometry.lines)
         lines = geometry.lines if lines >= geometry.lines else max(unit, lines // unit * unit)
         for n in range(0, geometry.n, images):
@@ -226,7 +226,7 @@ class Reference:
         if z is not None:
             aten.threshold_backward.grad_input(da, z, 0, grad_input=da)
         x_hat = self._x_hat(x, read)
-        sums.add(0, da if da.dtype == x_hat.dtype else da.to(x_hat.dtype), x_hat)
+        sums.add(0, da.to(x_hat.dtype), x_hat)
         return da
 
     def _x_hat(self, x: Tensor, read: Reader) -> Tensor:
@@ -330,7 +330,7 @@ class Reference:
         """(images, lines, lines with the halo a 3x3 needs, where the former lie in the latter)."""
         reach = dilation[0]
         for n, h in self.image_bands(x, geometry):
-            halo = slice(max(0, h.start - reach), min(geometry.lines, h.stop + reach))
+            halo = slice(max(0, h.start - reach), h.stop + reach)
             yield n, h, halo, slice(h.start - halo.start, h.stop - halo.start)
 
     # ---- answering
@@ -387,7 +387,7 @@ class Reference:
         torch.mul(dz, a, out=dy)
         if b is not None:
             dy.addcmul_(y, b).add_(c)
-        return dy if dy.dtype == y.dtype else dy.to(y.dtype)
+        return dy.to(y.dtype)
 
     def bn_relu_conv3x3_backward(
         self,
@@ -539,13 +539,10 @@ class Reference:
         """Of :meth:`bn_relu_mean`, into G."""
         g, sums = into.start(), GradientSums(read, into)
         source, target = geometry.pixels(x), geometry.pixels(g)
-        share = (dout.to(read.scale.dtype) / geometry.each).to(x.dtype)
-        share = share.view(geometry.n, *[1] * geometry.axes, -1)
+        share = (dout / geometry.each).view(geometry.n, *[1] * geometry.axes, -1)
         for n, h in self.image_bands(x, geometry):
             lines = source[n, h]
-            da = self.scratch.take("da", lines.shape, x.dtype, x.device).copy_(
-                share[n].expand_as(lines)
-            )
+            da = self.scratch.take("da", lines.shape, x.dtype, x.device).copy_(share[n])
             self._answer(da, self._read(lines, read), lines, read, sums)
             self._add_into(target[n, h], da, lines, read, sums)
         return sums.credited()
@@ -636,7 +633,7 @@ class Reference:
         small = geometry.windows
         gradient, winners = small.pixels(dout), small.pixels(winner)
         for n, h in self.image_bands(x, geometry, unit=2):
-            windows = slice(h.start // 2, min(h.stop // 2 + 1, small.lines))
+            windows = slice(h.start // 2, h.stop // 2 + 1)
             d, w = gradient[n, windows], winners[n, windows]
             # they reach a line further above and below
             reached = 2 * d.shape[1] + 1
