@@ -146,7 +146,7 @@ def _check(x: Tensor, vectors: dict[str, Tensor], conv: Tensor, training: bool, 
            f"{x.dtype} of shape {tuple(x.shape)}")  # fmt: skip
     channels = x.shape[1]
     expect(
-        conv.dim() == 4 and conv.shape[1:] == (channels, 1, 1),
+        conv.shape[1:] == (channels, 1, 1),
         f"conv_weight of shape (B, {channels}, 1, 1)", tuple(conv.shape),
     )  # fmt: skip
     expect(conv.shape[0] > 0, "a conv_weight that is not empty", tuple(conv.shape))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
-from exactness import BACKENDS, assert_close
+from exactness import BACKENDS, Calls, assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.prune import l1_unstructured
@@ -63,6 +64,38 @@ def test_agrees_with_separate_operations(backend, training, layout, shape) -> No
     names = ("out", "dinput", "dweight", "dbias", "dconv", "running mean", "running var")
     for name, found, expected in zip(names, *results, strict=True):
         assert_close(name, found, expected, floor=expected.detach().square().mean().sqrt().item())
+
+
+@pytest.mark.parametrize("left_out", ["weight", "bias"])
+@pytest.mark.parametrize("context", [nullcontext, Calls], ids=["alone", "watched"])
+def test_one_of_weight_and_bias(left_out, context) -> None:
+    results = []
+    for function in (bn_relu_conv1x1, separate):
+        torch.manual_seed(0)
+        given = arguments(2, 5, 4, 3, 2) | {left_out: None}
+        names = [k for k in ("input", "weight", "bias", "conv_weight") if k != left_out]
+        leaves = [given[k].requires_grad_() for k in names]
+        with context():
+            out = function(**given, training=True)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for name, found, expected in zip(["out", *names], *results, strict=True):
+        assert_close(name, found, expected, floor=1.0)
+
+
+def test_defaults_are_those_of_batch_norm() -> None:
+    ours = arguments(2, 4, 3, 5, 3)
+    theirs = copy.deepcopy(ours)
+    running = [theirs.pop(name) for name in ("running_mean", "running_var")]
+    found = bn_relu_conv1x1(**ours, training=True)
+    z = F.batch_norm(theirs["input"], *running, theirs["weight"], theirs["bias"], training=True)
+    assert_close("out", found, F.conv2d(F.relu(z), theirs["conv_weight"]), floor=1.0)
+    assert_close("running mean", ours["running_mean"], running[0])
+    assert_close("running var", ours["running_var"], running[1])
+
+
+def test_one_value_per_channel_in_evaluation() -> None:
+    given = arguments(1, 4, 3, 1, 1)
+    assert_close("out", bn_relu_conv1x1(**given), separate(**given), floor=1.0)
 
 
 @pytest.mark.parametrize(("training", "momentum"), [(False, None), (True, 0)])
@@ -128,6 +161,30 @@ def test_module_is_its_parts(momentum, tracks) -> None:
         assert_close("out", ours(x), parts(x), floor=1.0)
         for (name, a), b in zip(ours.norm.named_buffers(), parts[0].buffers(), strict=True):
             assert torch.allclose(a, b, rtol=1e-12), name
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("tracks", [True, False])
+def test_module_makes_the_norm_that_it_is_asked_for(affine, tracks) -> None:
+    module = memdense.BNReLUConv1x1(6, 10, 1e-3, 0.3, affine, tracks)
+    expected = nn.BatchNorm2d(6, 1e-3, 0.3, affine, tracks)
+    assert repr(module.norm) == repr(expected)
+    assert module.norm.state_dict().keys() == expected.state_dict().keys()
+
+
+def test_averages_in_forward_mode() -> None:
+    """Over the steps, as of a BatchNorm, and in evaluation nothing moves."""
+    ours = memdense.BNReLUConv1x1(6, 10, momentum=None).double()
+    parts = nn.Sequential(copy.deepcopy(ours.norm), nn.ReLU(), copy.deepcopy(ours.conv))
+    for mode in (True, True, True, False):
+        x, tangent = torch.randn(2, 2, 6, 5, 4, dtype=torch.float64)
+        results = []
+        for module in (ours.train(mode), parts.train(mode)):
+            with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+                out = module(torch.autograd.forward_ad.make_dual(x, tangent))
+                results.append([*torch.autograd.forward_ad.unpack_dual(out), *module.buffers()])
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_traced_module_is_its_parts() -> None:
@@ -261,6 +318,17 @@ def test_module_with_unusual_children(change) -> None:
         module(x)
 
 
+def test_hooks_of_all_modules_see_the_children() -> None:
+    module, seen = memdense.BNReLUConv1x1(6, 10), []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        with pytest.warns(memdense.MemdenseWarning, match="BNReLUConv1x1 as plain modules: "):
+            module(torch.randn(2, 6, 5, 4))
+    finally:
+        hook.remove()
+    assert seen == [module.norm, module.conv, module]
+
+
 @pytest.mark.skipif(not _extension.available(), reason=_extension.reason())
 def test_one_image_is_read_where_it_is_not_strided() -> None:
     """Of one image NCHW, rows are a view with strided columns: kernels refuse those."""
@@ -274,6 +342,7 @@ def test_what_is_refused() -> None:
     for arguments, message in (
         ((None, None, None, None, conv[:0], True), "a conv_weight that is not empty"),
         ((None, None, None, None, conv.to("meta"), True), "conv_weight on cpu, got meta"),
+        ((*running, running[0].to("meta"), None, conv), "weight on cpu, got meta"),
         ((*running, None, None, conv, True, None), "expected a momentum, got None"),
         ((*running, None, None, conv, True, -0.1), "expected a momentum of at least 0, got -0.1"),
         ((*running, None, None, conv, True, math.nan), "a momentum of at least 0, got nan"),

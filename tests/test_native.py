@@ -151,6 +151,13 @@ def test_moments_of_bands_are_merged_in_float64(monkeypatch):
     assert torch.equal(moments, torch.stack((mean, var)).float())
 
 
+def test_sums_have_memory_of_their_own():
+    """A norm's gradients are kept, and written to, apart from each other."""
+    x, read = torch.randn(6, 5), reader_of(*torch.rand(4, 5) + 1)
+    for sums in Reference().bn_relu_backward(x, x, read, True, into_of(torch.zeros(6, 5))):
+        assert sums.untyped_storage().nbytes() == 5 * 8
+
+
 @built
 @pytest.mark.parametrize("mean", [0, 10, 1000])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -155,17 +155,17 @@ def test_update_running_statistics(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_running_statistics_round_once_a_step(dtype: torch.dtype, counted: bool) -> None:
     """By numbers that float32 computes exactly; the last norm runs twice in a step."""
-    momenta = [0.375, -1.0 if counted else 0.625, 0.375, 0.375]
-    table = torch.arange(1, 17).view(2, 8).to(accumulator(dtype)) / 16
-    starts, rows = [0, 6, 2, 4], 5
+    n, rows, momenta = 40, 5, [0.375, -1.0 if counted else 0.625, 0.375, 0.375]
+    table = torch.arange(1, 8 * n + 1).view(2, 4 * n).to(accumulator(dtype)) / 16
+    starts = [0, 3 * n, n, 2 * n]
     for norms in ([0, 1], [0, 1, 2, 2]):
-        means = [(1 + torch.arange(3) / 128)[:2].to(dtype) for _ in range(3)]
-        variances = [(1.5 + torch.arange(3) / 128)[:2].to(dtype) for _ in range(3)]
+        means = [(1 + torch.arange(n) / 128).to(dtype) for _ in range(3)]
+        variances = [(1.5 + torch.arange(n) / 128).to(dtype) for _ in range(3)]
         counts = [torch.tensor(3) for _ in range(3)]
         wanted = [(mean.clone(), var.clone()) for mean, var in zip(means, variances, strict=True)]
         for i, start, momentum in zip(norms, starts, momenta, strict=False):
             m = 0.25 if momentum < 0 else momentum
-            batch = table[:, start : start + 2].double() * torch.tensor([[1], [rows / (rows - 1)]])
+            batch = table[:, start : start + n].double() * torch.tensor([[1], [rows / (rows - 1)]])
             wanted[i] = tuple(
                 ((1 - m) * old.double() + m * new).to(dtype)
                 for old, new in zip(wanted[i], batch, strict=True)
@@ -178,6 +178,14 @@ def test_running_statistics_round_once_a_step(dtype: torch.dtype, counted: bool)
         for mean, var, both in zip(means, variances, wanted, strict=True):
             assert torch.equal(mean, both[0]) and torch.equal(var, both[1])
         assert counts == [3 + norms.count(i) * counted for i in range(3)]
+
+
+def test_averages_keep_the_digits_of_float64() -> None:
+    (mean, var), count = torch.zeros(2, 3).double(), torch.tensor(2)
+    table = torch.rand(2, 3).double()
+    ops.move_running_statistics([mean], [var], [count], table, [0], [-1.0], 5)
+    torch.testing.assert_close(mean, table[0] / 3, rtol=1e-15, atol=0)
+    torch.testing.assert_close(var, table[1] * 1.25 / 3, rtol=1e-15, atol=0)
 
 
 def test_compiling_warns_of_nothing_and_breaks_no_graph() -> None:

@@ -16,7 +16,7 @@ from memdense import _extension, engine
 from memdense.backends import Native, Reference
 from memdense.buffers import Geometry, NormGradient, Reader, reader
 from memdense.modules import OWN_TYPES
-from memdense.spec import Norm, NormSpec, Stage, unflatten
+from memdense.spec import LayerSpec, Norm, NormSpec, Stage, StageSpec, TailSpec, unflatten
 from memdense.structure import read_stage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -164,6 +164,10 @@ def test_tails(kind: type[Reference], dtype: torch.dtype) -> None:
 
     ours = [out, g, sums.dgamma, sums.dbeta, dw.to(dtype)]
     compare(NAMES, ours, p.separate(pooled, dy, w), dtype)
+    frozen = torch.zeros_like(p.x)
+    arguments = dy, w, p.x, read, p.geometry, into_of(frozen)
+    again, none = backend.bn_relu_pool_conv1x1_backward(*arguments, False)
+    assert none is None and torch.equal(frozen, g) and all(map(torch.equal, again, sums))
 
     dy = p.draw(n, 20).to(dtype)
     g = torch.zeros_like(p.x)
@@ -418,6 +422,32 @@ def test_backward_with_16_bit_gradients(
         squares[name] += errors.square()
     ratios = {name: (a / b).sqrt().item() for name, (a, b) in squares.items()}
     assert max(ratios.values()) <= 1.5, ratios
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("rows", "kind", "expected"),
+    [(64, "transition", 258), (65, "transition", 256), (65, "norm", 258), (65, "pool", 258)],
+)
+@pytest.mark.parametrize("backend", KINDS)
+def test_few_rows_and_a_last_block_sum_in_float32(
+    backend: type[Reference], rows: int, kind: str, expected: int
+) -> None:
+    """256 + 1 + 1, of the features, the tail and a layer: in bfloat16 256 + 1 is 256 again."""
+    spec = NormSpec(0.0, False, False)
+    tensors = [torch.zeros(1, 1, 3, 3).bfloat16()]
+    tensors[0][:, :, 1, 1] = 1
+    if kind == "transition":
+        tensors.append(torch.eye(2).bfloat16()[:, :, None, None])
+    layers = (LayerSpec(spec, None, (1, 1)),)
+    running = [torch.zeros(1), torch.ones(1), torch.zeros(2), torch.ones(2)]
+    stage = unflatten(StageSpec(layers, TailSpec(kind, spec)), tensors, running)
+    kept = engine.forward(torch.ones(1, 1, rows, 1).bfloat16(), stage, None, backend())
+    dout = torch.full_like(kept.out, rows if kind == "pool" else 1)
+    dfeatures = torch.zeros_like(kept.features)
+    dfeatures[:, 0] = 256
+    found = backward_in(torch.bfloat16, dout, dfeatures, kept, stage, backend())
+    assert (found.x == expected).all()
 
 
 @torch.no_grad()

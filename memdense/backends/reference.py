@@ -70,7 +70,7 @@ class MomentSums:
         if len(self.parts) == 1:
             out.copy_(self.parts[0])
             return
-        parts = torch.stack(self.parts, 1).double()  # (2, bands, C)
+        parts = torch.stack(self.parts, 1)  # (2, bands, C), which ``share`` takes to float64
         share = torch.tensor(self.counts, dtype=torch.float64, device=parts.device)[:, None] / sum(
             self.counts
         )
