@@ -45,6 +45,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "one pixel": (lambda: memdense.DenseNet(**ARGS), (3, 3, 8, 8), 2),
     "features": (lambda: memdense.DenseNet(**ARGS).features, (3, 3, 32, 32), 2),
     "a block": (lambda: memdense.DenseNet(**ARGS).features.denseblock1, (3, 6, 5, 7), 2),
+    "a transition": (lambda: memdense.DenseNet(**ARGS).features[5:6], (3, 14, 5, 7), 2),
 }
 
 
@@ -192,6 +193,8 @@ def test_each_channel_is_talked_of_once(results: list[dict]) -> None:
     for result in results:
         assert result["plain"][1:] == (2 * 5 + 2 + 1, 2 * 5 + 2 + 1)
         assert result["no bottleneck"][1:] == (5 + 2 + 1, 5 + 2 + 1)
+        # but for norms that read by running statistics alone, of which two are frozen
+        assert result["frozen"][1:] == (2 * 5 + 2 + 1 - 2, 2 * 5 + 2 + 1 - 2)
 
 
 def test_refusals(results: list[dict]) -> None:

@@ -274,6 +274,27 @@ def test_freezing_any_subset() -> None:
     assert not model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).requires_grad
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("conv", [True, False])
+@pytest.mark.parametrize("images", [True, False])
+def test_stems_answer_twice(images: bool, conv: bool, recompute: bool) -> None:
+    """Whatever of its images and its convolution learns."""
+    model = small(recompute_stem=recompute).double()
+    model.features.conv0.requires_grad_(conv)
+    plain = copy.deepcopy(model)
+    plain.features.efficient = False
+
+    def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        out = model(x)
+        loss = out.square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return out
+
+    x = torch.randn(2, 3, 24, 20, dtype=torch.float64)
+    assert_same_step(model, plain, x, step, input_gradient=images)
+
+
 def test_slices_of_features_stay_features() -> None:
     model = small().double()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
