@@ -19,7 +19,7 @@
 #define MEMDENSE_X86 0
 #endif
 
-#if defined(__GNUC__) && !defined(__clang__)
+#ifdef __GNUC__
 // Vectors wider than the baseline's only pass through functions that are inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
