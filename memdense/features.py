@@ -125,6 +125,12 @@ def _surprise(x: Tensor) -> str:
     return global_hooks() or ""
 
 
+def _format_of(given: Iterable[Tensor | None], dim: int) -> torch.memory_format:
+    """Of what a module makes of images and weights: channels last where one of them is."""
+    formats = [layout_of(t) for t in given if t is not None]
+    return CHANNELS_LAST[dim] if CHANNELS_LAST[dim] in formats else torch.contiguous_format
+
+
 def _laid(x: Any, layout: torch.memory_format) -> Any:
     """Images in a memory format; what a module made of them otherwise as it is."""
     if not isinstance(x, Tensor) or x.dim() not in CHANNELS_LAST:
@@ -237,18 +243,13 @@ class Features(nn.Sequential):
             if not is_block(ahead):
                 # PyTorch takes its output, of one channel, for contiguous: the next weight decides
                 given = [next(weights, None)]
-        formats = [layout_of(t) for t in given if t is not None]
-        last = CHANNELS_LAST[x.dim()]
-        return last if last in formats else torch.contiguous_format
+        return _format_of(given, x.dim())
 
     def _layout_behind(self, x: Any, layout: torch.memory_format) -> torch.memory_format:
         """Of what follows modules that made ``x``, some of which choose a memory format."""
         if not isinstance(x, Tensor) or x.dim() not in CHANNELS_LAST:
             return layout
-        weight = next(self._weights_outside(), None)
-        formats = [layout_of(t) for t in (x, weight) if t is not None]
-        last = CHANNELS_LAST[x.dim()]
-        return last if last in formats else torch.contiguous_format
+        return _format_of([x, next(self._weights_outside(), None)], x.dim())
 
     def _weights_outside(self) -> Iterator[Tensor | None]:
         """Of convolutions outside dense blocks."""
@@ -280,10 +281,12 @@ class Features(nn.Sequential):
                     found = None
                 if part.kind == "stem":
                     made = found and run_stem(x, found, self.recompute_stem)
-                    if made is None:
+                    ours = made is not None
+                    if ours:
+                        x = made
+                    else:
                         for module in modules:
                             x = module(x)
-                    x, ours = (x, False) if made is None else (made, True)
                 elif found is not None and fits(x, found):
                     x, features = run_stage(x, found, self.double_backward, layout)
                     ours = True
