@@ -34,6 +34,25 @@ inline std::string described(const Tensor& t) {
   return text.append(")");
 }
 
+inline void expect_dtype(const char* name, const Tensor& t, ScalarType dtype) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "memdense: expected ", name, " in ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void expect_vector(const char* name, const Tensor& t, int64_t size) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && (size <= 1 || t.stride(0) == 1),
+                  "memdense: expected ", name, " to be a contiguous vector of ", size, ", got ",
+                  described(t));
+}
+
+inline void expect_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "memdense: expected ",
+                  name, " of shape (", rows, ", ", columns, "), got ", shape(t));
+  STD_TORCH_CHECK(columns <= 1 || t.stride(1) == 1, "memdense: expected ", name,
+                  " with unit column stride, got ", described(t));
+}
+
 // That no two values of a tensor that is written share their memory.
 inline void expect_apart(const char* name, const Tensor& t) {
   for (int64_t a = 0; a < t.dim(); ++a) {

@@ -86,12 +86,6 @@ inline Geometry geometry(int64_t n, int64_t h, int64_t w, const Tensor& y, const
   return geometry(n, h, w, y.size(1), out.size(1), dilation);
 }
 
-inline void expect_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "conv3x3: expected ", name, " in ",
-                  torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-}
-
 inline void expect_weight(const Tensor& weight, const Geometry& g, ScalarType dtype) {
   expect_dtype("weight", weight, dtype);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == g.k && weight.size(1) == g.c &&
@@ -99,21 +93,6 @@ inline void expect_weight(const Tensor& weight, const Geometry& g, ScalarType dt
                   "conv3x3: expected weight of shape (", g.k, ", ", g.c, ", 3, 3), got ",
                   shape(weight));
   STD_TORCH_CHECK(g.k >= 1 && g.c >= 1, "conv3x3: expected channels");
-}
-
-inline void expect_vector(const char* name, const Tensor& tensor, int64_t size) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 1 && tensor.size(0) == size && (size == 1 || tensor.stride(0) == 1),
-      "conv3x3: expected ", name, " to be a contiguous vector of ", size, ", got ",
-      described(tensor));
-}
-
-inline void expect_matrix(const char* name, const Tensor& matrix, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns,
-                  "conv3x3: expected ", name, " of shape (", rows, ", ", columns, "), got ",
-                  shape(matrix));
-  STD_TORCH_CHECK(columns == 1 || matrix.stride(1) == 1, "conv3x3: expected ", name,
-                  " with unit column stride, got ", described(matrix));
 }
 
 inline void expect_weight_gradient(const Tensor& dweight, const Geometry& g, ScalarType dtype) {

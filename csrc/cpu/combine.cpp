@@ -68,17 +68,10 @@ Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const M
     using T = Compute<S>;
     const int64_t rows = x.size(0), columns = x.size(1);
     STD_TORCH_CHECK(!sums == !mean, "memdense: sums and mean go together");
-    if (keep) {
-      STD_TORCH_CHECK(keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == columns &&
-                          keep->scalar_type() == ScalarType::Bool &&
-                          (columns == 1 || keep->stride(1) == 1),
-                      "memdense: expected keep in Bool of shape (", rows, ", ", columns,
-                      ") with unit column stride, got ", described(*keep));
-    }
     std::vector<T> p, q;
     if (sums) {
       const T *s1 = matrix<const T>(*sums, 2, columns, "sums"), *s2 = s1 + sums->stride(0);
-      const T *average = vector<T>(mean, columns, "mean"), m = static_cast<T>(rows);
+      const T *average = vector<const T>(mean, columns, "mean"), m = static_cast<T>(rows);
       p.resize(columns), q.resize(columns);
       for (int64_t c = 0; c < columns; ++c) {
         p[c] = -s2[c] / m;
@@ -92,7 +85,7 @@ Tensor settle(const Tensor& g, const Tensor& x, const MaybeTensor& sums, const M
                             x.stride(0),
                             data_or_null(p),
                             data_or_null(q),
-                            keep ? static_cast<const bool*>(keep->data_ptr()) : nullptr,
+                            keep ? matrix<const bool>(*keep, rows, columns, "keep") : nullptr,
                             keep ? keep->stride(0) : 0,
                             static_cast<T>(factor),
                             static_cast<S*>(dy.data_ptr()),

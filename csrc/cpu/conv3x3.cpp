@@ -14,8 +14,7 @@
 #include "../conv3x3_arguments.h"
 #include "amx3x3.h"
 #include "conv3x3_operations.h"
-#include "memory.h"
-#include "norm.h"
+#include "tensors.h"
 #include "winograd3x3.h"
 #include "workers.h"
 
@@ -23,80 +22,30 @@ namespace memdense {
 namespace conv3x3 {
 namespace {
 
-template <typename T>
-constexpr ScalarType dtype_of = std::is_same_v<T, double>  ? ScalarType::Double
-                                : std::is_same_v<T, float> ? ScalarType::Float
-                                                           : ScalarType::BFloat16;
-
 // ---- what the operations accept
 
-template <typename T>
-T* vector(const char* name, const Tensor& tensor, int64_t size) {
-  expect_dtype(name, tensor, dtype_of<std::remove_const_t<T>>);
-  expect_vector(name, tensor, size);
-  if constexpr (std::is_const_v<T>)
-    return static_cast<T*>(tensor.const_data_ptr());
-  else
-    return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// The images' pixels, channels their fastest axis, of a tensor [n, C, h, w] or a matrix.
+// The pixels of a tensor [n, C, h, w].
 template <typename S>
-Images<S> images(const Tensor& t, const Geometry& g) {
+Images<S> images(const Tensor& t) {
   S* data;
   if constexpr (std::is_const_v<S>)
     data = static_cast<S*>(t.const_data_ptr());
   else
     data = static_cast<S*>(t.mutable_data_ptr());
-  if (t.dim() == 4) return {data, {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+  return {data, {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+// Those of a matrix, whose rows they are.
+template <typename S>
+Images<S> rows(const char* name, const Tensor& t, const Geometry& g, int64_t columns) {
+  S* data = matrix<S>(t, g.n * g.in[0] * g.in[1], columns, name);
   const int64_t row = t.stride(0);
   return {data, {g.in[0] * g.in[1] * row, 1, g.in[1] * row, row}};
-}
-
-// A matrix's, in the dtype and of the number of columns that are expected.
-template <typename S>
-Images<S> rows(const char* name, const Tensor& matrix, const Geometry& g, int64_t columns) {
-  using Value = std::remove_const_t<S>;
-  expect_dtype(name, matrix, std::is_same_v<Value, uint8_t> ? ScalarType::Bool : dtype_of<Value>);
-  expect_matrix(name, matrix, g.n * g.in[0] * g.in[1], columns);
-  if constexpr (!std::is_const_v<S>) expect_apart(name, matrix);
-  return images<S>(matrix, g);
-}
-
-template <typename S>
-Norm<Compute<S>> norm(const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
-                      const MaybeTensor& beta, double eps, int64_t channels) {
-  using T = Compute<S>;
-  // gamma and beta are parameters: in float32 beside bfloat16 values, or like them
-  const auto values = [&](const char* name, const MaybeTensor& tensor, T missing) {
-    std::vector<T> found(channels, missing);
-    if (!tensor) return found;
-    if (tensor->scalar_type() == dtype_of<T>) {
-      std::copy_n(vector<const T>(name, *tensor, channels), channels, found.begin());
-    } else {
-      const S* from = vector<const S>(name, *tensor, channels);
-      for (int64_t c = 0; c < channels; ++c) found[c] = load(from[c]);
-    }
-    return found;
-  };
-  return {vector<const T>("mean", mean, channels), vector<const T>("var", var, channels),
-          values("gamma", gamma, 1), values("beta", beta, 0), static_cast<T>(eps)};
 }
 
 template <typename T>
 Reading<T> reading(const Norm<T>& norm) {
   return {norm.scale.data(), norm.shift.data()};
-}
-
-// f(S{}) for the dtype's S
-template <typename F>
-auto dispatch(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::Double) return f(double{});
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16,
-                  "conv3x3: expected float32, float64 or bfloat16, got ",
-                  torch::headeronly::toString(dtype));
-  return f(BFloat16{});
 }
 
 // ---- memory and threads of a call
@@ -107,7 +56,7 @@ struct Scratch {
   T* data;
 
   explicit Scratch(int64_t values)
-      : tensor(empty(dtype_of<T>, {std::max<int64_t>(values, 1)})),
+      : tensor(empty(kScalarType<T>, {std::max<int64_t>(values, 1)})),
         data(static_cast<T*>(tensor.mutable_data_ptr())) {}
 };
 
@@ -174,14 +123,14 @@ template <typename S, typename T>
 struct Outputs {
   const Blocks<T>& blocks;
   const S* bias;
-  Images<const uint8_t> mask;  // may have no data
+  Images<const bool> mask;  // may have no data
   T factor;
   Images<S> out;
   std::vector<double> mean, m2;  // [channel]; empty where nobody asks
   std::vector<int64_t> counts;   // of pixels, for each block
 
-  Outputs(const Blocks<T>& blocks, const S* bias, Images<const uint8_t> mask, T factor,
-          Images<S> out, bool statistics)
+  Outputs(const Blocks<T>& blocks, const S* bias, Images<const bool> mask, T factor, Images<S> out,
+          bool statistics)
       : blocks(blocks),
         bias(bias),
         mask(mask),
@@ -210,7 +159,7 @@ struct Outputs {
 
 template <typename S>
 void forward(const Geometry& g, const Images<const S>& x, Reading<Compute<S>> read,
-             const Tensor& weight, const S* bias, const Images<const uint8_t>& mask, double factor,
+             const Tensor& weight, const S* bias, const Images<const bool>& mask, double factor,
              const Images<S>& out, Compute<S>* mean, Compute<S>* var) {
   using T = Compute<S>;
   const int64_t tasks = worker_count(g.n * g.out[0]);
@@ -240,12 +189,10 @@ void conv3x3(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, con
   expect_weight(weight, g, x.scalar_type());
   expect_dtype("out", out, x.scalar_type());
   expect_apart("out", out);
-  dispatch(x.scalar_type(), [&](auto value) {
-    using S = decltype(value);
-    const S* added = bias ? vector<const S>("bias", *bias, g.k) : nullptr;
+  with_value("x", x, [&]<typename S>(S) {
+    const S* added = vector<const S>(bias, g.k, "bias");
     if (g.n == 0) return;
-    forward<S>(g, images<const S>(x, g), {}, weight, added, {}, 1, images<S>(out, g), nullptr,
-               nullptr);
+    forward<S>(g, images<const S>(x), {}, weight, added, {}, 1, images<S>(out), nullptr, nullptr);
   });
 }
 
@@ -258,21 +205,13 @@ void bn_relu_conv3x3(const Tensor& y, const Tensor& mean, const Tensor& var,
                      const MaybeTensor& moments, bool) {
   const Geometry g = geometry(n, h, w, y, out, dilation);
   expect_weight(weight, g, y.scalar_type());
-  dispatch(y.scalar_type(), [&](auto value) {
-    using S = decltype(value);
+  with_value("y", y, [&]<typename S>(S) {
     using T = Compute<S>;
-    T* results = nullptr;
-    if (moments) {
-      expect_dtype("moments", *moments, dtype_of<T>);
-      expect_matrix("moments", *moments, 2, g.k);
-      expect_apart("moments", *moments);
-      results = static_cast<T*>(moments->mutable_data_ptr());
-    }
-    const Norm<T> vectors = norm<S>(mean, var, gamma, beta, eps, g.c);
+    const TwoRows<T> statistics(moments, g.k, "moments");
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, g.c);
     forward<S>(g, rows<const S>("y", y, g, g.c), reading(vectors), weight, nullptr,
-               keep ? rows<const uint8_t>("keep", *keep, g, g.k) : Images<const uint8_t>{}, factor,
-               rows<S>("out", out, g, g.k), results,
-               results ? results + moments->stride(0) : nullptr);
+               keep ? rows<const bool>("keep", *keep, g, g.k) : Images<const bool>{}, factor,
+               rows<S>("out", out, g, g.k), statistics.first, statistics.second);
   });
 }
 
@@ -297,7 +236,7 @@ struct Gradients {
                                                             dx.strides.w, accumulate});
     } else {
       const S* bias = nullptr;
-      const uint8_t* mask = nullptr;
+      const bool* mask = nullptr;
       memdense::dispatch<StoreTile<S, T>>(result, bias, mask, Strides{}, T{1}, to, dx.strides);
     }
   }
@@ -337,10 +276,9 @@ void conv3x3_input_gradient(const Tensor& dy, const Tensor& weight, const Ints& 
   expect_weight(weight, g, dy.scalar_type());
   expect_dtype("dx", dx, dy.scalar_type());
   expect_apart("dx", dx);
-  dispatch(dy.scalar_type(), [&](auto value) {
-    using S = decltype(value);
+  with_value("dy", dy, [&]<typename S>(S) {
     if (g.n == 0) return;
-    input_gradient<S>(g, images<const S>(dy, g), weight, {}, {}, images<S>(dx, g), false, nullptr,
+    input_gradient<S>(g, images<const S>(dy), weight, {}, {}, images<S>(dx), false, nullptr,
                       nullptr);
   });
 }
@@ -466,15 +404,14 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& st
   const Geometry g = geometry(x, dy, stride, padding, dilation);
   expect_dtype("dy", dy, x.scalar_type());
   STD_TORCH_CHECK(g.k >= 1 && g.c >= 1, "conv3x3: expected channels");
-  return dispatch(x.scalar_type(), [&](auto value) {
-    using S = decltype(value);
+  return with_value("x", x, [&]<typename S>(S) {
     using T = Compute<S>;
-    const Tensor dweight = empty(dtype_of<T>, {g.k, g.c, 3, 3});
+    const Tensor dweight = empty(kScalarType<T>, {g.k, g.c, 3, 3});
     T* result = static_cast<T*>(dweight.mutable_data_ptr());
     if (g.n == 0) {
       std::fill_n(result, 9 * g.k * g.c, T{0});
     } else {
-      weight_gradient<S>(g, images<const S>(dy, g), images<const S>(x, g), {}, result);
+      weight_gradient<S>(g, images<const S>(dy), images<const S>(x), {}, result);
     }
     return dweight;
   });
@@ -492,15 +429,14 @@ void bn_relu_conv3x3_backward(const Tensor& dy, const Tensor& weight, const Ints
                               bool accumulate, bool) {
   const Geometry g = geometry(n, h, w, y, dy, dilation);
   expect_weight(weight, g, y.scalar_type());
-  dispatch(y.scalar_type(), [&](auto value) {
-    using S = decltype(value);
+  with_value("y", y, [&]<typename S>(S) {
     using T = Compute<S>;
     const Images<const S> gradient = rows<const S>("dy", dy, g, g.k);
     const Images<const S> input = rows<const S>("y", y, g, g.c);
-    const Norm<T> vectors = norm<S>(mean, var, gamma, beta, eps, g.c);
-    if (dweight) expect_weight_gradient(*dweight, g, dtype_of<T>);
+    const Norm<T> vectors = norm<T>(mean, var, gamma, beta, eps, g.c);
+    if (dweight) expect_weight_gradient(*dweight, g, kScalarType<T>);
     input_gradient<S>(g, gradient, weight, input, vectors.reader(), rows<S>("dz", dz, g, g.c),
-                      accumulate, vector<T>("dbeta", dbeta, g.c), vector<T>("dgamma", dgamma, g.c));
+                      accumulate, vector<T>(dbeta, g.c, "dbeta"), vector<T>(dgamma, g.c, "dgamma"));
     if (dweight) {
       weight_gradient<S>(g, gradient, input, reading(vectors),
                          static_cast<T*>(dweight->mutable_data_ptr()));

@@ -312,7 +312,7 @@ struct Result {
 template <typename S, typename T>
 struct StoreTile {
   template <int>
-  static MEMDENSE_INLINE void run(const Result<T>& tile, const S* bias, const uint8_t* mask,
+  static MEMDENSE_INLINE void run(const Result<T>& tile, const S* bias, const bool* mask,
                                   const Strides& mask_strides, T factor, S* out,
                                   const Strides& strides) {
     for (int64_t i = 0; i < tile.rows; ++i) {
@@ -322,7 +322,7 @@ struct StoreTile {
         for (int64_t j = 0; j < tile.columns; ++j) values[j] += load(bias[j]);
       }
       if (mask) {
-        const uint8_t* kept = mask + tile.pixels[i] * mask_strides.w;
+        const bool* kept = mask + tile.pixels[i] * mask_strides.w;
         for (int64_t j = 0; j < tile.columns; ++j) {
           values[j] *= kept[j * mask_strides.c] ? factor : T{0};
         }

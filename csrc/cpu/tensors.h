@@ -19,6 +19,7 @@ template <typename T>
 constexpr ScalarType kScalarType =
     std::is_same_v<std::remove_const_t<T>, double>     ? ScalarType::Double
     : std::is_same_v<std::remove_const_t<T>, BFloat16> ? ScalarType::BFloat16
+    : std::is_same_v<std::remove_const_t<T>, bool>     ? ScalarType::Bool
                                                        : ScalarType::Float;
 
 template <typename T, size_t kDims>
@@ -29,24 +30,19 @@ Tensor make(const int64_t (&size)[kDims]) {
 // The data of a (rows, columns) matrix with unit column stride and any row stride.
 template <typename T>
 T* matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
-                      t.scalar_type() == kScalarType<T> && (columns <= 1 || t.stride(1) == 1),
-                  "memdense: expected ", name, " in ", torch::headeronly::toString(kScalarType<T>),
-                  " of shape (", rows, ", ", columns, ") with unit column stride, got ",
-                  described(t));
+  expect_dtype(name, t, kScalarType<T>);
+  expect_matrix(name, t, rows, columns);
   if constexpr (!std::is_const_v<T>) expect_apart(name, t);
   return static_cast<T*>(t.data_ptr());
 }
 
 // The data of a vector; null where there is none.
 template <typename T>
-const T* vector(const MaybeTensor& t, int64_t size, const char* name) {
+T* vector(const MaybeTensor& t, int64_t size, const char* name) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size && (size <= 1 || t->stride(0) == 1) &&
-                      t->scalar_type() == kScalarType<T>,
-                  "memdense: expected ", name, " in ", torch::headeronly::toString(kScalarType<T>),
-                  " of shape (", size, ",) with unit stride, got ", described(*t));
-  return static_cast<const T*>(t->data_ptr());
+  expect_dtype(name, *t, kScalarType<T>);
+  expect_vector(name, *t, size);
+  return static_cast<T*>(t->data_ptr());
 }
 
 // A weight or a parameter as kernels compute with it.
@@ -60,14 +56,14 @@ Tensor as_computed(const Tensor& t) {
 template <typename T>
 std::vector<T> values(const MaybeTensor& given, int64_t size, const char* name, T missing) {
   const MaybeTensor t = given ? MaybeTensor(as_computed<T>(*given)) : given;
-  const T* found = vector<T>(t, size, name);
+  const T* found = vector<const T>(t, size, name);
   return found ? std::vector<T>(found, found + size) : std::vector<T>(size, missing);
 }
 
 template <typename T>
 Norm<T> norm(const Tensor& mean, const Tensor& var, const MaybeTensor& gamma,
              const MaybeTensor& beta, double eps, int64_t channels) {
-  return {vector<T>(mean, channels, "mean"), vector<T>(var, channels, "var"),
+  return {vector<const T>(mean, channels, "mean"), vector<const T>(var, channels, "var"),
           values<T>(gamma, channels, "gamma", 1), values<T>(beta, channels, "beta", 0),
           static_cast<T>(eps)};
 }
@@ -78,8 +74,8 @@ NormGradient<T> norm_gradient(const Tensor& mean, const Tensor& var, const Maybe
                               double eps, const Tensor& dbeta, const Tensor& dgamma,
                               int64_t channels, int64_t rows, bool batch) {
   const Norm<T> behind = norm<T>(mean, var, gamma, {}, eps, channels);
-  return batch ? NormGradient<T>::batch(behind, vector<T>(dbeta, channels, "dbeta"),
-                                        vector<T>(dgamma, channels, "dgamma"), rows)
+  return batch ? NormGradient<T>::batch(behind, vector<const T>(dbeta, channels, "dbeta"),
+                                        vector<const T>(dgamma, channels, "dgamma"), rows)
                : NormGradient<T>::running(behind);
 }
 
@@ -99,17 +95,23 @@ inline void expect_images(const Tensor& x, int64_t n, int64_t h, int64_t w) {
                   h, " by ", w, " pixels, got ", rows, " rows");
 }
 
-// Calls f with a value as x is of.
+// Calls f with a value as the tensor is of.
+template <typename F>
+auto with_value(const char* name, const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Double) return f(double{});
+  if (t.scalar_type() == ScalarType::BFloat16) return f(BFloat16{});
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "memdense: expected ", name,
+                  " in Float, Double or BFloat16, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  return f(float{});
+}
+
+// The same of a matrix.
 template <typename F>
 auto with_dtype(const Tensor& x, const F& f) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0,
                   "memdense: expected a matrix x with at least one row and column, got ", shape(x));
-  if (x.scalar_type() == ScalarType::Double) return f(double{});
-  if (x.scalar_type() == ScalarType::BFloat16) return f(BFloat16{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
-                  "memdense: expected x in Float, Double or BFloat16, got ",
-                  torch::headeronly::toString(x.scalar_type()));
-  return f(float{});
+  return with_value("x", x, f);
 }
 
 // Calls f with a value as x is of and one as its gradient g is, which may be what x's compute in.

@@ -59,7 +59,7 @@ void expect(const char* name, const Tensor& tensor, const Tensor& like) {
 
 void expect_vector(const char* name, const Tensor& tensor, int64_t size, const Tensor& like) {
   expect_device(name, tensor, like);
-  conv3x3::expect_vector(name, tensor, size);
+  memdense::expect_vector(name, tensor, size);
 }
 
 Kind kind_of(const Tensor& tensor, bool tf32) {
