@@ -1,6 +1,7 @@
 """Shared by all tests: uninitialised memory is NaN, and Hypothesis repeats itself."""
 
 import fcntl
+import gc
 import os
 import shutil
 from dataclasses import replace
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives on: no garbage collection need walk it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
