@@ -16,7 +16,7 @@ from .direct import autocast_dtype, foreign
 from .features import Features, RunsAlone, Switches, read_alone
 from .modules import OWN_TYPES
 from .spec import output_length, per_axis
-from .stage import Step, apart, averages_widely, obstacle_now
+from .stage import Step, apart, obstacle_now, widened
 from .structure import CONVOLUTIONS, NORMS, POOLS, article, class_of
 
 
@@ -232,7 +232,7 @@ def _obstacles(features: Features, x: Tensor) -> Iterator[tuple[Sequence[str], s
                 continue
             # as a block of plain modules hands on what came in, among its features
             keeps = isinstance(module, nn.Identity) or (reason and part.tail is None)
-            if reason and part.tail == "transition" and averages_widely(x.device, found):
+            if reason and widened(x.device, found):
                 came = came.float()
             elif not keeps:
                 came = came.to(dtype)

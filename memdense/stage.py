@@ -152,17 +152,21 @@ def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
             return (
                 f"a parameter is {article(type(t).__name__)}, which carries out operations itself"
             )
-    if stem or x.dtype == torch.float64 or autocast_dtype(x.device) is None:
+    if x.dtype == torch.float64 or autocast_dtype(x.device) is None:
         return ""
-    if averages_widely(x.device, found):
-        return "autocast on a CPU averages volumes in float32"
-    return digits_lost(x)
+    return widened(x.device, found) or ("" if stem else digits_lost(x))
 
 
-def averages_widely(device: torch.device, found: StageModules) -> bool:
-    """Whether autocast would have the stage's pool average in float32."""
+def widened(device: torch.device, found: StageModules | StemModules) -> str:
+    """That autocast would have a pool give float32, which it does on a CPU; empty if not."""
+    stem = isinstance(found, StemModules)
+    if device.type != "cpu" or (found.weight.dim() - 2 if stem else found.axes) != 3:
+        return ""
+    if stem:
+        return "autocast on a CPU takes maxima of volumes in float32"
     tail = found.stage.tail
-    return found.axes == 3 and device.type == "cpu" and tail is not None and tail.spec.pool == 2
+    averages = tail is not None and tail.spec.pool == 2
+    return "autocast on a CPU averages volumes in float32" if averages else ""
 
 
 def fits(x: Tensor, found: StageModules) -> bool:

@@ -338,6 +338,21 @@ def test_autocast_on_a_cpu_averages_in_float32() -> None:
     assert errors[0] <= 1.5 * errors[1], errors
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_a_cpu_takes_maxima_in_float32(dtype: torch.dtype) -> None:
+    """A block behind it keeps them, in plain modules."""
+    plain = peers.monai(3).features[:5]
+    found = memdense.convert(copy.deepcopy(plain), verbose=False)
+    seen = []
+    for stack in (found, plain):
+        stack.denseblock1.register_forward_hook(lambda _, x, out: seen.append((*x, out)))
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        with pytest.warns(MemdenseWarning, match="takes maxima of volumes in float32"):
+            found(volumes().float())
+        plain(volumes().float())
+    assert [[t.dtype for t in pair] for pair in seen] == [[torch.float32] * 2] * 2
+
+
 def test_other_inputs_raise_as_modules_do() -> None:
     flat = memdense.DenseNet(4, (2, 2), 8, 2, num_classes=3)
     deep = pair()[0].float()
