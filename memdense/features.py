@@ -93,6 +93,8 @@ class Switches:
         if not isinstance(x, Tensor):
             written = isinstance(x, torch.fx.Proxy)
             return "" if written else f"it is {article(type(x).__name__)}"
+        if x.is_nested:
+            return "a nested tensor"
         if x.dim() not in CHANNELS_LAST or not x.is_floating_point() or not x.numel():
             return f"{x.dtype} of shape {tuple(x.shape)}"
         if x.layout != torch.strided:

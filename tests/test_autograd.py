@@ -405,12 +405,15 @@ def test_no_grad_and_inference_mode_keep_nothing() -> None:
     assert_same_tensors({"output": out}, {"output": expected(x).detach()})
 
 
-@pytest.mark.parametrize("kind", ["inference", "sparse"])
+@pytest.mark.parametrize("kind", ["inference", "sparse", "nested"])
 def test_refused_inputs_move_nothing(kind: str) -> None:
     """With the modules' words."""
     x = images()
-    with torch.inference_mode():
-        x = x.clone() if kind == "inference" else x.to_sparse()
+    if kind == "nested":
+        x = torch.nested.nested_tensor(list(x))
+    else:
+        with torch.inference_mode():
+            x = x.clone() if kind == "inference" else x.to_sparse()
     said = []
     for model in pair():
         with pytest.raises(RuntimeError) as error:
