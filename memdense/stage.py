@@ -142,7 +142,8 @@ def read_once(
 
 def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
     """Why modules must run that could do without: a parameter or an x that carries out operations
-    itself; an x of which modules would keep more digits than autocast leaves a convolution.
+    itself; a norm that does not stand beside what autocast convolves; an x of which modules would
+    keep more digits than it leaves a convolution.
     """
     stem = isinstance(found, StemModules)
     if foreign(x):  # made of such a parameter, ahead of here
@@ -152,8 +153,12 @@ def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
             return (
                 f"a parameter is {article(type(t).__name__)}, which carries out operations itself"
             )
-    if x.dtype == torch.float64 or autocast_dtype(x.device) is None:
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
         return ""
+    for narrow in found.narrow:
+        if narrow != dtype:
+            return f"autocast convolves in {dtype}, but a parameter is {narrow}"
     return widened(x.device, found) or ("" if stem else digits_lost(x))
 
 

@@ -355,7 +355,8 @@ def read_layer(module: nn.Module | None, name: str, types: frozenset[type]) -> L
 class StageModules(NamedTuple):
     """A stage, and what running it takes: its :func:`flatten`ed tensors, its encoded spec, and the
     buffers it moves, whose norms are numbered in the order of its readers. ``axes``: of its images,
-    3 for volumes, 0 for both. ``drop_channels``: dropout is of whole channels.
+    3 for volumes, 0 for both. ``drop_channels``: dropout is of whole channels. ``narrow``: the
+    dtypes of parameters of 16 bits.
     """
 
     stage: Stage
@@ -365,6 +366,7 @@ class StageModules(NamedTuple):
     moving: Moving
     axes: int
     drop_channels: bool
+    narrow: list[torch.dtype]
 
 
 def _stage_modules(
@@ -384,7 +386,12 @@ def _stage_modules(
         raise Unsupported(f"a norm of {name} reads running statistics that another one moves")
     if len(counts) < len(means) and min(moves.momenta) < 0:
         raise Unsupported(f"norms of {name} that average share num_batches_tracked")
-    return StageModules(stage, tensors, running, spec, moves, sum(axes), drop_channels)
+    narrow = _narrow(tensors)
+    return StageModules(stage, tensors, running, spec, moves, sum(axes), drop_channels, narrow)
+
+
+def _narrow(tensors: Iterable[Tensor | None]) -> list[torch.dtype]:
+    return [t.dtype for t in tensors if t is not None and t.element_size() == 2]
 
 
 def read_stage(
@@ -476,6 +483,7 @@ class StemModules(NamedTuple):
     norm: Norm
     moving: Moving
     group: str
+    narrow: list[torch.dtype]  # of parameters
 
 
 def read_stem(modules: dict[str, nn.Module]) -> StemModules:
@@ -510,7 +518,8 @@ def read_stem(modules: dict[str, nn.Module]) -> StemModules:
     if axes_of(norm.module) not in (0, axes):
         raise Unsupported(f"{names[1]} is {article(type(norm.module).__name__)}, {names[0]} is not")
     geometry = tuple(per_axis(n, axes) for n in (conv.stride, conv.padding, conv.dilation))
-    return StemModules(conv.weight, geometry, norm.norm, moving([norm]), norm.group)
+    narrow = _narrow((conv.weight, *norm.norm[1:]))
+    return StemModules(conv.weight, geometry, norm.norm, moving([norm]), norm.group, narrow)
 
 
 # what every module has in its __dict__

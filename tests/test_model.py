@@ -985,6 +985,26 @@ def test_autocast_leaves_a_block_its_float32_input() -> None:
             assert model.features[4:5](x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("part", ["features.denseblock1", "features"])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_beside_norms_of_another_narrow_dtype(part: str, training: bool) -> None:
+    """Which PyTorch refuses."""
+    model = memdense.DenseNet(**NET).train(training)
+    model.get_submodule(part).bfloat16()
+    plain = copy.deepcopy(model)
+    plain.features.efficient = False
+    x = torch.randn(2, 3, 40, 40)
+    with torch.autocast("cpu", torch.float16):
+        with pytest.raises(RuntimeError) as expected:
+            plain(x)
+        with (
+            pytest.warns(memdense.MemdenseWarning, match="a parameter is torch.bfloat16"),
+            pytest.raises(RuntimeError) as found,
+        ):
+            model(x)
+    assert str(found.value) == str(expected.value)
+
+
 def test_modules_say_that_a_drop_rate_is_none() -> None:
     model = memdense.DenseNet(**NET)
     model.features.denseblock1.denselayer2.drop_rate = 1.5
