@@ -1005,6 +1005,22 @@ def test_autocast_beside_norms_of_another_narrow_dtype(part: str, training: bool
     assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_that_mix_dtypes_run(training: bool) -> None:
+    """As FSDP2's mixed precision leaves running statistics in float32."""
+    mixed = memdense.DenseNet(**NET).bfloat16().train(training)
+    wide = copy.deepcopy(mixed)
+    for found, expected in zip(mixed.modules(), wide.modules(), strict=True):
+        if isinstance(found, nn.BatchNorm2d):
+            found.running_mean, found.running_var = (b.float() for b in list(found.buffers())[:2])
+            expected.float()
+    x = torch.randn(2, 3, 40, 40, dtype=torch.bfloat16)
+    with no_warnings(memdense.MemdenseWarning):
+        assert torch.equal(mixed(x), wide(x))
+    for found, expected in zip(mixed.buffers(), wide.buffers(), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_modules_say_that_a_drop_rate_is_none() -> None:
     model = memdense.DenseNet(**NET)
     model.features.denseblock1.denselayer2.drop_rate = 1.5
