@@ -78,7 +78,8 @@ def _renamed(t: Tensor | None, needed: bool) -> Tensor | None:
     """
     if needed and not t.requires_grad:
         return t.detach().requires_grad_()
-    return t if t is None else t.view_as(t)
+    # a view would have another stride along an axis of length 1
+    return t if t is None else torch.ops.aten.alias(t)
 
 
 def gradients(

@@ -52,6 +52,13 @@ def test_gradients_can_be_differentiated(kwargs: dict, training: bool) -> None:
     assert_same_step(found.train(training), expected.train(training), images(), penalised)
 
 
+def test_gradients_of_one_channel_in_channels_last_can_be_differentiated() -> None:
+    """PyTorch's convolution of float64 wants the stride of an axis of length 1 as it was."""
+    nets = pair(growth_rate=1, double_backward=True)
+    found, expected = (net.to(memory_format=torch.channels_last) for net in nets)
+    assert_same_step(found, expected, images(), penalised)
+
+
 def fed_back(model: nn.Module, x: Tensor) -> Tensor:
     """Gradients, and theirs, of a network that reads its own output: its input is made of its
     parameters.
