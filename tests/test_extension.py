@@ -96,6 +96,9 @@ def test_constant_column_has_no_variance():
     mean, var = statistics(torch.full((1000, 5), 0.1))
     assert torch.equal(mean, torch.full((5,), 0.1))
     assert torch.equal(var, torch.zeros(5))
+    mean, var = statistics(torch.full((1000, 5), 1e200, dtype=torch.float64))  # no square of it
+    assert torch.equal(mean, torch.full((5,), 1e200, dtype=torch.float64))
+    assert torch.equal(var, torch.zeros(5, dtype=torch.float64))
 
 
 @built

@@ -13,7 +13,7 @@ struct Rows {
 inline void merge(double count, double& mean, double& m2, double n, double n_mean, double n_m2) {
   const double delta = n_mean - mean;
   mean += delta * (n / (count + n));
-  m2 += n_m2 + delta * delta * (count * n / (count + n));
+  m2 += n_m2 + delta * (delta * (count * n / (count + n)));  // 0 of a first piece, whatever delta
 }
 
 // Merges more rows into mean[c] and m2[c] of the `count` rows before them.
