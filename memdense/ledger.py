@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .backends.native import Native
-from .backends.reference import Reference
+from .backends.reference import Reference, equal_parts
 from .buffers import Geometry, GradientBuffer, reader_columns, row_stride
 from .densenet import DenseNet
 from .explain import size_after
@@ -538,6 +538,10 @@ class NativeScratch(FusedScratch):
             self.conv3x3(conv, True)
 
 
+def largest_part(size: int, most: int, unit: int = 1) -> int:
+    return next(equal_parts(size, most, unit)).stop
+
+
 class ReferenceScratch(FusedScratch):
     """:mod:`memdense.backends.reference`: scratch of a band's size, by name, and what a band makes
     beside it.
@@ -568,15 +572,13 @@ class ReferenceScratch(FusedScratch):
                 self.ledger.free(old)
 
     def row_band(self, rows: int, channels: int) -> int:
-        return min(rows, max(1, self.band_values // channels))
+        return largest_part(rows, max(1, self.band_values // channels))
 
     def image_band(self, geometry: Geometry, channels: int, unit: int = 1) -> tuple[int, int]:
         """(images, lines)"""
-        lines = max(1, self.band_values // (channels * geometry.w))
-        images = min(geometry.n, max(1, lines // geometry.h))
-        if lines >= geometry.h:
-            return images, geometry.h
-        return images, max(unit, lines // unit * unit)
+        lines = self.band_values // (channels * geometry.w)
+        images = largest_part(geometry.n, max(1, lines // geometry.h))
+        return images, largest_part(geometry.h, max(unit, lines), unit)
 
     def pixels(self, geometry: Geometry, channels: int, unit: int = 1) -> int:
         images, lines = self.image_band(geometry, channels, unit)
@@ -609,7 +611,7 @@ class ReferenceScratch(FusedScratch):
         self.moments(self.pixels(geometry, channels) * channels, False)
 
     def conv1x1(self, rows: int, channels: int, out: int, statistics: bool = True) -> None:
-        band = self.row_band(rows, channels)
+        band = self.row_band(rows, max(channels, out))
         self.read(band * channels)
         if statistics:
             self.moments(band * out, True)
@@ -621,7 +623,7 @@ class ReferenceScratch(FusedScratch):
         with self.ledger.hold("scratch", halo * growth * self.a):  # new
             weight = 9 * channels * growth * self.a
             self.ledger.spike("scratch", self.forward_copies * weight)
-            self.moments(band * growth, False)
+            self.moments(band * growth, band == halo)
 
     def halo_band(self, geometry: Geometry, channels: int) -> tuple[int, int]:
         images, lines = self.image_band(geometry, channels)
@@ -632,7 +634,7 @@ class ReferenceScratch(FusedScratch):
         self.ledger.spike("scratch", self.row_band(rows, channels) * channels * WIDE)
 
     def conv1x1_backward(self, rows: int, channels: int, out: int) -> None:
-        band = self.row_band(rows, channels)
+        band = self.row_band(rows, max(channels, out))
         self.take("dy", band * out * WIDE)
         self.read(band * channels)
         with self.ledger.hold("scratch", band * out * self.a * self.rounds):  # dy, rounded
@@ -647,11 +649,7 @@ class ReferenceScratch(FusedScratch):
         band, halo = self.halo_band(geometry, channels)
         self.read(halo * channels)
         da = halo * channels * self.a
-        # while a band's is made, that of the band before is still there
-        before = da * min(band, geometry.rows - band) // band
-        with self.ledger.hold("scratch", before):
-            self.weight_product(halo, channels, growth)
-            self.ledger.spike("scratch", da)
+        self.weight_product(halo, channels, growth)
         with self.ledger.hold("scratch", da):
             self.answer(band * channels)
             if into_g:

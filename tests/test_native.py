@@ -96,16 +96,20 @@ BANDS = [
     ((3, 7, 5), torch.float32, 560, 2, 1, 7),
     ((3, 7, 5), torch.float32, 1119, 1, 1, 7),
     ((3, 7, 5), torch.float32, 1120, 1, 2, 7),
+    # not three and one, six and one, six and two
+    ((4, 7, 5), torch.float32, 1680, 1, 2, 7),
+    ((3, 7, 5), torch.float32, 480, 1, 1, 4),
+    ((3, 8, 5), torch.float32, 480, 2, 1, 4),
     ((2, 3, 7, 5), torch.float32, 1679, 1, 1, 2),
 ]
 
 
 @pytest.mark.parametrize(("device", "limit"), [("cpu", "CPU_BAND_BYTES"), ("meta", "BAND_BYTES")])
 @pytest.mark.parametrize(("size", "dtype", "most", "unit", "images", "lines"), BANDS, ids=str)
-def test_bands_are_as_large_as_fits(
+def test_bands_are_as_few_as_fit(
     size, dtype, most, unit, images, lines, device, limit, monkeypatch
 ):
-    """In the accumulator's dtype; a line, or a unit of them, at least."""
+    """In the accumulator's dtype, and equally long; a line, or a unit of them, at least."""
     monkeypatch.setattr(Reference, "CPU_BAND_BYTES", 3)
     monkeypatch.setattr(Reference, limit, most)
     geometry = Geometry(*size)
@@ -116,9 +120,13 @@ def test_bands_are_as_large_as_fits(
         for h in range(0, geometry.lines, lines)
     ]
     rows = max(1, most // (4 * (8 if dtype == torch.float64 else 4)))
+    rows = math.ceil(len(x) / math.ceil(len(x) / rows))
     assert list(Reference().row_bands(x)) == [
         slice(m, min(m + rows, len(x))) for m in range(0, len(x), rows)
     ]
+    # a band of x beside one of twice as many columns, or of fewer
+    assert list(Reference().row_bands(x[:, :2], 4)) == list(Reference().row_bands(x))
+    assert list(Reference().row_bands(x, 2)) == list(Reference().row_bands(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -89,16 +89,17 @@ class GradientSums:
         rows = 4 if self.rounds else 2
         self.sums = read.mean.new_zeros((rows, len(read.mean)), dtype=torch.float64)
 
-    def add(self, row: int, gradient: Tensor, x_hat: Tensor) -> None:
-        """Take in sum(gradient) and sum(gradient * x_hat) over all but the last axis; x_hat is
-        overwritten.
+    def add(self, row: int, gradient: Tensor, centred: Tensor) -> None:
+        """Take in sum(gradient) and sum(gradient * (x - mean)) over all but the last axis;
+        ``centred`` is overwritten.
         """
         axes = tuple(range(gradient.dim() - 1))
         self.sums[row] += gradient.sum(axes)
-        self.sums[row + 1] += x_hat.mul_(gradient).sum(axes)
+        self.sums[row + 1] += centred.mul_(gradient).sum(axes)
 
     def credited(self) -> Sums:
-        """The sums, of which S1 and S2 now have the reader's share."""
+        """The sums, of x_hat in place of x - mean; S1 and S2 now have the reader's share."""
+        self.sums[1::2] *= self.read.rstd
         parts = [row.to(self.read.mean.dtype, copy=True) for row in self.sums]
         sums = Sums(*parts[:2])
         if self.into is not None:
@@ -113,8 +114,9 @@ class Reference:
 
     name = "reference"
     dtypes: tuple[torch.dtype, ...] | None = None  # that its own kernels take; None: any
-    # a band's activations stay in a core's L2 on a CPU; a GPU wants launches worth their cost
-    CPU_BAND_BYTES = 1 << 20
+    # a band's activations stay in caches on a CPU, and are worth an operation's cost; a GPU wants
+    # launches worth theirs
+    CPU_BAND_BYTES = 2 << 20
     BAND_BYTES = 256 << 20
 
     def __init__(self) -> None:
@@ -183,11 +185,10 @@ class Reference:
         limit = self.CPU_BAND_BYTES if x.device.type == "cpu" else self.BAND_BYTES
         return limit // accumulator(x.dtype).itemsize
 
-    def row_bands(self, x: Tensor) -> Iterator[slice]:
-        """Slices of the rows of x (M, C)."""
-        step = max(1, self._band_values(x) // x.shape[1])
-        for start in range(0, len(x), step):
-            yield slice(start, min(start + step, len(x)))
+    def row_bands(self, x: Tensor, columns: int = 0) -> Iterator[slice]:
+        """Slices of the rows of x (M, C), beside which another matrix may have more ``columns``."""
+        most = self._band_values(x) // max(x.shape[1], columns)
+        yield from equal_parts(len(x), max(1, most))
 
     def image_bands(
         self, x: Tensor, geometry: Geometry, unit: int = 1
@@ -196,14 +197,9 @@ class Reference:
         multiple of unit. Of a volume they are planes.
         """
         lines = self._band_values(x) // (x.shape[-1] * geometry.line)
-        images = max(1, lines // geometry.lines)
-        lines = geometry.lines if lines >= geometry.lines else max(unit, lines // unit * unit)
-        for n in range(0, geometry.n, images):
-            for h in range(0, geometry.lines, lines):
-                yield (
-                    slice(n, min(n + images, geometry.n)),
-                    slice(h, min(h + lines, geometry.lines)),
-                )
+        for images in equal_parts(geometry.n, max(1, lines // geometry.lines)):
+            for part in equal_parts(geometry.lines, max(unit, lines), unit):
+                yield images, part
 
     # ---- reading and answering, the two halves that every primitive shares
 
@@ -225,13 +221,13 @@ class Reference:
         """
         if z is not None:
             aten.threshold_backward.grad_input(da, z, 0, grad_input=da)
-        x_hat = self._x_hat(x, read)
-        sums.add(0, da.to(x_hat.dtype), x_hat)
+        centred = self._centred(x, read)
+        sums.add(0, da.to(centred.dtype), centred)
         return da
 
-    def _x_hat(self, x: Tensor, read: Reader) -> Tensor:
-        x_hat = self.scratch.take("z", x.shape, read.mean.dtype, x.device)
-        return torch.sub(x, read.mean, out=x_hat).mul_(read.rstd)
+    def _centred(self, x: Tensor, read: Reader) -> Tensor:
+        centred = self.scratch.take("z", x.shape, read.mean.dtype, x.device)
+        return torch.sub(x, read.mean, out=centred)
 
     def _add_into(self, g: Tensor, dz: Tensor, x: Tensor, read: Reader, sums: GradientSums) -> None:
         """G += s*dz, and where G rounds, the sums of what it took in."""
@@ -241,7 +237,7 @@ class Reference:
         before = self.scratch.take("g", g.shape, read.scale.dtype, g.device).copy_(g)
         g.copy_(torch.addcmul(before, dz, read.scale))
         taken = torch.sub(g, before, out=before)
-        sums.add(2, taken, self._x_hat(x, read))
+        sums.add(2, taken, self._centred(x, read))
 
     @staticmethod
     def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -286,7 +282,7 @@ class Reference:
         """y = relu(s*x + t) @ W^T for x (M, C) and W (B, C): y (M, B)."""
         y = x.new_empty((len(x), weight.shape[0]))
         sums = MomentSums(self.scratch)
-        for rows in self.row_bands(x):
+        for rows in self.row_bands(x, len(weight)):
             torch.mm(self._read(x[rows], read), weight.t(), out=y[rows])
             if moments is not None:
                 sums.add(y[rows])
@@ -320,7 +316,7 @@ class Reference:
                 new = new * geometry.pixels(keep[0])[n, h] * keep[1]
             target[n, h].copy_(new)
             if moments is not None:
-                sums.add(target[n, h])
+                sums.add(new)
         if moments is not None:
             sums.merge(moments)
 
@@ -369,7 +365,7 @@ class Reference:
         """
         dweight = torch.zeros_like(weight, dtype=read.scale.dtype) if need_weight else None
         g, sums = into.start(), GradientSums(read, into)
-        for rows in self.row_bands(x):
+        for rows in self.row_bands(x, len(weight)):
             dy = dz[rows] if behind is None else self._normalised(dz[rows], y[rows], behind)
             z = self._read(x[rows], read)
             if need_weight:
@@ -384,9 +380,10 @@ class Reference:
         """dy = a*dz + b*y + c, as y's dtype stores it."""
         a, b, c = behind.vectors
         dy = self.scratch.take("dy", dz.shape, a.dtype, dz.device)
-        torch.mul(dz, a, out=dy)
-        if b is not None:
-            dy.addcmul_(y, b).add_(c)
+        if b is None:
+            torch.mul(dz, a, out=dy)
+        else:
+            torch.addcmul(c, y, b, out=dy).addcmul_(dz, a)
         return dy.to(y.dtype)
 
     def bn_relu_conv3x3_backward(
@@ -423,6 +420,7 @@ class Reference:
                 geometry.pixels(dz)[n, h] = da
             else:
                 self._add_into(geometry.pixels(g)[n, h], da, lines, read, sums)
+            del da  # before the next one is made
         return dz, sums.credited(), dweight
 
     @staticmethod
@@ -647,6 +645,18 @@ class Reference:
                 from_, to = ((slice(None), *part) for part in zip(*spans, strict=True))
                 da[to] += torch.where(w[from_] == offset, d[from_], 0)
             yield n, h, da[:, 1 : 1 + h.stop - h.start]
+
+
+def equal_parts(size: int, most: int, unit: int = 1) -> Iterator[slice]:
+    """0..size in as few slices as hold ``most`` each, which are as long as each other but for the
+    last; several of them hold multiples of ``unit``.
+    """
+    step = max(1, size)
+    if most < size:
+        count = -(-size // (most // unit * unit))
+        step = -(-size // (count * unit)) * unit
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
 
 
 def strided(windows: int, shift: int, size: int) -> tuple[slice, slice]:
