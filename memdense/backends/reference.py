@@ -89,17 +89,16 @@ class GradientSums:
         rows = 4 if self.rounds else 2
         self.sums = read.mean.new_zeros((rows, len(read.mean)), dtype=torch.float64)
 
-    def add(self, row: int, gradient: Tensor, centred: Tensor) -> None:
-        """Take in sum(gradient) and sum(gradient * (x - mean)) over all but the last axis;
-        ``centred`` is overwritten.
+    def add(self, row: int, gradient: Tensor, x_hat: Tensor) -> None:
+        """Take in sum(gradient) and sum(gradient * x_hat) over all but the last axis; x_hat is
+        overwritten.
         """
         axes = tuple(range(gradient.dim() - 1))
         self.sums[row] += gradient.sum(axes)
-        self.sums[row + 1] += centred.mul_(gradient).sum(axes)
+        self.sums[row + 1] += x_hat.mul_(gradient).sum(axes)
 
     def credited(self) -> Sums:
-        """The sums, of x_hat in place of x - mean; S1 and S2 now have the reader's share."""
-        self.sums[1::2] *= self.read.rstd
+        """The sums, of which S1 and S2 now have the reader's share."""
         parts = [row.to(self.read.mean.dtype, copy=True) for row in self.sums]
         sums = Sums(*parts[:2])
         if self.into is not None:
@@ -221,13 +220,13 @@ class Reference:
         """
         if z is not None:
             aten.threshold_backward.grad_input(da, z, 0, grad_input=da)
-        centred = self._centred(x, read)
-        sums.add(0, da.to(centred.dtype), centred)
+        x_hat = self._x_hat(x, read)
+        sums.add(0, da.to(x_hat.dtype), x_hat)
         return da
 
-    def _centred(self, x: Tensor, read: Reader) -> Tensor:
-        centred = self.scratch.take("z", x.shape, read.mean.dtype, x.device)
-        return torch.sub(x, read.mean, out=centred)
+    def _x_hat(self, x: Tensor, read: Reader) -> Tensor:
+        x_hat = self.scratch.take("z", x.shape, read.mean.dtype, x.device)
+        return torch.sub(x, read.mean, out=x_hat).mul_(read.rstd)
 
     def _add_into(self, g: Tensor, dz: Tensor, x: Tensor, read: Reader, sums: GradientSums) -> None:
         """G += s*dz, and where G rounds, the sums of what it took in."""
@@ -237,7 +236,7 @@ class Reference:
         before = self.scratch.take("g", g.shape, read.scale.dtype, g.device).copy_(g)
         g.copy_(torch.addcmul(before, dz, read.scale))
         taken = torch.sub(g, before, out=before)
-        sums.add(2, taken, self._centred(x, read))
+        sums.add(2, taken, self._x_hat(x, read))
 
     @staticmethod
     def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
