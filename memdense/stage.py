@@ -156,9 +156,8 @@ def obstacle_now(x: Tensor, found: StageModules | StemModules) -> str:
     dtype = autocast_dtype(x.device)
     if dtype is None or x.dtype == torch.float64:
         return ""
-    for narrow in found.narrow:
-        if narrow != dtype:
-            return f"autocast convolves in {dtype}, but a parameter is {narrow}"
+    for other in found.narrow - {dtype}:
+        return f"autocast convolves in {dtype}, but a parameter is {other}"
     return widened(x.device, found) or ("" if stem else digits_lost(x))
 
 

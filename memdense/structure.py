@@ -366,7 +366,7 @@ class StageModules(NamedTuple):
     moving: Moving
     axes: int
     drop_channels: bool
-    narrow: list[torch.dtype]
+    narrow: set[torch.dtype]
 
 
 def _stage_modules(
@@ -390,8 +390,8 @@ def _stage_modules(
     return StageModules(stage, tensors, running, spec, moves, sum(axes), drop_channels, narrow)
 
 
-def _narrow(tensors: Iterable[Tensor | None]) -> list[torch.dtype]:
-    return [t.dtype for t in tensors if t is not None and t.element_size() == 2]
+def _narrow(tensors: Iterable[Tensor | None]) -> set[torch.dtype]:
+    return {t.dtype for t in tensors if t is not None and t.element_size() == 2}
 
 
 def read_stage(
@@ -483,7 +483,7 @@ class StemModules(NamedTuple):
     norm: Norm
     moving: Moving
     group: str
-    narrow: list[torch.dtype]  # of parameters
+    narrow: set[torch.dtype]  # of parameters
 
 
 def read_stem(modules: dict[str, nn.Module]) -> StemModules:

@@ -56,7 +56,7 @@ struct Scratch {
   T* data;
 
   explicit Scratch(int64_t values)
-      : tensor(empty(kScalarType<T>, {std::max<int64_t>(values, 1)})),
+      : tensor(make<T>({std::max<int64_t>(values, 1)})),
         data(static_cast<T*>(tensor.mutable_data_ptr())) {}
 };
 
@@ -406,7 +406,7 @@ Tensor conv3x3_weight_gradient(const Tensor& dy, const Tensor& x, const Ints& st
   STD_TORCH_CHECK(g.k >= 1 && g.c >= 1, "conv3x3: expected channels");
   return with_value("x", x, [&]<typename S>(S) {
     using T = Compute<S>;
-    const Tensor dweight = empty(kScalarType<T>, {g.k, g.c, 3, 3});
+    const Tensor dweight = make<T>({g.k, g.c, 3, 3});
     T* result = static_cast<T*>(dweight.mutable_data_ptr());
     if (g.n == 0) {
       std::fill_n(result, 9 * g.k * g.c, T{0});
