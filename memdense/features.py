@@ -198,10 +198,10 @@ class Features(nn.Sequential):
         if not self._switches.run_efficiently(_ALL, x):
             return super().forward(x)
         steps = self.steps("norm")
-        out, outputs, layout = self._run(x, steps)
+        out, features, layout = self._run(x, steps)
         out = _laid(out, layout)
         # behind an Identity in place of the last norm models rectify what a block keeps
-        kept = outputs and out is outputs[-1] and steps[-1].kind == "module"
+        kept = out is features and steps[-1].kind == "module"
         return out.clone() if kept else out
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -218,9 +218,10 @@ class Features(nn.Sequential):
         block's buffer, unless hooks on it were to see it.
         """
         steps = [part for step in self.steps(None) for part in apart(step)]
+        outputs: list[Tensor] = []
         if self._switches.run_efficiently(_ALL, x):
-            return self._run(x, steps)[1]
-        outputs = []
+            self._run(x, steps, outputs)
+            return outputs
         for step in steps:
             for name in step.names:
                 x = self._modules[name](x)
@@ -265,15 +266,17 @@ class Features(nn.Sequential):
         )
 
     def _run(
-        self, x: Tensor, steps: Iterable[Step]
-    ) -> tuple[Tensor, list[Tensor], torch.memory_format]:
-        """The last step's output, what each dense block gave, and the memory format that modules
-        would have given the former.
+        self, x: Tensor, steps: Iterable[Step], outputs: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None, torch.memory_format]:
+        """The last step's output, what the last dense block gave (each one's goes to ``outputs``),
+        and the memory format that modules would have given the former.
         """
-        outputs, layout, ours = [], self._layout(x), False
+        features, layout, ours = None, self._layout(x), False
         for step in steps:
             for part, found, reason in self.parts(step):
                 modules = [self._modules[name] for name in part.names]
+                if part.kind == "stage":
+                    features = None  # the block before: its memory is free, if nobody else wants it
                 if not isinstance(x, Tensor):
                     found = None  # as a pool's indices beside its output: modules say what is wrong
                 if found is not None:
@@ -290,17 +293,20 @@ class Features(nn.Sequential):
                         for module in modules:
                             x = module(x)
                 elif found is not None and fits(x, found):
-                    x, features = run_stage(x, found, self.double_backward, layout)
+                    x, made = run_stage(x, found, self.double_backward, layout)
                     ours = True
                 else:
                     # modules see, and draw dropout in, the layout that modules ahead would give it
-                    x, features = run_modules(_laid(x, layout) if ours else x, modules, part)
+                    x, made = run_modules(_laid(x, layout) if ours else x, modules, part)
                     ours = False
                 if not ours:
                     layout = self._layout_behind(x, layout)
                 if part.kind == "stage":
-                    outputs.append(features)
-        return x, outputs, layout
+                    features = made
+                    if outputs is not None:
+                        outputs.append(made)
+                del made  # which the next part need not keep
+        return x, features, layout
 
     def parts(self, step: Step) -> list[tuple[Step, StageModules | StemModules | None, str]]:
         """A step as it runs now, with what was read of it, or why it runs as modules. A block and
