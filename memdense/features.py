@@ -199,7 +199,8 @@ class Features(nn.Sequential):
             return super().forward(x)
         steps = self.steps("norm")
         out, features, layout = self._run(x, steps)
-        out = _laid(out, layout)
+        if layout is not None:
+            out = _laid(out, layout)
         # behind an Identity in place of the last norm models rectify what a block keeps
         kept = out is features and steps[-1].kind == "module"
         return out.clone() if kept else out
@@ -267,9 +268,9 @@ class Features(nn.Sequential):
 
     def _run(
         self, x: Tensor, steps: Iterable[Step], outputs: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | None, torch.memory_format]:
+    ) -> tuple[Tensor, Tensor | None, torch.memory_format | None]:
         """The last step's output, what the last dense block gave (each one's goes to ``outputs``),
-        and the memory format that modules would have given the former.
+        and the memory format that modules would have given the former; None where modules made it.
         """
         features, layout, ours = None, self._layout(x), False
         for step in steps:
@@ -306,7 +307,7 @@ class Features(nn.Sequential):
                     if outputs is not None:
                         outputs.append(made)
                 del made  # which the next part need not keep
-        return x, features, layout
+        return x, features, layout if ours else None
 
     def parts(self, step: Step) -> list[tuple[Step, StageModules | StemModules | None, str]]:
         """A step as it runs now, with what was read of it, or why it runs as modules. A block and

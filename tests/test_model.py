@@ -465,7 +465,7 @@ class _Rows(nn.Module):
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("images", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("last", ["neither", "images", "weights"])
 @pytest.mark.parametrize(
     "name, module",
     [
@@ -478,12 +478,16 @@ class _Rows(nn.Module):
     ],
 )
 def test_dropout_and_format_behind_a_module_that_chooses_one(
-    name: str, module: nn.Module, images: torch.memory_format
+    name: str, module: nn.Module, last: str
 ) -> None:
     torch.manual_seed(0)
     model = memdense.DenseNet(**NET, drop_rate=0.3).double()
     model.features.set_submodule(name, module)
-    x = torch.randn(2, 3, 40, 40, dtype=torch.float64).to(memory_format=images)
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    if last == "weights":
+        model.to(memory_format=torch.channels_last)
+    elif last == "images":
+        x = x.to(memory_format=torch.channels_last)
     found = []
     for model.features.efficient in (False, True):
         torch.manual_seed(1)
