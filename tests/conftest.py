@@ -61,6 +61,21 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def float32_precision():
+    """``float32_precision("ieee")`` or "tf32": how PyTorch's convolutions on CUDA multiply float32,
+    for the rest of a test. monkeypatch would delete the attribute, which no __dict__ holds.
+    """
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+
+    def choose(precision: str) -> None:
+        convolution.fp32_precision = precision
+
+    yield choose
+    choose(before)
+
+
 @pytest.fixture(scope="session")
 def common(tmp_path_factory):
     """A directory of all workers."""

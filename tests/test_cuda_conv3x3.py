@@ -53,15 +53,15 @@ def test_plain(number):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dilation", [1, 2, 4])
 @pytest.mark.parametrize("kernels", [True, False])
-def test_no_worse_than_cudnn(kind, dilation, kernels, monkeypatch):
+def test_no_worse_than_cudnn(kind, dilation, kernels, float32_precision, monkeypatch):
     """The module, forward and every gradient, at a size that matters; in all dtypes on the
     extension's kernels, or as it chooses.
 
     In TF32 against exact products of rounded operands: cuDNN, allowed it, may do without. In
     float32 against oneDNN on the CPU too: either may cut sums into parts, and round less.
     """
-    dtype, precision = kind.dtype, "tf32" if kind.tf32 else "ieee"
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+    dtype = kind.dtype
+    float32_precision("tf32" if kind.tf32 else "ieee")
     if kernels:
         monkeypatch.setitem(convolution._DTYPES, "cuda", (dtype,))
     ours = DilatedConv2d(128, 32, padding=dilation, dilation=dilation).cuda().to(dtype)
@@ -95,19 +95,15 @@ def test_no_worse_than_cudnn(kind, dilation, kernels, monkeypatch):
         assert rms_error(a, c) <= allowed, i
 
 
-def test_tf32_is_asked_for():
+def test_tf32_is_asked_for(float32_precision):
     """float32 is multiplied as torch.backends says."""
     module = DilatedConv2d(64, 32, padding=1).cuda()
     x = torch.randn(2, 64, 20, 20, device="cuda")
     exact = copy.deepcopy(module).double()(x.double())
-    convolution = torch.backends.cudnn.conv
-    before, errors = convolution.fp32_precision, {}
-    try:
-        for precision in ("ieee", "tf32"):
-            convolution.fp32_precision = precision
-            errors[precision] = rms_error(module(x), exact) / exact.std().item()
-    finally:
-        convolution.fp32_precision = before
+    errors = {}
+    for precision in ("ieee", "tf32"):
+        float32_precision(precision)
+        errors[precision] = rms_error(module(x), exact) / exact.std().item()
     assert errors["ieee"] < 2e-6 < 5e-5 < errors["tf32"] < 2e-3
 
 

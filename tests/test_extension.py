@@ -290,15 +290,10 @@ def test_an_extension_of_no_use_is_told_of(built, monkeypatch):
     assert [str(w.message) for w in said] == built * expected
 
 
-def test_tf32_is_what_torch_says():
-    convolution = torch.backends.cudnn.conv
-    before = convolution.fp32_precision
-    try:
-        for precision in ("ieee", "tf32"):
-            convolution.fp32_precision = precision
-            assert _extension.tf32() == (precision == "tf32")
-    finally:
-        convolution.fp32_precision = before
+def test_tf32_is_what_torch_says(float32_precision):
+    for precision in ("ieee", "tf32"):
+        float32_precision(precision)
+        assert _extension.tf32() == (precision == "tf32")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ The primitives' own tests (test_triton*.py, test_cuda*.py) run on the device too
 """
 
 import copy
+from collections.abc import Callable
 from statistics import median
 
 import pytest
@@ -95,12 +96,14 @@ def test_triton_runs_by_default() -> None:
 
 @pytest.mark.parametrize("args", [ARGS, (12, (3, 3), 24, 4, 0.2, 5), (7, (2, 2), 10, None, 0, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_triton_is_as_near_float64_as_the_reference(args: tuple, dtype: torch.dtype) -> None:
+def test_triton_is_as_near_float64_as_the_reference(
+    args: tuple, dtype: torch.dtype, float32_precision: Callable[[str], None]
+) -> None:
     """Gradients of whole networks over several draws: 1.5 times the reference backend's error, in
     the median. A value within a rounding of the ReLU's kink, one or two in a few networks of
     float32, moves their gradients by many orders of magnitude more than all other roundings.
     """
-    allow, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    float32_precision("ieee")
     errors: dict[str, list[float]] = {"triton": [], "reference": []}
     for seed in range(6):
         plain = memdense.DenseNet(*args)
@@ -128,7 +131,6 @@ def test_triton_is_as_near_float64_as_the_reference(args: tuple, dtype: torch.dt
             for p, q in zip(model.parameters(), exact.parameters(), strict=True):
                 size = q.grad.square().mean()
                 found.append(((p.grad - q.grad).square().mean() / size).sqrt().item())
-    torch.backends.cudnn.allow_tf32 = allow
     assert median(errors["triton"]) <= 1.5 * median(errors["reference"]), errors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,13 +30,10 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_avail
 
 
 @pytest.fixture(autouse=True, params=["tf32", "ieee"] if torch.cuda.is_available() else [None])
-def float32_products(request) -> Iterator[None]:
+def float32_products(request, float32_precision) -> None:
     """On a device, products of float32 in both of PyTorch's ways."""
-    convolution = torch.backends.cudnn.conv
-    before = convolution.fp32_precision
-    convolution.fp32_precision = request.param or before
-    yield
-    convolution.fp32_precision = before
+    if request.param:
+        float32_precision(request.param)
 
 
 class TensorCores(TorchDispatchMode):
