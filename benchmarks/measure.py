@@ -72,6 +72,11 @@ class Refused:
     reason: str
 
 
+def refused(error: Exception) -> Refused:
+    """What a variant that raised has in place of times: the error's first line."""
+    return Refused(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
+
+
 def interleaved(
     variants: Mapping[str, Run],
     check: Callable[[str, Any], str],
@@ -83,9 +88,9 @@ def interleaved(
     slows the machine slows all, and none always follows the same other one.
 
     First each runs once, and ``check(name, result)`` says what is wrong with its result, nothing
-    if it is right. What is wrong, or raises RuntimeError, is refused. A second, untimed round warms
-    up and tells how many rounds fit into ``seconds``, at least and at most ``rounds`` of them; runs
-    that are longer than that need no second one.
+    if it is right. What is wrong, or raises an error (Triton's are no RuntimeErrors), is refused. A
+    second, untimed round warms up and tells how many rounds fit into ``seconds``, at least and at
+    most ``rounds`` of them; runs that are longer than that need no second one.
     """
     found: dict[str, list[float] | Refused] = {}
     first = 0.0
@@ -96,9 +101,9 @@ def interleaved(
             # of one variant alone: others may compile in here
             first = first or time.perf_counter() - start
             reason = check(name, result)
-        except RuntimeError as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        found[name] = Refused(reason) if reason else []
+            found[name] = Refused(reason) if reason else []
+        except Exception as error:
+            found[name] = refused(error)
     ready = [name for name, times in found.items() if not isinstance(times, Refused)]
     least, most = rounds
     count = least

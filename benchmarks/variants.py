@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 import torchvision
-from measure import Clock, Refused, interleaved, with_ratios
+from measure import Clock, Refused, interleaved, refused, with_ratios
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -268,8 +268,9 @@ def measure(
 
     x, target = inputs(setting)
     models, images, found = {}, {}, {}
-    for name in variants:
-        tell(f"checking {name}")
+
+    def prepare(name: str) -> str:
+        """What is wrong with a variant; its model and images are kept if nothing is."""
         variant = VARIANTS[name]
         with torch.device("meta"):  # initialising millions of weights takes longer than a step
             model = variant.make(setting.arch)
@@ -279,12 +280,20 @@ def measure(
             with backend(name):
                 reason = complaint(errors(outcome(model, small), exact), tolerated)
             if reason:
-                found[name] = Refused(reason)
-                continue
+                return reason
             model.load_state_dict(weights)
         models[name] = model
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         images[name] = x.contiguous(memory_format=layout)
+        return ""
+
+    for name in variants:
+        tell(f"checking {name}")
+        try:
+            if reason := prepare(name):
+                found[name] = Refused(reason)
+        except Exception as error:  # the others' times are worth having
+            found[name] = refused(error)
 
     def run(name: str) -> Tensor:
         with backend(name):
@@ -307,8 +316,11 @@ def measure(
         if not isinstance(record, Refused):
             tell(f"weighing {name}")
             part = partial(forward, models[name], images[name], target, setting)
-            peak, kept = weigh(runs[name], part, backend(name), setting)
-            record |= {"peak bytes": peak, "kept bytes": kept}
+            try:
+                peak, kept = weigh(runs[name], part, backend(name), setting)
+                record |= {"peak bytes": peak, "kept bytes": kept}
+            except Exception as error:
+                records[name] = refused(error)
     models.clear()
     free()
     return records

@@ -22,7 +22,7 @@ import kernels
 import primitives
 import report
 import variants
-from measure import Ceilings, Clock, Refused, interleaved, with_ratios
+from measure import Ceilings, Clock, Refused, interleaved, refused, with_ratios
 
 from memdense import ops
 from memdense.backends import Reference
@@ -62,12 +62,13 @@ def test_variants_are_interleaved_in_random_orders() -> None:
 
 
 def test_a_wrong_result_is_never_timed() -> None:
-    calls = dict.fromkeys(("right", "wrong", "nan", "raises"), 0)
+    calls = dict.fromkeys(("right", "wrong", "nan", "raises", "asserts"), 0)
 
     def run(name: str) -> float:
         calls[name] += 1
         if name == "raises":
             raise RuntimeError("out of memory\nand more")
+        assert name != "asserts"
         return {"right": 1.0, "wrong": 1.1, "nan": math.nan}[name]
 
     def check(name: str, value: float) -> str:
@@ -78,8 +79,10 @@ def test_a_wrong_result_is_never_timed() -> None:
     assert found["wrong"] == Refused("1.1 is not 1")
     assert found["nan"] == Refused("nan is not 1")
     assert found["raises"] == Refused("RuntimeError: out of memory")
+    assert found["asserts"].reason.startswith("AssertionError")
     assert len(found["right"]) == 5
-    assert calls == {"right": 1 + 1 + 5, "wrong": 1, "nan": 1, "raises": 1}
+    assert calls == {"right": 1 + 1 + 5, "wrong": 1, "nan": 1, "raises": 1, "asserts": 1}
+    assert refused(ValueError()) == Refused("ValueError")
 
 
 def test_ratios_are_taken_within_rounds() -> None:
@@ -117,6 +120,35 @@ def test_a_network_with_a_wrong_gradient_is_refused(monkeypatch: pytest.MonkeyPa
     assert found["torchvision"]["ratio"] == 1
     assert found["memdense"]["peak bytes"] < found["torchvision"]["peak bytes"]
     assert found["checkpointed layers"]["kept bytes"] < found["torchvision"]["kept bytes"]
+
+
+def test_a_network_that_raises_costs_only_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of Triton's compiler, say, which is none of Python's own kinds."""
+
+    class Failure(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise Failure("does not fit")
+
+    def in_the_check(model: nn.Module) -> nn.Module:
+        model.classifier.register_forward_hook(fail)
+        return model
+
+    def weigh(run, *rest) -> tuple[int, int]:
+        return fail() if run.args == ("unweighed",) else (2, 1)
+
+    plain = variants.VARIANTS["torchvision"]
+    peers = {name: plain for name in ("torchvision", "unweighed", "other")}
+    peers["built"] = variants.Variant(fail)
+    peers["checked"] = variants.Variant(variants.torchvision_model, in_the_check)
+    monkeypatch.setattr(variants, "VARIANTS", peers)
+    monkeypatch.setattr(variants, "weigh", weigh)
+    found = variants.measure(TINY, list(peers), 0.0)
+    for name in ("unweighed", "built", "checked"):
+        assert found.pop(name) == Refused("Failure: does not fit"), name
+    assert found.keys() == {"torchvision", "other"}
+    assert all(len(r["times"]) == 3 and r["peak bytes"] == 2 for r in found.values())
 
 
 def test_errors_are_judged_beside_the_plain_modules() -> None:
