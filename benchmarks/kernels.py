@@ -174,6 +174,8 @@ def main() -> None:
         table.add_row(*row(label, records, ceiling, args.shared))
         plain = {n: r.reason if isinstance(r, Refused) else r for n, r in records.items()}
         rows.append({"kernel": label, "variants": plain})
+        if args.json:  # each time: what comes next may fail, or take too long
+            args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
     common = dtype, args.device, clock, args.seconds
     for case in cases(args.batch or (64 if cuda else 4), args.every):
@@ -190,8 +192,6 @@ def main() -> None:
     Console().print(
         f"copy {ceiling.bandwidth / 1e9:.1f} GB/s, product {ceiling.arithmetic / 1e9:.0f} GFLOP/s"
     )
-    if args.json:
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

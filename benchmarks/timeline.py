@@ -11,6 +11,7 @@ memory nine times).
 import argparse
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,8 @@ def trace(run: Callable[[], None]) -> list[Kernel]:
         events = json.loads(path.read_text())["traceEvents"]
     kinds = "kernel", "gpu_memcpy", "gpu_memset"
     found = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: e["ts"])
+    if len(found) < STEPS:
+        sys.exit("the profiler saw no kernels: does CUPTI work here, and may this user profile?")
     return [
         Kernel(e["name"], e["ts"], e["dur"], e["args"].get("grid"))
         for e in found[-(len(found) // STEPS) :]
@@ -183,6 +186,7 @@ def main() -> None:
         name for name in ("memdense", "memdense, 3x3 in Triton") if name in names(setting)
     ]
     bandwidth = ceilings(device, setting.dtype).bandwidth
+    about = describe(device) | {"copy": f"{bandwidth / 1e9:.0f} GB/s"}
     console, found = Console(width=130), {}
     x, target = inputs(setting)
     for name in chosen:
@@ -206,12 +210,12 @@ def main() -> None:
             for row in shares(found[name], setting, bandwidth):
                 table.add_row(*row)
             console.print(table)
+        if args.json:  # each time: the next variant may fail
+            rows = {name: as_rows(kernels) for name, kernels in found.items()}
+            data = {"about": about, "setting": str(setting), **rows}
+            args.json.write_text(json.dumps(data) + "\n")
         del model, run
-    about = describe(device) | {"copy": f"{bandwidth / 1e9:.0f} GB/s"}
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    if args.json:
-        rows = {name: as_rows(kernels) for name, kernels in found.items()}
-        args.json.write_text(json.dumps({"about": about, "setting": str(setting), **rows}) + "\n")
 
 
 if __name__ == "__main__":

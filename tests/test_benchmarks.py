@@ -570,3 +570,40 @@ def test_a_step_launches_every_family_of_a_timeline_once_a_layer() -> None:
     for family in timeline.families(layers):
         found = [name for name in names if re.search(family.pattern, name)][family.part]
         assert len(found) == layers, family.what
+
+
+def test_a_trace_is_of_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies count too; where the profiler may not see the GPU, it says so."""
+    import timeline
+
+    class Profiler:
+        def __init__(self, activities: list) -> None:
+            pass
+
+        def __enter__(self) -> "Profiler":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def export_chrome_trace(self, path: str) -> None:
+            Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    done: list[int] = []
+    events = [
+        {"ph": "M", "name": "process_name"},
+        {"cat": "cpu_op", "name": "a", "ts": 0, "dur": 9},
+    ]
+    monkeypatch.setattr(timeline, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append(-1))
+    with pytest.raises(SystemExit, match="no kernels"):
+        timeline.trace(lambda: done.append(1))
+    assert done == [1] * timeline.STEPS + [-1]
+    for step in reversed(range(timeline.STEPS)):
+        kernel = {"cat": "kernel", "name": f"k{step}", "ts": 10 * step, "dur": 2}
+        events.append(kernel | {"args": {"grid": [4, 1, 1]}})
+        events.append({"cat": "gpu_memcpy", "name": "c", "ts": 10 * step + 3, "dur": 1, "args": {}})
+    found = timeline.trace(lambda: None)
+    last = 10.0 * (timeline.STEPS - 1)
+    assert found == [("k2", last, 2, [4, 1, 1]), ("c", last + 3, 1, None)]
+    assert timeline.as_rows(found)["kernels"] == [[1, 0.0, 2, [4, 1, 1]], [0, 3.0, 1, None]]
