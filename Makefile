@@ -14,7 +14,8 @@ CLANG_FORMAT = find csrc tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o 
 	$(PY) -c 'import clang_format, sys; sys.exit(clang_format.clang_format())'
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: test demo lint format bench results report gpu sanitize clean
+.PHONY: test demo lint format bench results report sanitize clean
+.PHONY: gpu gpu-built gpu-tests gpu-timeline gpu-host gpu-bench
 .NOTPARALLEL:
 
 # One thread a worker: two workers with two threads each fight over two cores.
@@ -49,20 +50,31 @@ report: .venv/test
 	$(PY) benchmarks/report.py benchmarks/results/$(RESULTS).json --out docs/$(RESULTS) \
 		--into README.md docs/roofline.md
 
-# On a GPU machine, with the torch of its own python3: no venv, no network. The tests compile hundreds of
-# kernels, a second each: in as many processes as there may be. Then what matters most, in minutes:
-# without GPU_FLAGS it is all, in an hour.
+# On a GPU machine, with the torch of its own python3: no venv, no network. `make gpu` ends at what
+# fails, `make -k gpu` does the rest too, and each part can be made alone. The tests compile hundreds
+# of kernels, a second each: in as many processes as there may be. Then what matters most, in
+# minutes: without GPU_FLAGS it is all, in an hour.
 GPU_FLAGS ?= --arch densenet121 --seconds 5 -k "test_step or test_primitive or test_dilated"
-gpu:
+gpu: gpu-tests gpu-timeline gpu-host gpu-bench
+
+gpu-built:
 	@$(PYTHON) -c 'import importlib.util, sys; \
 		importlib.util.find_spec("torch") or sys.exit("make gpu: $(PYTHON) has no torch; set PYTHON="); \
 		import torch; \
 		torch.cuda.is_available() or sys.exit("make gpu: no CUDA device here; nothing was run")'
 	MEMDENSE_BUILD=require $(PYTHON) setup.py -q build_ext --inplace
+
+gpu-tests: gpu-built
 	workers=$$($(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null); \
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest $$workers -m gpu $(PYTEST_FLAGS)
+
+gpu-timeline: gpu-built
 	PYTHONPATH=. $(PYTHON) benchmarks/timeline.py
+
+gpu-host: gpu-built
 	PYTHONPATH=. $(PYTHON) benchmarks/host.py
+
+gpu-bench: gpu-built
 	PYTHONPATH=. $(PYTHON) -m pytest benchmarks --benchmark-only $(GPU_FLAGS) $(BENCH_FLAGS)
 
 # On a GPU machine, after make gpu; compute-sanitizer comes with the CUDA toolkit.
