@@ -3,8 +3,8 @@
 import gc
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -222,6 +222,18 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 LIMITS = {"output": 1e-4, "all": 0.1, "gradient": 0.45}
 
 
+@contextmanager
+def float32_as_such() -> Iterator[None]:
+    """Not in TF32: cuDNN, allowed it, may do without, and then others would look wrong."""
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    convolution.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before
+
+
 def complaint(found: dict[str, float], plain: dict[str, float]) -> str:
     """What is wrong with float32 results whose errors are ``found``, beside the plain modules'.
     NaN is wrong.
@@ -257,7 +269,8 @@ def measure(
     def outcome(model: nn.Module, setting: Setting) -> dict[str, Tensor]:
         x, target = inputs(setting)
         dtype = next(model.parameters()).dtype
-        return results(model, step(model, x.to(dtype), target, setting))
+        with float32_as_such():
+            return results(model, step(model, x.to(dtype), target, setting))
 
     tolerated = outcome(plain, small)
     plain.load_state_dict(weights)

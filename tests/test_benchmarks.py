@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,25 @@ def test_a_network_that_raises_costs_only_its_own_times(monkeypatch: pytest.Monk
         assert found.pop(name) == Refused("Failure: does not fit"), name
     assert found.keys() == {"torchvision", "other"}
     assert all(len(r["times"]) == 3 and r["peak bytes"] == 2 for r in found.values())
+
+
+def test_networks_are_checked_without_tf32(
+    monkeypatch: pytest.MonkeyPatch, float32_precision: Callable[[str], None]
+) -> None:
+    """And timed as they would run."""
+    float32_precision("tf32")
+    seen = []
+
+    def watch(model: nn.Module) -> nn.Module:
+        convolution = torch.backends.cudnn.conv
+        model.register_forward_hook(lambda *_: seen.append(convolution.fp32_precision))
+        return model
+
+    plain = variants.VARIANTS["torchvision"]
+    watched = variants.Variant(variants.torchvision_model, watch)
+    monkeypatch.setattr(variants, "VARIANTS", {"torchvision": plain, "watched": watched})
+    variants.measure(TINY, ["torchvision", "watched"], 0.0)
+    assert seen[0] == "ieee" and {*seen[1:]} == {"tf32"}
 
 
 def test_errors_are_judged_beside_the_plain_modules() -> None:
