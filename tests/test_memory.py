@@ -134,7 +134,7 @@ def test_inference_holds_one_block_at_a_time(backend: str) -> None:
         every = memory.peak_memory(model.extract_features, x)
         one = memory.peak_memory(model, x)
     before = sum(block.nbytes for block in every.result[:-1])
-    assert one.peak <= every.peak - 0.99 * before
+    assert one.peak <= every.peak - 0.99 * before  # a few vectors lie beside
 
 
 def test_less_than_torchvision_by_far() -> None:
