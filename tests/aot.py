@@ -50,6 +50,7 @@ class Compiled:
     stack: int
     shared: int
     product: bool  # of matrices
+    chained: bool  # products that begin with the sum so far
     ptx: str
 
     @property
@@ -122,6 +123,7 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         found["STACK"] + found["LOCAL"],
         kernel.metadata.shared,
         "tt.dot" in kernel.asm["ttir"],
+        bool(re.search(r"tt\.dot %\S+, %\S+, %(?!cst)", kernel.asm["ttgir"])),
         kernel.asm["ptx"],
     )
 
@@ -256,7 +258,7 @@ def main(net: str, dtype: str, archs: Sequence[str]) -> None:
         for launch in step_launches(NETS[net], getattr(torch, dtype), arch):
             found = compile_launch(launch, arch)
             row = {name: getattr(found, name) for name in ("name", "arch", "registers", "stack")}
-            seen = "shared", "tensor_cores", "wide", "barriers", "product"
+            seen = "shared", "tensor_cores", "wide", "barriers", "product", "chained"
             print(json.dumps(row | {name: getattr(found, name) for name in seen}), flush=True)
 
 

@@ -65,6 +65,8 @@ def test_compiles(net: str, dtype: str, arch: int, common: Path) -> None:
         if kernel["product"]:
             cores = "" if dtype == "ieee" else "wgmma" if arch >= 90 else "mma"
             assert kernel["tensor_cores"] == cores, kernel
+        if dtype == "ieee":
+            assert not kernel["chained"], kernel
         # a channel's tiles and weights of any layout are read as they come
         merges = kernel["name"].startswith("merge")
         merges = merges or kernel["name"] in ("cast_weights", "move_running")

@@ -14,7 +14,7 @@ from ...buffers import Into, NormGradient, Reader, Sums
 from .launch import Plan, kernel
 from .reduce import merge, merge_sums, moments_partial, sums_partial
 from .settle import normalised_
-from .shared import floats, norm_vectors, relu, store_moments, store_sums
+from .shared import add_product, floats, norm_vectors, relu, store_moments, store_sums
 from .tiles import cached, cdiv, hopper, multiprocessors, power, precision, readable, share_of
 from .tuning import Config, choose
 
@@ -59,13 +59,13 @@ def forward_1x1(
         z = tl.trans(z.to(x.dtype.element_ty))
         at = w + n[:, None] * ldw + c[None, :]
         inside = (c < CW)[None, :]
-        acc0 = tl.dot(tl.load(at, inside & (n < B)[:, None], 0.0), z, acc0, PRECISION)
+        acc0 = add_product(acc0, tl.load(at, inside & (n < B)[:, None], 0.0), z, PRECISION)
         if BLOCKS > 1:
             below = inside & (n + BN < B)[:, None]
-            acc1 = tl.dot(tl.load(at + BN * ldw, below, 0.0), z, acc1, PRECISION)
+            acc1 = add_product(acc1, tl.load(at + BN * ldw, below, 0.0), z, PRECISION)
         if BLOCKS > 2:
             below = inside & (n + 2 * BN < B)[:, None]
-            acc2 = tl.dot(tl.load(at + 2 * BN * ldw, below, 0.0), z, acc2, PRECISION)
+            acc2 = add_product(acc2, tl.load(at + 2 * BN * ldw, below, 0.0), z, PRECISION)
     count = tl.minimum(M - tile * BM, BM)
     row = _dealt(BM)
     dealt = (tile * BM + row < M)[:, None]
@@ -178,10 +178,10 @@ def gradients_1x1(
         da = tl.dot(w0, tl.trans(d0), input_precision=PRECISION)
         if BLOCKS > 1:
             d1 = tl.load(dy + BB + in_dy, valid & (b + BB < B)[None, :], 0.0)
-            da = tl.dot(w1, tl.trans(d1), da, PRECISION)
+            da = add_product(da, w1, tl.trans(d1), PRECISION)
         if BLOCKS > 2:
             d2 = tl.load(dy + 2 * BB + in_dy, valid & (b + 2 * BB < B)[None, :], 0.0)
-            da = tl.dot(w2, tl.trans(d2), da, PRECISION)
+            da = add_product(da, w2, tl.trans(d2), PRECISION)
         z = values * s[:, None] + t[:, None]
         dx = tl.where(z <= 0.0, 0.0, da)
         if SEEDED:
@@ -195,11 +195,11 @@ def gradients_1x1(
             # never true, but so z stays in dA's layout, which in 16 bits is the operand's too
             z = tl.where(da > float("inf"), 0.0, z)
             z = relu(z).to(x.dtype.element_ty)
-            acc0 = tl.dot(z, d0, acc0, PRECISION)
+            acc0 = add_product(acc0, z, d0, PRECISION)
             if BLOCKS > 1:
-                acc1 = tl.dot(z, d1, acc1, PRECISION)
+                acc1 = add_product(acc1, z, d1, PRECISION)
             if BLOCKS > 2:
-                acc2 = tl.dot(z, d2, acc2, PRECISION)
+                acc2 = add_product(acc2, z, d2, PRECISION)
         centred = values - mu[:, None]
         dbeta += _quads(dx, BC, BM)
         dgamma += _quads(dx * centred, BC, BM)
@@ -254,7 +254,9 @@ def forward_configs(
     """Of :func:`forward_1x1`, the default first: rows, accumulator width, inner columns."""
     width, count = blocks(b, precise)
     if precise == "ieee":
-        return (Config(64 if count == 1 else 16, width, 32 if width < 128 else 16, 8, 2),)
+        if width == 128:  # masks of rows take registers
+            return (Config(64, width, 16, 8, 1 if m % 64 else 2),)
+        return (Config(64 if count == 1 else 16, width, 32, 8, 2),)
     if dtype == torch.float32:
         low = Config(64, width, 32, 8, 2)
         return (Config(128, width, 32, 8, 2), low) if count == 1 else (low,)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...buffers import Geometry, Into, Reader, Sums
 from .launch import Plan, kernel
 from .reduce import merge, merge_sums, moments_partial, sums_partial
-from .shared import answer, floats, norm_vectors, relu, store_moments, store_sums
+from .shared import add_product, answer, floats, norm_vectors, relu, store_moments, store_sums
 from .tiles import cached, cdiv, multiprocessors, power, precision, readable, share_of
 from .tuning import Config
 
@@ -64,7 +64,6 @@ def _convolve(
     py = pixel // W % H
     x += tile.to(tl.int64) * BM * ldx
     acc = tl.zeros([BM, BN], tl.float32)
-    total = acc
     for start in range(0, C, BK):
         c = start + tl.arange(0, BK)
         columns = (c < CX)[None, :]
@@ -90,13 +89,7 @@ def _convolve(
                 # a minimum, since a select would cost three instructions where values are 16 bits
                 z = tl.minimum(z, tl.where(there, float("inf"), 0.0), tl.PropagateNan.ALL)
                 z = z.to(x.dtype.element_ty)
-            acc = tl.dot(z, b, acc, PRECISION)
-            if PRECISION == "ieee" and tap % 3 == 2:
-                # a line of the kernel by itself: one long chain of additions would round more
-                total += acc
-                acc = tl.zeros([BM, BN], tl.float32)
-    if PRECISION == "ieee":
-        return total
+            acc = add_product(acc, z, b, PRECISION)
     return acc
 
 
@@ -265,9 +258,9 @@ def weight_gradient_3x3(
             dy, x, start + BM, last, py, px, c, j, j4, tap,
             H, W, CX, CK, DY, DX, ldy, ldx, line, step, BM,
         )  # fmt: skip
-        before = tl.dot(z, b0, before, PRECISION)
-        centre = tl.dot(z, b4, centre, PRECISION)
-        after = tl.dot(z, b5, after, PRECISION)
+        before = add_product(before, z, b0, PRECISION)
+        centre = add_product(centre, z, b4, PRECISION)
+        after = add_product(after, z, b5, PRECISION)
     partial += split.to(tl.int64) * size + c[:, None] * 9
     at = partial + j4[None, :] * C * 9 + tap[None, :]
     inside = (c < C)[:, None]

@@ -27,6 +27,16 @@ def floats(values):
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b. In float32 without tensor cores the product is summed by itself, as one long
+    chain of multiply-adds rounds more; told of imprecise sums, Triton does not make it one.
+    """
+    if PRECISION == "ieee":
+        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    return tl.dot(a, b, acc, PRECISION)
+
+
+@triton.jit
 def norm_vectors(mean, var, weight, bias, eps, c, inside):
     """s = weight*r, t = bias - mean*s, mean and r = 1/sqrt(var + eps) of channels c."""
     mu = tl.load(mean + c, inside, 0.0)
