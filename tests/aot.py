@@ -192,6 +192,12 @@ def densenet121(dtype: torch.dtype, batch: int = 256) -> None:
     statistics.pack(empty(batch, 64, 56, 56, dtype=dtype), out, geometry, empty(2, 64))
 
 
+def stem(dtype: torch.dtype) -> None:
+    """Of maps with even and with odd sides."""
+    for side, channels in ((224, 64), (226, 96)):
+        stem_step(64, side, channels, dtype)
+
+
 def bc100_12(dtype: torch.dtype) -> None:
     """Batch 64 at 32 x 32: channels that are no multiples of 16."""
     for side, channels in ((32, 24), (16, 108)):
@@ -217,7 +223,7 @@ def candidates(dtype: torch.dtype) -> None:
             )
             conv1x1.backward(dz, y, behind, weight, x, read, into, True)
     geometry = buffers.Geometry(64, 28, 28)
-    for c, k in ((64, 8), (128, 16), (128, 32), (256, 64)):
+    for c, k in ((64, 8), (128, 16), (96, 24), (128, 32), (256, 64)):
         x, dy = empty(geometry.rows, c, dtype=dtype), empty(geometry.rows, k, dtype=dtype)
         weight, read = empty(k, c, 3, 3, dtype=dtype), buffers.Reader(*empty(4, c), 1e-5, True)
         layer = (2, 2), geometry
@@ -226,7 +232,7 @@ def candidates(dtype: torch.dtype) -> None:
             conv3x3.backward(dy, weight, layer[0], x, read, layer[1], into, True)
 
 
-NETS = {"densenet121": densenet121, "bc100_12": bc100_12, "candidates": candidates}
+NETS = {"densenet121": densenet121, "stem": stem, "bc100_12": bc100_12, "candidates": candidates}
 
 
 def step_launches(

@@ -254,8 +254,8 @@ def forward_configs(
     """Of :func:`forward_1x1`, the default first: rows, accumulator width, inner columns."""
     width, count = blocks(b, precise)
     if precise == "ieee":
-        if width == 128:  # masks of rows take registers
-            return (Config(64, width, 16, 8, 1 if m % 64 else 2),)
+        if width == 128:  # masks take registers
+            return (Config(64, width, 16, 8, 1 if m % 64 or b < width else 2),)
         return (Config(64 if count == 1 else 16, width, 32, 8, 2),)
     if dtype == torch.float32:
         low = Config(64, width, 32, 8, 2)

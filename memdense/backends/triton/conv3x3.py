@@ -288,8 +288,9 @@ def input_config(precise: str, c: int, k: int, into: bool) -> Config:
     """Columns are input channels, the inner ones outputs."""
     if precise == "ieee":
         return Config(64, min(power(c), 32), 16, 4, 1)
-    # with few outputs, or sums of what G took in, four warps spill on sm_80
-    return Config(64, min(power(c), 64), min(power(k), 32), 8 if k <= 16 or into else 4, 1)
+    # with few outputs, or ones that come 2 bytes at a time, or sums of what G took in, four spill
+    warps = 8 if k <= 16 or k % 16 or into else 4
+    return Config(64, min(power(c), 64), min(power(k), 32), warps, 1)
 
 
 def weight_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
@@ -297,7 +298,8 @@ def weight_config(dtype: torch.dtype, precise: str, c: int, k: int) -> Config:
     if precise == "ieee":
         return Config(16, min(power(c), 32), 16, 8, 1)
     rows = 16 if dtype == torch.float32 else 32
-    return Config(rows, min(power(c), 64), min(power(k), 32), 8, 1)
+    # outputs that come 2 bytes at a time take registers
+    return Config(rows, min(power(c), 64), 16 if k % 16 else min(power(k), 32), 8, 1)
 
 
 def _shifts(dilation: tuple[int, int], width: int, stride: int) -> tuple[int, int]:

@@ -513,7 +513,9 @@ def _strips(
     of lines x width windows.
     """
     columns = min(64, power(c))
-    side = min(4096 // dtype.itemsize // columns, power(width))
+    # 8 in float16, whose conversions take registers, would not fit two programs' in backward
+    values = 8 if dtype == torch.bfloat16 else 4  # a thread
+    side = min(values * 256 // columns, power(width))
     segments, walk = cdiv(width, side), WALK_LINES
     while walk > 1 and n * cdiv(lines, walk) * segments * cdiv(c, columns) < BUSY:
         walk //= 2

@@ -68,8 +68,9 @@ TILE = 8192  # values: 16 KB of a 16-bit matrix
 def tiling(rows: int, channels: int) -> Tiling:
     """What kernels without a product use."""
     columns = min(64, power(channels))
-    # up to 16 channels often come 2 bytes at a time, which takes registers
-    height = min(TILE // max(columns, 32), power(rows))
+    # channels that are no multiple of 16 come 2 bytes at a time, which takes registers
+    wide = 2 * columns if channels % 16 else columns
+    height = min(TILE // max(wide, 32), power(rows))
     return Tiling(height, columns, cdiv(rows, height) * cdiv(channels, columns))
 
 
