@@ -10,8 +10,6 @@ DEMO_FLAGS ?= --compare --plot demo.png --threads 1
 # Modules are run with -m: console scripts break where the path has a space or is long.
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# Of the files few are ever imported: those are compiled then.
-LAZY := --no-compile
 CLANG_FORMAT = find csrc tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' | xargs \
 	$(PY) -c 'import clang_format, sys; sys.exit(clang_format.clang_format())'
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
@@ -99,8 +97,8 @@ $(PY):
 .venv/test: EXTRAS := dev,peers,examples
 .venv/demo: EXTRAS := examples
 .venv/test .venv/demo: pyproject.toml constraints.txt | $(PY)
-	$(PIP) install -q $(LAZY) -c constraints.txt setuptools wheel ninja
-	MEMDENSE_BUILD=0 $(PIP) install $(LAZY) -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) install -q -c constraints.txt setuptools wheel ninja
+	MEMDENSE_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 # In place, where what did not change is not compiled again.
