@@ -10,6 +10,8 @@ DEMO_FLAGS ?= --compare --plot demo.png --threads 1
 # Modules are run with -m: console scripts break where the path has a space or is long.
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# Packages are compiled when first imported; pip would compile all of them, for a minute.
+unexport PYTHONDONTWRITEBYTECODE
 CLANG_FORMAT = find csrc tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' | xargs \
 	$(PY) -c 'import clang_format, sys; sys.exit(clang_format.clang_format())'
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
@@ -97,8 +99,8 @@ $(PY):
 .venv/test: EXTRAS := dev,peers,examples
 .venv/demo: EXTRAS := examples
 .venv/test .venv/demo: pyproject.toml constraints.txt | $(PY)
-	$(PIP) install -q -c constraints.txt setuptools wheel ninja
-	MEMDENSE_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) install -q --no-compile -c constraints.txt setuptools wheel ninja
+	MEMDENSE_BUILD=0 $(PIP) install --no-compile -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 # In place, where what did not change is not compiled again.
